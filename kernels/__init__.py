@@ -1,0 +1,17 @@
+"""Kernels of LongMamba: PyTorch, Triton and numba only; nothing here knows vLLM or the threshold tables.
+
+Each operation is one wrapper that checks its arguments and picks a backend: Triton on a GPU, numba or PyTorch on
+the CPU. Both are imported on the first call, so that importing this package never fails for want of one.
+"""
+
+from .filter_dt import filter_dt_
+from .filtered_scan import filtered_scan
+from .reference import filter_dt_reference, filtered_scan_reference, filtered_ssd_reference
+
+__all__ = [
+    "filter_dt_",
+    "filter_dt_reference",
+    "filtered_scan",
+    "filtered_scan_reference",
+    "filtered_ssd_reference",
+]

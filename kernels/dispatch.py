@@ -1,0 +1,46 @@
+"""Which backend runs a tensor, and the checks that every wrapper makes at its boundary."""
+
+import os
+
+import torch
+
+
+def uses_triton(tensor: torch.Tensor) -> bool:
+    """True on a GPU, and on the CPU where ``TRITON_INTERPRET=1`` asks for Triton's interpreter."""
+    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    contiguous: bool = True,
+) -> None:
+    """Check one argument without touching its data.
+
+    Args:
+        name: its name, for the message.
+        tensor: the argument.
+        shape: what it must be.
+        dtypes: what it may hold.
+        device: where it must be.
+        contiguous: whether all of it must be contiguous; otherwise only its last dimension must.
+
+    Raises:
+        ValueError: naming the argument, the rule, what came, and what to do.
+    """
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{name} must be {allowed}, got {tensor.dtype}; convert it before the call")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the other arguments, got {tensor.device}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}; call .contiguous()")
+    if not contiguous and shape[-1] > 1 and tensor.numel() and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name}'s last dimension must have stride 1 (tokens-major layout), got strides {tensor.stride()}"
+        )
