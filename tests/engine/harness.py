@@ -1,0 +1,153 @@
+"""Runs token prompts through a real vLLM engine and compares it with the independent reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from reference_lm import reference_dt, reference_logprobs
+from tiny_models import random_token_ids
+
+from vllm_longmamba.fingerprint import weights_fingerprint
+from vllm_longmamba.tables import LayerThresholds, TableMetadata, ThresholdTable, save_table
+
+TRAIN_LENGTH = 96
+ROW_LENGTHS = [TRAIN_LENGTH, 128, 192, 256, 400, 800]
+
+# Largest difference of a log-probability between the float32 engine and the float64 reference: the bound of the
+# exactness contract. Rounding alone gives about 1e-4; a prompt cut wrongly, or a token filtered wrongly, over 1e-2.
+LOGPROB_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the engine generated for one prompt: the tokens, and (tokens, vocabulary) log-probabilities."""
+
+    tokens: list[int]
+    logprobs: np.ndarray
+    cached_tokens: int
+
+
+class Engine:
+    """A vLLM engine in this process. Keyword arguments are vLLM's own."""
+
+    def __init__(self, model: Path, **engine_args: Any) -> None:
+        from vllm import LLM
+
+        arguments = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "enable_prefix_caching": False,
+            "max_model_len": 2048,
+            "max_num_seqs": 16,
+            "num_gpu_blocks_override": 256,
+            "max_logprobs": -1,
+            "skip_tokenizer_init": True,
+        } | engine_args
+        self.model = model
+        self.llm = LLM(str(model), **arguments)
+
+    def generate(self, prompts: Sequence[list[int]], max_tokens: int = 6) -> list[Completion]:
+        """Greedy continuation of the prompts, all in one batch."""
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self.llm.generate(inputs, sampling(max_tokens), use_tqdm=False)
+        return [completion(output) for output in outputs]
+
+    def close(self) -> None:
+        """Free the engine; another one can be started afterwards."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def sampling(max_tokens: int) -> Any:
+    """Greedy, with the log-probabilities of the whole vocabulary."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=-1, ignore_eos=True, detokenize=False)
+
+
+def completion(output: Any) -> Completion:
+    """Read a vLLM `RequestOutput`."""
+    chosen = output.outputs[0]
+    logprobs = np.full((len(chosen.token_ids), len(chosen.logprobs[0])), -np.inf)
+    for position, entries in enumerate(chosen.logprobs):
+        for token, entry in entries.items():
+            logprobs[position, token] = entry.logprob
+    return Completion(list(chosen.token_ids), logprobs, output.num_cached_tokens or 0)
+
+
+def make_table(model: Path, *, seed: int = 0) -> ThresholdTable:
+    """A threshold table that filters hard: half of the channels are global, and each row filters more than the last.
+
+    The thresholds come from the plain model's dt, so the table needs neither the engine nor our calibration.
+    """
+    dt = reference_dt(model, random_token_ids(400, seed=1000 + seed))
+    rng = np.random.default_rng(seed)
+    layers = {}
+    for layer, values in dt.items():
+        shares = np.linspace(0.2, 0.8, len(ROW_LENGTHS) - 1)
+        thresholds = torch.stack([_between_values(values, share) for share in shares])
+        unfiltered = torch.full((1, values.shape[1]), -1.0, dtype=torch.float64)
+        layers[layer] = LayerThresholds(
+            retention=torch.from_numpy(rng.choice([1e-6, 0.3], size=values.shape[1])),
+            dt_threshold=torch.cat([unfiltered, thresholds]).float(),
+        )
+    metadata = TableMetadata(
+        model_id="test",
+        weights_fingerprint=weights_fingerprint([str(path) for path in weight_files(model)]),
+        train_length=TRAIN_LENGTH,
+        corpus="random tokens",
+        clamp_percent=5.0,
+        min_retention=1e-2,
+        num_sequences=1,
+        seed=seed,
+        tool_version="test",
+    )
+    return ThresholdTable(metadata=metadata, row_lengths=np.array(ROW_LENGTHS), layers=layers)
+
+
+def _between_values(values: torch.Tensor, share: float) -> torch.Tensor:
+    """(channels,) thresholds that `share` of the (tokens, channels) values do not pass, and that none of them equals.
+
+    In the first layer of a Mamba-2 model dt depends on the token alone, so that values repeat; float32 and float64
+    would disagree on which side of a threshold they lie.
+    """
+    thresholds = []
+    for channel in values.double().T:
+        distinct = channel.unique()
+        gaps = distinct.diff() / distinct[1:]
+        start = int(share * (len(distinct) - 2))
+        wide = start + int((gaps[start:] > 1e-4).nonzero()[0])
+        thresholds.append((distinct[wide] + distinct[wide + 1]) / 2)
+    return torch.stack(thresholds)
+
+
+def write_table(model: Path, path: Path, *, seed: int = 0) -> ThresholdTable:
+    """Make a table for a model and save it."""
+    table = make_table(model, seed=seed)
+    save_table(table, path)
+    return table
+
+
+def weight_files(model: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights."""
+    return [
+        path
+        for path in sorted([*model.glob("*.safetensors"), *model.glob("*.bin")])
+        if path.name != "longmamba.safetensors"
+    ]
+
+
+def assert_exact(model: Path, prompt: list[int], result: Completion, table: ThresholdTable | None) -> None:
+    """Compare an engine's completion with the reference, given the same tokens."""
+    filters = None
+    if table is not None:
+        row = int(np.argmin(np.abs(np.array(ROW_LENGTHS) - len(prompt)))) if len(prompt) > TRAIN_LENGTH else 0
+        filters = {layer: table.thresholds(layer)[row] for layer in table.layers}
+    reference = reference_logprobs(model, prompt + result.tokens, prompt_length=len(prompt), filters=filters)
+    expected = reference[len(prompt) - 1 : -1].numpy()
+    assert result.logprobs.shape == expected.shape
+    np.testing.assert_allclose(result.logprobs, expected, rtol=0, atol=LOGPROB_TOLERANCE)

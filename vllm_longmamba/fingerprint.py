@@ -1,0 +1,65 @@
+"""A fingerprint of a checkpoint's weights, so that a threshold table is never used with another model."""
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+
+DUMMY = "dummy"  # fingerprint of `load_format="dummy"`, which has no weights on disk
+
+_EMBEDDINGS = "backbone.embeddings.weight"
+_LM_HEAD = "lm_head.weight"
+
+
+def weights_fingerprint(files: list[str]) -> str:
+    """Hash every tensor of a checkpoint, whatever files hold them.
+
+    The original and the Hugging Face format of one model have the same fingerprint: names are brought to one form, a
+    head that only repeats the embedding is left out, and file boundaries do not count.
+
+    Args:
+        files: the .safetensors or .bin/.pt files of the checkpoint.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        ValueError: a file holds something other than tensors.
+    """
+    digests: dict[str, str] = {}
+    for file in sorted(files):
+        for name, tensor in _tensors(file):
+            data = tensor.contiguous().view(torch.uint8).reshape(-1).numpy()
+            content = blake3(data, max_threads=blake3.AUTO).hexdigest()  # type: ignore[arg-type]
+            digests[_canonical_name(name)] = f"{tensor.dtype} {tuple(tensor.shape)} {content}"
+    if digests.get(_LM_HEAD) == digests.get(_EMBEDDINGS):
+        digests.pop(_LM_HEAD, None)
+    return blake3("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode()).hexdigest()
+
+
+def _canonical_name(name: str) -> str:
+    return name.replace("backbone.embedding.", "backbone.embeddings.", 1)
+
+
+def _tensors(file: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if Path(file).suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as checkpoint:
+            for name in checkpoint.keys():  # noqa: SIM118 - not a dict
+                yield name, _at_least_1d(checkpoint.get_tensor(name))
+        return
+    # Files of the time before torch 1.6 are no zip archives and cannot be mapped into memory.
+    checkpoint = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{file}: a checkpoint must map names to tensors, but is a {type(checkpoint).__name__}")
+    for name, tensor in checkpoint.items():
+        if isinstance(tensor, torch.Tensor):
+            yield name, _at_least_1d(tensor)
+
+
+def _at_least_1d(tensor: torch.Tensor) -> torch.Tensor:
+    # A zero-dimensional tensor cannot be viewed as bytes.
+    return tensor.reshape(1) if tensor.dim() == 0 else tensor

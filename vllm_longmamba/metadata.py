@@ -1,0 +1,149 @@
+"""vLLM's Mamba metadata builders, extended by the rows of the threshold table for the tokens of a step."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backends.mamba1_attn import (
+    Mamba1AttentionBackend,
+    Mamba1AttentionMetadata,
+    Mamba1AttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.mamba2_attn import (
+    Mamba2AttentionBackend,
+    Mamba2AttentionMetadata,
+    Mamba2AttentionMetadataBuilder,
+)
+
+from vllm_longmamba.prompt_filter import PromptFilter, StepRows, step_rows_from_metadata
+
+
+@dataclass
+class FilterRows:
+    """Rows of the threshold table, on the device. A part is None where no token of it can be filtered.
+
+    Attributes:
+        decode: (num_decodes,) int32, the row of each decode token. Prompts can end in one: vLLM runs a last prompt
+            chunk of one token through the decode path.
+        prefill_tokens: (num_prefill_tokens,) int32, the row of each prefill token.
+        prefill_rows: (num_prefills,) int32, the row of each sequence.
+        prefill_prompt_tokens: (num_prefills,) int32, how many tokens of each sequence are prompt tokens.
+        step: the same on the host.
+    """
+
+    decode: torch.Tensor | None = None
+    prefill_tokens: torch.Tensor | None = None
+    prefill_rows: torch.Tensor | None = None
+    prefill_prompt_tokens: torch.Tensor | None = None
+    step: StepRows | None = None
+
+
+@dataclass
+class LongMamba1Metadata(Mamba1AttentionMetadata):  # type: ignore[misc]
+    """Metadata of a step for Mamba-1 layers. `filter_rows` is None where the engine runs without the filter."""
+
+    filter_rows: FilterRows | None = None
+
+
+@dataclass
+class LongMamba2Metadata(Mamba2AttentionMetadata):  # type: ignore[misc]
+    """Metadata of a step for Mamba-2 layers. `filter_rows` is None where the engine runs without the filter."""
+
+    filter_rows: FilterRows | None = None
+
+
+class _FilterRowsBuilder:
+    """Adds the filter's rows to the metadata of a stock builder, in eager mode and under CUDA graphs."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        layers = vllm_config.compilation_config.static_forward_context
+        self.prompt_filter: PromptFilter | None = layers[layer_names[0]].prompt_filter
+        # Full CUDA graphs read this buffer at each replay.
+        self._graph_rows = torch.zeros(self.decode_cudagraph_max_bs, dtype=torch.int32, device=device)  # type: ignore[attr-defined]
+        self._graph_rows_are_zero = True
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
+        """See vLLM's `AttentionMetadataBuilder.build`."""
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)  # type: ignore[misc]
+        if self.prompt_filter is None:
+            return metadata
+        step = step_rows_from_metadata(self.prompt_filter, common_attn_metadata)
+        return replace(metadata, filter_rows=self._filter_rows(metadata, step))
+
+    def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
+        """See vLLM's builder: the same step's metadata for another group of layers, which has its own graph buffer."""
+        updated = super().update_block_table(metadata, blk_table, slot_mapping)  # type: ignore[misc]
+        rows = metadata.filter_rows
+        if rows is None:
+            return updated
+        return replace(updated, filter_rows=replace(rows, decode=self._decode_rows(metadata, rows.step)))
+
+    def _filter_rows(self, metadata: Any, step: StepRows) -> FilterRows:
+        rows = FilterRows(decode=self._decode_rows(metadata, step), step=step)
+        prefills = step[metadata.num_decodes : metadata.num_decodes + metadata.num_prefills]
+        if prefills.any():
+            self._set_prefill_rows(rows, prefills)
+        return rows
+
+    def _set_prefill_rows(self, rows: FilterRows, prefills: StepRows) -> None:
+        raise NotImplementedError
+
+    def _decode_rows(self, metadata: Any, step: StepRows) -> torch.Tensor | None:
+        decode = step.rows[: metadata.num_decodes]
+        if not self._may_replay_graph(metadata):
+            return self._to_device(decode) if decode.any() else None
+        if decode.any() or not self._graph_rows_are_zero:
+            self._graph_rows.zero_()
+            self._graph_rows[: len(decode)].copy_(self._to_device(decode), non_blocking=True)
+            self._graph_rows_are_zero = not decode.any()
+        return self._graph_rows[: metadata.num_decodes]
+
+    def _may_replay_graph(self, metadata: Any) -> bool:
+        return bool(
+            metadata.num_prefills == 0
+            and metadata.num_decodes <= self.decode_cudagraph_max_bs  # type: ignore[attr-defined]
+            and self.compilation_config.cudagraph_mode.has_full_cudagraphs()  # type: ignore[attr-defined]
+        )
+
+    def _to_device(self, values: np.ndarray[Any, np.dtype[np.int32]]) -> torch.Tensor:
+        values = np.ascontiguousarray(values)
+        on_device: torch.Tensor = async_tensor_h2d(values, dtype=torch.int32, device=self._graph_rows.device)
+        return on_device
+
+
+class LongMamba1MetadataBuilder(_FilterRowsBuilder, Mamba1AttentionMetadataBuilder):  # type: ignore[misc]
+    """Builder for Mamba-1 layers, whose scan takes one row per sequence."""
+
+    metadata_cls = LongMamba1Metadata
+
+    def _set_prefill_rows(self, rows: FilterRows, prefills: StepRows) -> None:
+        rows.prefill_rows = self._to_device(prefills.rows)
+        rows.prefill_prompt_tokens = self._to_device(prefills.prompt_tokens)
+
+
+class LongMamba2MetadataBuilder(_FilterRowsBuilder, Mamba2AttentionMetadataBuilder):  # type: ignore[misc]
+    """Builder for Mamba-2 layers, whose filter takes one row per token."""
+
+    metadata_cls = LongMamba2Metadata
+
+    def _set_prefill_rows(self, rows: FilterRows, prefills: StepRows) -> None:
+        rows.prefill_tokens = self._to_device(prefills.per_token())
+
+
+class LongMamba1Backend(Mamba1AttentionBackend):  # type: ignore[misc]
+    """Names the builder for Mamba-1 layers."""
+
+    @staticmethod
+    def get_builder_cls() -> type[LongMamba1MetadataBuilder]:
+        return LongMamba1MetadataBuilder
+
+
+class LongMamba2Backend(Mamba2AttentionBackend):  # type: ignore[misc]
+    """Names the builder for Mamba-2 layers."""
+
+    @staticmethod
+    def get_builder_cls() -> type[LongMamba2MetadataBuilder]:
+        return LongMamba2MetadataBuilder

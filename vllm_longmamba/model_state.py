@@ -1,0 +1,29 @@
+"""Prompt lengths in vLLM's model runner V2 (the default on CUDA), by its public hook for model states."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+
+
+class LongMambaModelState(MambaHybridModelState):  # type: ignore[misc]
+    """vLLM's state of Mamba and hybrid models, which also remembers each request's prompt length."""
+
+    def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self._prompt_lengths = np.zeros(self.max_num_reqs, np.int32)
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        """See vLLM; a resumed request comes with its original prompt length."""
+        super().add_request(req_index, new_req_data)
+        self._prompt_lengths[req_index] = new_req_data.prompt_len
+
+    def prepare_attn(self, input_batch: Any, *args: Any, for_capture: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """See vLLM; the prompt lengths reach the metadata builders as `rswa_prefix_lens`, on the host."""
+        lengths = np.zeros(input_batch.num_reqs_after_padding, np.int32)
+        if not for_capture:
+            lengths[: input_batch.num_reqs] = self._prompt_lengths[input_batch.idx_mapping_np[: input_batch.num_reqs]]
+        input_batch = replace(input_batch, prompt_lens=torch.from_numpy(lengths))
+        return super().prepare_attn(input_batch, *args, for_capture=for_capture, **kwargs)  # type: ignore[no-any-return]

@@ -1,0 +1,76 @@
+"""What a user can set: `--additional-config '{"longmamba": {...}}'`, as one typed object."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+KEY = "longmamba"
+
+
+@dataclass(frozen=True)
+class LongMambaOptions:
+    """Options of a LongMamba engine.
+
+    Attributes:
+        table: path of the threshold table (a .safetensors file). By default it is looked for beside the weights, among
+            the tables that come with the package, and in the user's cache.
+        min_retention: retention above which a channel counts as global (the paper's theta), in (0, 1). By default the
+            value that the table was made with.
+        train_length: tokens of the sequences that the model was trained on (the paper's L). Needed where no table
+            exists yet; a table carries its own, and a different value is an error.
+        filter: False runs the plain model through the same engine, for comparison.
+    """
+
+    table: str | None = None
+    min_retention: float | None = None
+    train_length: int | None = None
+    filter: bool = True
+
+    def __post_init__(self) -> None:
+        _check("table", self.table, str, "the path of a .safetensors file")
+        _check("min_retention", self.min_retention, (int, float), "a number between 0 and 1")
+        _check("train_length", self.train_length, int, "a positive number of tokens")
+        _check("filter", self.filter, bool, "true or false")
+        if self.min_retention is not None and not 0.0 < self.min_retention < 1.0:
+            raise ValueError(_message("min_retention", "a number between 0 and 1", self.min_retention))
+        if self.train_length is not None and self.train_length < 1:
+            raise ValueError(_message("train_length", "a positive number of tokens", self.train_length))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain values that `options_from_config` reads back."""
+        return asdict(self)
+
+
+def options_from_config(additional_config: Any) -> LongMambaOptions:
+    """Parse the "longmamba" entry of vLLM's additional config.
+
+    Args:
+        additional_config: `VllmConfig.additional_config`, a dict or None.
+
+    Returns:
+        The options, defaults where the entry is missing.
+
+    Raises:
+        ValueError: an unknown option, or a value of the wrong type or range.
+    """
+    given = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
+    if not isinstance(given, dict):
+        raise ValueError(f"additional_config[{KEY!r}] must be a mapping of options, but is {given!r}")
+    known = [field.name for field in fields(LongMambaOptions)]
+    unknown = [str(name) for name in given if name not in known]
+    if unknown:
+        raise ValueError(
+            f"additional_config[{KEY!r}]: unknown option {', '.join(sorted(unknown))}; known are {', '.join(known)}"
+        )
+    return LongMambaOptions(**given)
+
+
+def _check(name: str, value: Any, kind: Any, rule: str) -> None:
+    if value is None and name != "filter":
+        return
+    # bool is an int in Python, but true is not a number of tokens.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(_message(name, rule, value))
+
+
+def _message(name: str, rule: str, value: Any) -> str:
+    return f"additional_config[{KEY!r}]: {name} must be {rule}, but is {value!r}"

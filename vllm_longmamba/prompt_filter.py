@@ -1,0 +1,98 @@
+"""Which tokens of a step are prompt tokens to be filtered, and by which row of the table: one answer for all layers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_longmamba.tables import ThresholdTable
+
+Int32Array = npt.NDArray[np.int32]
+
+
+class PromptFilter:
+    """The threshold table of a model as its layers and metadata builders share it.
+
+    Attributes:
+        table: thresholds of all layers.
+        min_retention: retention above which a channel is global; None means the table's default.
+    """
+
+    def __init__(self, table: ThresholdTable, min_retention: float | None) -> None:
+        self.table = table
+        self.min_retention = min_retention
+
+    def step_rows(
+        self, prompt_lengths: Int32Array, sequence_lengths: Int32Array, query_lengths: Int32Array
+    ) -> "StepRows":
+        """Find the prompt tokens among the tokens of one step.
+
+        Args:
+            prompt_lengths: (num_reqs,) tokens of each request's prompt (S); 0 for padding.
+            sequence_lengths: (num_reqs,) tokens of each request after this step; an upper bound will do for requests
+                that have left their prompt behind.
+            query_lengths: (num_reqs,) tokens of each request in this step.
+
+        Returns:
+            Rows and numbers of prompt tokens, in the order of the requests.
+        """
+        computed = sequence_lengths - query_lengths
+        prompt_tokens = np.clip(prompt_lengths - computed, 0, query_lengths).astype(np.int32)
+        rows = np.where(prompt_tokens > 0, self.table.rows_of(prompt_lengths), 0).astype(np.int32)
+        return StepRows(rows, prompt_tokens, query_lengths.astype(np.int32))
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """Rows of the table for the requests of one step.
+
+    Attributes:
+        rows: (num_reqs,) row of the table; 0 filters nothing.
+        prompt_tokens: (num_reqs,) how many of the request's tokens in this step, from the first, are prompt tokens.
+        query_lengths: (num_reqs,) tokens of each request in this step.
+    """
+
+    rows: Int32Array
+    prompt_tokens: Int32Array
+    query_lengths: Int32Array
+
+    def __getitem__(self, requests: slice) -> "StepRows":
+        """The same for some of the requests."""
+        return StepRows(self.rows[requests], self.prompt_tokens[requests], self.query_lengths[requests])
+
+    def any(self) -> bool:
+        """Whether any token of these requests can be filtered."""
+        return bool(self.rows.any())
+
+    def per_token(self) -> Int32Array:
+        """(tokens,) row of each token; 0 for generated tokens."""
+        starts = np.cumsum(self.query_lengths) - self.query_lengths
+        token_rows = np.repeat(self.rows, self.query_lengths)
+        position = np.arange(token_rows.shape[0]) - np.repeat(starts, self.query_lengths)
+        token_rows[position >= np.repeat(self.prompt_tokens, self.query_lengths)] = 0
+        return token_rows
+
+
+def step_rows_from_metadata(prompt_filter: PromptFilter, common: Any) -> StepRows:
+    """Read one step's rows from what vLLM tells every metadata builder; host data only, no device synchronisation.
+
+    Args:
+        prompt_filter: the model's filter.
+        common: vLLM's `CommonAttentionMetadata`; `rswa_prefix_lens` must hold the prompt lengths.
+
+    Raises:
+        RuntimeError: the model runner did not pass the prompt lengths on.
+    """
+    if common.rswa_prefix_lens is None or common.seq_lens_cpu_upper_bound is None:
+        raise RuntimeError(
+            "vllm_longmamba: vLLM's model runner did not pass the prompt lengths on, without which prompts cannot be "
+            "filtered; this vLLM has changed, please report it"
+        )
+    num_reqs = common.num_reqs
+    query_lengths = np.diff(common.query_start_loc_cpu.numpy()[: num_reqs + 1])
+    prompt_lengths = np.zeros(num_reqs, np.int32)
+    given = common.rswa_prefix_lens.cpu().numpy()[:num_reqs]
+    prompt_lengths[: given.shape[0]] = given
+    sequence_lengths = common.seq_lens_cpu_upper_bound.numpy()[:num_reqs]
+    return prompt_filter.step_rows(prompt_lengths, sequence_lengths, query_lengths)
