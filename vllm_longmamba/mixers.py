@@ -237,6 +237,15 @@ class LongMambaMixer2(LongMixer, MambaMixer2):  # type: ignore[misc]
         """See vLLM's `MambaBase`."""
         return LongMamba2Backend
 
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        """See vLLM's `MambaBase`. On a CPU, prefills end at the blocks of the prefix cache, as they do for Mamba-1.
+
+        Elsewhere vLLM takes the state of a block's end from within a prefill, which its CPU scan does not return.
+        """
+        if self.A.device.type == "cpu":
+            return super(MambaMixer2, self).get_kv_cache_spec(vllm_config)
+        return super().get_kv_cache_spec(vllm_config)
+
     def conv_ssm_forward(self, projected_states: torch.Tensor, output: torch.Tensor) -> Any:
         """Filter, then run vLLM's convolution and SSM on a batch of decode tokens followed by prefill tokens.
 

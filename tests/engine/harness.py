@@ -47,9 +47,13 @@ class Engine:
             "num_gpu_blocks_override": 256,
             "max_logprobs": -1,
             "skip_tokenizer_init": True,
-        } | engine_args
+            "gpu_memory_utilization": 0.1,
+        }
+        if torch.cuda.is_available():
+            # Given a size, vLLM does not measure the memory, which other tests on the same GPU would disturb.
+            arguments["kv_cache_memory_bytes"] = 2**30
         self.model = model
-        self.llm = LLM(str(model), **arguments)
+        self.llm = LLM(str(model), **(arguments | engine_args))
 
     def generate(self, prompts: Sequence[list[int]], max_tokens: int = 6) -> list[Completion]:
         """Greedy continuation of the prompts, all in one batch."""

@@ -1,0 +1,58 @@
+"""`longmamba calibrate` through the real engine, against DESIGN's formulas on the reference's dt."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference_lm import _read_weights, reference_dt
+from tiny_models import random_token_ids
+
+from vllm_longmamba.calibrate import CalibrationSettings, calibrate, choose_sequences
+from vllm_longmamba.tables import LayerCalibration, save_table
+
+from .harness import TRAIN_LENGTH
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+def test_calibrate(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    model = tiny_model(family)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(token % 96 + 32) for token in random_token_ids(2000, seed=1)))
+    settings = CalibrationSettings(num_sequences=3, train_length=TRAIN_LENGTH, max_length=400, clamp_percent=10.0, seed=5)
+    seen = []
+
+    def progress(sequences: list[list[int]]) -> list[list[int]]:
+        seen.extend(sequences)
+        return sequences
+
+    table = calibrate(str(model), [text], settings, progress=progress, dtype="float32", gpu_memory_utilization=0.3)
+    again = calibrate(str(model), [text], settings, dtype="float32", gpu_memory_utilization=0.3)
+    save_table(table, tmp_path / "first")
+    save_table(again, tmp_path / "second")
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+    assert len(seen) == 3
+    weights = _read_weights(model)
+    for layer, thresholds in table.layers.items():
+        A = -torch.exp(weights[f"backbone.layers.{layer}.mixer.A_log"].double())
+        expected = LayerCalibration(A, TRAIN_LENGTH, table.row_lengths, 10.0)
+        for sequence in seen:
+            expected.add(reference_dt(model, sequence)[layer].float())
+        np.testing.assert_allclose(thresholds.retention, expected.result().retention, rtol=1e-3)
+        np.testing.assert_allclose(thresholds.dt_threshold, expected.result().dt_threshold, rtol=1e-3)
+
+
+def test_choose_sequences() -> None:
+    tokens = list(range(1000))
+    chosen = choose_sequences(tokens, 96, 5, seed=0)
+    assert chosen == choose_sequences(tokens, 96, 5, seed=0)
+    assert chosen != choose_sequences(tokens, 96, 5, seed=1)
+    flat = [token for sequence in chosen for token in sequence]
+    assert len(set(flat)) == 5 * 96
+    assert all(sequence == list(range(sequence[0], sequence[0] + 96)) for sequence in chosen)
+    with pytest.raises(ValueError, match="5 sequences of 300 tokens, 1500 in all, but the text has only 1000"):
+        choose_sequences(tokens, 300, 5, seed=0)

@@ -1,0 +1,39 @@
+"""A request that is preempted and prefilled again over prompt and generated tokens gives the same result."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tiny_models import random_token_ids
+
+from .conftest import longmamba
+from .harness import assert_exact, completion, sampling
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "zamba2"])
+def test_a_resumed_request_is_filtered_as_before(
+    family: str, engine: Callable[..., Any], tiny_model: Callable[[str], Any], tiny_table: Callable[[str], Any]
+) -> None:
+    path, table = tiny_table(family)
+    running = engine(family, **longmamba(path), max_num_batched_tokens=100).llm.llm_engine
+    prompts = [random_token_ids(length, seed=length) for length in (150, 333)]
+    for number, prompt in enumerate(prompts):
+        running.add_request(str(number), {"prompt_token_ids": prompt}, sampling(40))
+    scheduler = running.engine_core.engine_core.scheduler
+    finished: dict[str, Any] = {}
+    preempted = 0
+    for step in range(400):
+        for output in running.step():
+            if output.finished:
+                finished[output.request_id] = output
+        if not running.has_unfinished_requests():
+            break
+        if step in (3, 20, 30):
+            # Once amid the prefill, twice amid the generation.
+            assert running.reset_prefix_cache(reset_running_requests=True)
+            preempted += sum(request.num_preemptions > 0 for request in scheduler.requests.values())
+    assert preempted > 0
+    for number, prompt in enumerate(prompts):
+        assert_exact(tiny_model(family), prompt, completion(finished[str(number)]), table)

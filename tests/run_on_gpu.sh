@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The engine and kernel tests on a GPU machine, several processes at once: bash tests/run_on_gpu.sh [LOG_FOLDER]
+# Needs a CUDA build of vLLM and this package installed. Prints pytest's closing line of each group; fails if one fails.
+set -u
+cd "$(dirname "$0")"
+logs=${1:-$(mktemp -d)}
+mkdir -p "$logs"
+# float32 as float32: Triton's default for matrix products is tf32, good to about 1e-3.
+export TRITON_F32_DEFAULT=ieee VLLM_ENABLE_V1_MULTIPROCESSING=0
+names=() pids=()
+group() { # NAME COMMAND...: in the background, its output to a log
+  local name=$1
+  shift
+  timeout "${GROUP_SECONDS:-400}" "$@" >"$logs/$name.log" 2>&1 &
+  names+=("$name") pids+=($!)
+}
+tests() { group "$1" python3 -m pytest -q --show-capture=no -p no:cacheprovider "${@:2}"; }
+
+only=${GROUPS_TO_RUN:-all}
+wanted() { [ "$only" = all ] || [[ " $only " == *" $1 "* ]]; }
+wanted graphs && tests graphs engine/test_gpu.py -k cuda_graphs
+wanted tensor_parallel && tests tensor_parallel engine/test_gpu.py -k tensor_parallel
+wanted stock && tests stock engine/test_gpu.py -k "stock or offsets"
+wanted plain && tests plain engine/test_exactness.py -k "plain_model"
+wanted families && tests families engine/test_exactness.py -k "every_family or retention"
+for family in mamba1 mamba2 zamba2; do
+  wanted "cut_$family" && tests "cut_$family" engine/test_exactness.py -k "cut_of_a_prompt and $family"
+done
+wanted prefix_cache && tests prefix_cache engine/test_prefix_cache.py
+wanted preemption && tests preemption engine/test_preemption.py
+wanted calibrate && tests calibrate engine/test_calibrate.py
+wanted kernels && tests kernels kernels tables
+export VLLM_USE_V2_MODEL_RUNNER=0
+wanted runner_v1 && tests runner_v1 engine/test_gpu.py engine/test_preemption.py -k "cuda_graphs or resumed"
+
+failed=0
+for index in "${!pids[@]}"; do
+  if ! wait "${pids[$index]}"; then failed=1; fi
+  echo "${names[$index]}: $(tail -n 1 "$logs/${names[$index]}.log")"
+done
+exit $failed
