@@ -10,6 +10,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # One process: no start-up cost per engine, and errors reach the test as they are.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+# Tensor-parallel workers are children of that process, which may have used the GPU already.
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

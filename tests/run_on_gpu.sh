@@ -19,9 +19,9 @@ tests() { group "$1" python3 -m pytest -q --show-capture=no -p no:cacheprovider 
 only=${GROUPS_TO_RUN:-all}
 wanted() { [ "$only" = all ] || [[ " $only " == *" $1 "* ]]; }
 wanted graphs && tests graphs engine/test_gpu.py -k cuda_graphs
-wanted tensor_parallel && tests tensor_parallel engine/test_gpu.py -k tensor_parallel
+wanted tensor_parallel && tests tensor_parallel engine/test_tensor_parallel.py
 wanted stock && tests stock engine/test_gpu.py -k "stock or offsets"
-wanted plain && tests plain engine/test_exactness.py -k "plain_model"
+wanted plain && tests plain engine/test_exactness.py -k plain_model
 wanted families && tests families engine/test_exactness.py -k "every_family or retention"
 for family in mamba1 mamba2 zamba2; do
   wanted "cut_$family" && tests "cut_$family" engine/test_exactness.py -k "cut_of_a_prompt and $family"

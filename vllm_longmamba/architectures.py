@@ -14,6 +14,7 @@ SUPPORTED: dict[str, tuple[str, str]] = {
     "Zamba2ForCausalLM": ("zamba2", "Zamba2ForCausalLM"),
     "JambaForCausalLM": ("jamba", "JambaForCausalLM"),
     "NemotronHForCausalLM": ("nemotron_h", "NemotronHForCausalLM"),
+    "NemotronHPuzzleForCausalLM": ("nemotron_h", "NemotronHForCausalLM"),
     "FalconH1ForCausalLM": ("falcon_h1", "FalconH1ForCausalLM"),
     "GraniteMoeHybridForCausalLM": ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
 }

@@ -56,8 +56,10 @@ def _tensors(file: str) -> Iterator[tuple[str, torch.Tensor]]:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{file}: a checkpoint must map names to tensors, but is a {type(checkpoint).__name__}")
     for name, tensor in checkpoint.items():
-        if isinstance(tensor, torch.Tensor):
-            yield name, _at_least_1d(tensor)
+        if not isinstance(tensor, torch.Tensor):
+            # Passed over, all checkpoints that nest their tensors would have the fingerprint of an empty one.
+            raise ValueError(f"{file}: {name!r} must be a tensor, but is a {type(tensor).__name__}")
+        yield name, _at_least_1d(tensor)
 
 
 def _at_least_1d(tensor: torch.Tensor) -> torch.Tensor:

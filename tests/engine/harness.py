@@ -18,9 +18,10 @@ from vllm_longmamba.tables import LayerThresholds, TableMetadata, ThresholdTable
 TRAIN_LENGTH = 96
 ROW_LENGTHS = [TRAIN_LENGTH, 128, 192, 256, 400, 800]
 
-# Largest difference of a log-probability between the float32 engine and the float64 reference: the bound of the
-# exactness contract. Rounding alone gives about 1e-4; a prompt cut wrongly, or a token filtered wrongly, over 1e-2.
-LOGPROB_TOLERANCE = 1e-3
+# Largest difference of a log-probability between the float32 engine and the float64 reference. On a CPU it is the bound
+# of the exactness contract: rounding gives about 1e-4, a prompt cut or filtered wrongly over 1e-2. On a GPU, dt differs
+# by up to 1e-5, so that one token in some 1e5 falls on the other side of a threshold; 1.5e-3 was seen.
+LOGPROB_TOLERANCE = 3e-3 if torch.cuda.is_available() else 1e-3
 
 
 @dataclass(frozen=True)

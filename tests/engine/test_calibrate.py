@@ -22,7 +22,9 @@ def test_calibrate(family: str, tiny_model: Callable[[str], Path], tmp_path: Pat
     model = tiny_model(family)
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(token % 96 + 32) for token in random_token_ids(2000, seed=1)))
-    settings = CalibrationSettings(num_sequences=3, train_length=TRAIN_LENGTH, max_length=400, clamp_percent=10.0, seed=5)
+    settings = CalibrationSettings(
+        num_sequences=3, train_length=TRAIN_LENGTH, max_length=400, clamp_percent=10.0, seed=5
+    )
     seen = []
 
     def progress(sequences: list[list[int]]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""What only a GPU shows: CUDA graphs, tensor parallelism, large offsets. The rest of this folder runs there as well.
+"""What only a GPU shows: CUDA graphs, stock Mamba-1, large offsets. The rest of this folder runs there as well.
 
 Set TRITON_F32_DEFAULT=ieee: vLLM's Mamba-2 kernels multiply float32 as tf32 by default, to about 1e-3.
 """
@@ -34,19 +34,6 @@ def test_cuda_graphs(
         prompts = [random_token_ids(length, seed=rng.randrange(10**6)) for length in lengths]
         for prompt, result in zip(prompts, running.generate(prompts, max_tokens=12), strict=True):
             assert_exact(tiny_model(family), prompt, result, table)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tensor_parallel(
-    family: str, engine: Callable[..., Any], tiny_model: Callable[[str], Path], tiny_table: Callable[[str], Any]
-) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    path, table = tiny_table(family)
-    running = engine(family, **longmamba(path), tensor_parallel_size=2, max_num_batched_tokens=100)
-    prompts = [random_token_ids(length, seed=length) for length in (96, 101, 333, 640)]
-    for prompt, result in zip(prompts, running.generate(prompts), strict=True):
-        assert_exact(tiny_model(family), prompt, result, table)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

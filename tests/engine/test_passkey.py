@@ -1,0 +1,50 @@
+"""The example model with its shipped table: keys hidden far beyond its 512 training tokens are found again."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import longmamba
+
+pytestmark = pytest.mark.engine
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+DEPTHS = [(number + 0.5) / 12 for number in range(12)]
+
+
+def _passkey() -> Any:
+    spec = importlib.util.spec_from_file_location("passkey_example", EXAMPLES / "passkey.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _found(engine: Callable[..., Any], length: int, **engine_args: Any) -> float:
+    from vllm import SamplingParams
+
+    passkey = _passkey()
+    tasks = passkey.passkey_tasks(passkey.read_haystack(), [length], DEPTHS)
+    running = engine(EXAMPLES / "passkey-mamba2-4m", skip_tokenizer_init=False, max_model_len=8192, **engine_args)
+    sampling = SamplingParams(temperature=0.0, max_tokens=passkey.KEY_DIGITS)
+    outputs = running.llm.generate([task.prompt for task in tasks], sampling, use_tqdm=False)
+    answers = [output.outputs[0].text for output in outputs]
+    return sum(task.is_answered_by(answer) for task, answer in zip(tasks, answers, strict=True)) / len(tasks)
+
+
+def test_longmamba_finds_keys_at_8_times_the_training_length(engine: Callable[..., Any]) -> None:
+    # No option: the shipped table is found by the fingerprint of the weights.
+    arguments = {"model_impl": "longmamba"}
+    assert _found(engine, 2048, **arguments) == 1.0
+    assert _found(engine, 4096, **arguments) >= 0.9
+
+
+def test_the_plain_model_does_not(engine: Callable[..., Any]) -> None:
+    assert _found(engine, 4096, **longmamba()) <= 0.25

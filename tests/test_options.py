@@ -1,0 +1,57 @@
+"""Tests of vllm_longmamba/options.py."""
+
+from typing import Any
+
+import pytest
+
+from vllm_longmamba.options import KEY, LongMambaOptions, options_from_config
+
+
+@pytest.mark.parametrize(
+    ("additional_config", "expected"),
+    [
+        (None, LongMambaOptions()),
+        ({}, LongMambaOptions()),
+        ({"another_plugin": {"table": 3}}, LongMambaOptions()),
+        ({KEY: {}}, LongMambaOptions(table=None, min_retention=None, train_length=None, filter=True)),
+        ({KEY: {"filter": False}}, LongMambaOptions(filter=False)),
+        ({KEY: {"table": "t.safetensors", "train_length": 512}}, LongMambaOptions("t.safetensors", None, 512)),
+        ({KEY: {"min_retention": 1e-30, "table": None}}, LongMambaOptions(min_retention=1e-30)),
+    ],
+    ids=["none", "empty", "another-plugin", "all-defaults", "filter", "table-and-length", "min-retention"],
+)
+def test_options_from_config(additional_config: Any, expected: LongMambaOptions) -> None:
+    assert options_from_config(additional_config) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tabel": "x"}, r"unknown option tabel; known are table, min_retention, train_length, filter"),
+        ({"b": 1, "a": 2}, r"unknown option a, b; known are"),
+        ({3: 1}, r"unknown option 3; known are"),
+        (["table"], r"must be a mapping of options, but is \['table'\]"),
+        (None, r"must be a mapping of options, but is None"),
+        ({"table": 3}, r"table must be the path of a \.safetensors file, but is 3"),
+        ({"min_retention": "0.1"}, r"min_retention must be a number between 0 and 1, but is '0\.1'"),
+        ({"min_retention": True}, r"min_retention must be a number between 0 and 1, but is True"),
+        ({"min_retention": 0.0}, r"min_retention must be a number between 0 and 1, but is 0\.0"),
+        ({"min_retention": 1}, r"min_retention must be a number between 0 and 1, but is 1"),
+        ({"min_retention": float("nan")}, r"min_retention must be a number between 0 and 1, but is nan"),
+        ({"train_length": 0}, r"train_length must be a positive number of tokens, but is 0"),
+        ({"train_length": 512.0}, r"train_length must be a positive number of tokens, but is 512\.0"),
+        ({"train_length": True}, r"train_length must be a positive number of tokens, but is True"),
+        ({"filter": "false"}, r"filter must be true or false, but is 'false'"),
+        ({"filter": None}, r"filter must be true or false, but is None"),
+        ({"filter": 0}, r"filter must be true or false, but is 0"),
+    ],
+)
+def test_options_from_config_refuses(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        options_from_config({KEY: given})
+    assert str(error.value).startswith("additional_config['longmamba']")
+
+
+def test_to_dict_is_read_back() -> None:
+    options = LongMambaOptions("t.safetensors", 1e-3, 2048, filter=False)
+    assert options_from_config({KEY: options.to_dict()}) == options

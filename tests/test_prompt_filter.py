@@ -1,0 +1,149 @@
+"""Tests of vllm_longmamba/prompt_filter.py."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_tables import ROW_LENGTHS, TRAIN_LENGTH, small_table
+
+from vllm_longmamba.prompt_filter import PromptFilter, StepRows, step_rows_from_metadata
+
+# (prompt length, tokens already computed, tokens of this step): what a request looks like in one step.
+Request = tuple[int, int, int]
+
+CASES: dict[str, tuple[list[Request], list[int], list[int]]] = {
+    "no-request": ([], [], []),
+    "one-token": ([(1, 0, 1)], [0], [1]),
+    "not-above-training-length": ([(8, 0, 8), (9, 0, 9), (10, 0, 10), (11, 0, 11)], [0, 0, 0, 1], [8, 9, 10, 11]),
+    "whole-prompts": ([(12, 0, 12), (17, 0, 17), (999, 0, 999)], [1, 2, 3], [12, 17, 999]),
+    "first-chunk": ([(20, 0, 7)], [3], [7]),
+    "middle-chunk": ([(20, 7, 7)], [3], [7]),
+    "last-chunk": ([(20, 14, 6)], [3], [6]),
+    "tail-of-one-token": ([(20, 19, 1)], [3], [1]),
+    "first-generated-token": ([(20, 20, 1)], [0], [0]),
+    "generated-token": ([(20, 33, 1)], [0], [0]),
+    "resumed-at-once": ([(20, 0, 33)], [3], [20]),
+    "resumed-chunk-over-the-end": ([(20, 15, 10)], [3], [5]),
+    "resumed-chunk-behind-the-prompt": ([(20, 25, 10)], [0], [0]),
+    "padding": ([(20, 19, 1), (0, 0, 0), (0, 0, 1)], [3, 0, 0], [1, 0, 0]),
+    "mixed": ([(20, 40, 1), (12, 11, 1), (16, 3, 9), (5, 0, 5)], [0, 1, 2, 0], [0, 1, 9, 5]),
+}
+
+
+def step_rows_of(requests: list[Request]) -> StepRows:
+    prompt, computed, query = np.array(requests, np.int32).reshape(-1, 3).T
+    return PromptFilter(small_table(), None).step_rows(prompt, computed + query, query)
+
+
+def naive_per_token(requests: list[Request]) -> list[int]:
+    """The row of each token of a step, token by token, from the table's definition."""
+    rows = []
+    for prompt, computed, query in requests:
+        for position in range(computed, computed + query):
+            is_filtered = prompt > TRAIN_LENGTH and position < prompt
+            nearest = min(range(len(ROW_LENGTHS)), key=lambda row: (abs(ROW_LENGTHS[row] - prompt), row))
+            rows.append(nearest if is_filtered else 0)
+    return rows
+
+
+@pytest.mark.parametrize(("requests", "rows", "prompt_tokens"), CASES.values(), ids=CASES)
+def test_step_rows(requests: list[Request], rows: list[int], prompt_tokens: list[int]) -> None:
+    step = step_rows_of(requests)
+    assert step.rows.tolist() == rows
+    assert step.prompt_tokens.tolist() == prompt_tokens
+    assert step.query_lengths.tolist() == [query for _, _, query in requests]
+    assert {array.dtype for array in (step.rows, step.prompt_tokens, step.query_lengths)} == {np.dtype(np.int32)}
+
+
+def test_step_rows_with_an_upper_bound_behind_the_prompt() -> None:
+    """vLLM knows only an upper bound of the length of a request that generates."""
+    step = PromptFilter(small_table(), None).step_rows(np.array([20]), np.array([50]), np.array([1]))
+    assert (step.rows.tolist(), step.prompt_tokens.tolist()) == ([0], [0])
+
+
+@pytest.mark.parametrize(("requests", "rows", "prompt_tokens"), CASES.values(), ids=CASES)
+def test_per_token(requests: list[Request], rows: list[int], prompt_tokens: list[int]) -> None:
+    per_token = step_rows_of(requests).per_token()
+    assert per_token.dtype == np.int32
+    assert per_token.tolist() == naive_per_token(requests)
+    assert int((per_token > 0).sum()) == sum(count for row, count in zip(rows, prompt_tokens, strict=True) if row)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 30), st.integers(0, 40), st.integers(0, 12)),
+        max_size=6,
+    )
+)
+def test_per_token_against_a_loop(requests: list[Request]) -> None:
+    assert step_rows_of(requests).per_token().tolist() == naive_per_token(requests)
+
+
+@given(st.integers(1, 60), st.integers(0, 20), st.lists(st.integers(1, 25), max_size=8))
+def test_the_cut_of_a_prompt_does_not_change_its_rows(prompt: int, generated: int, cuts: list[int]) -> None:
+    total = prompt + generated
+    whole = step_rows_of([(prompt, 0, total)]).per_token().tolist()
+    pieces: list[int] = []
+    for length in [*cuts, total]:
+        length = min(length, total - len(pieces))
+        pieces += step_rows_of([(prompt, len(pieces), length)]).per_token().tolist()
+    assert pieces == whole
+
+
+@pytest.mark.parametrize(
+    ("requests", "expected"),
+    [([], False), ([(8, 0, 8)], False), ([(20, 20, 1)], False), ([(8, 0, 8), (20, 19, 1)], True)],
+    ids=["empty", "short", "generated", "tail"],
+)
+def test_any(requests: list[Request], expected: bool) -> None:
+    assert step_rows_of(requests).any() is expected
+
+
+@pytest.mark.parametrize("part", [slice(0, 2), slice(2, 4), slice(4, 4)], ids=["first", "last", "empty"])
+def test_slices(part: slice) -> None:
+    requests = CASES["mixed"][0]
+    step, expected = step_rows_of(requests)[part], step_rows_of(requests[part])
+    assert step.rows.tolist() == expected.rows.tolist()
+    assert step.prompt_tokens.tolist() == expected.prompt_tokens.tolist()
+    assert step.per_token().tolist() == expected.per_token().tolist()
+
+
+def common_metadata(requests: list[Request], *, padding: int = 0, **changes: Any) -> Any:
+    """What `step_rows_from_metadata` reads of vLLM's `CommonAttentionMetadata`, with rows of padding at the end."""
+    prompt, computed, query = np.array(requests, np.int32).reshape(-1, 3).T
+    starts = np.concatenate([[0], np.cumsum(query), *([[query.sum()]] * padding)]).astype(np.int32)
+    values = {
+        "num_reqs": len(requests) + padding,
+        "query_start_loc_cpu": torch.from_numpy(starts),
+        "rswa_prefix_lens": torch.from_numpy(prompt.copy()),
+        "seq_lens_cpu_upper_bound": torch.from_numpy(np.pad(computed + query, (0, padding))),
+    }
+    return SimpleNamespace(**(values | changes))
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_step_rows_from_metadata(padding: int) -> None:
+    requests = CASES["mixed"][0]
+    step = step_rows_from_metadata(PromptFilter(small_table(), None), common_metadata(requests, padding=padding))
+    assert step.rows.tolist() == CASES["mixed"][1] + [0] * padding
+    assert step.prompt_tokens.tolist() == CASES["mixed"][2] + [0] * padding
+    assert step.per_token().tolist() == naive_per_token(requests)
+
+
+def test_step_rows_from_metadata_of_longer_buffers() -> None:
+    """vLLM's arrays may be longer than the batch."""
+    requests = CASES["mixed"][0]
+    common = common_metadata([*requests, (20, 0, 20)], num_reqs=len(requests))
+    step = step_rows_from_metadata(PromptFilter(small_table(), None), common)
+    assert step.rows.tolist() == CASES["mixed"][1]
+
+
+@pytest.mark.parametrize("missing", ["rswa_prefix_lens", "seq_lens_cpu_upper_bound"])
+def test_step_rows_from_metadata_without_lengths(missing: str) -> None:
+    common = common_metadata(CASES["mixed"][0], **{missing: None})
+    with pytest.raises(RuntimeError, match=r"did not pass the prompt lengths on.* please report it"):
+        step_rows_from_metadata(PromptFilter(small_table(), None), common)
