@@ -208,3 +208,33 @@ def test_weight_patterns(files: list[str], expected: list[str] | None, tmp_path:
     for name in files:
         (tmp_path / name).touch()
     assert weight_patterns(SimpleNamespace(model=str(tmp_path), revision=None)) == expected
+
+
+@pytest.mark.parametrize("has_table", [True, False], ids=["with a table", "without"])
+def test_locate_weights_on_the_hub_fetches_the_table(
+    has_table: bool, model: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+    from vllm.config import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    import vllm_longmamba.table_lookup as table_lookup
+
+    def prepare(self: Any, name: str, *args: Any, **kwargs: Any) -> tuple[str, list[str], bool, str]:
+        return str(model), [str(model / "pytorch_model.bin")], False, ""
+
+    def download(repo: str, filename: str, **kwargs: Any) -> str:
+        assert (repo, filename, kwargs["revision"]) == ("org/name", FILE_NAME, "v1")
+        if not has_table:
+            raise EntryNotFoundError("404")
+        write_small_table(model / FILE_NAME, weights_fingerprint=weights.fingerprint)
+        return str(model / FILE_NAME)
+
+    monkeypatch.setattr(DefaultModelLoader, "_prepare_weights", prepare)
+    monkeypatch.setattr(table_lookup, "weight_patterns", lambda model_config: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    located = locate_weights(SimpleNamespace(model="org/name", revision="v1"), LoadConfig())
+    assert located.folder == model
+    assert (model / FILE_NAME).is_file() is has_table
+    assert located.fingerprint == weights.fingerprint

@@ -101,7 +101,23 @@ def locate_weights(model_config: Any, load_config: Any) -> Weights:
         fall_back_to_pt=True,
         allow_patterns_overrides=weight_patterns(model_config),
     )
+    if not Path(model_config.model).is_dir():
+        _download_table(model_config, load_config)
     return Weights(Path(folder), [file for file in files if Path(file).name != FILE_NAME])
+
+
+def _download_table(model_config: Any, load_config: Any) -> None:
+    """Fetch the table of a model on the hub, if it has one, next to its weights: vLLM fetches only the weights."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(
+            model_config.model, FILE_NAME, revision=model_config.revision, cache_dir=load_config.download_dir
+        )
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        # Most models have none.
+        return
 
 
 def weight_patterns(model_config: Any) -> list[str] | None:
