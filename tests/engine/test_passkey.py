@@ -31,7 +31,7 @@ def _found(engine: Callable[..., Any], length: int, **engine_args: Any) -> float
     from vllm import SamplingParams
 
     passkey = _passkey()
-    # Of seeds 0, 1 and 2, 34 of 36 keys are found at 2048 tokens and 33 of 36 at 4096: the model itself misreads a digit
+    # Of seeds 0, 1 and 2, 34 of 36 keys are found at 2048 tokens and 33 of 36 at 4096: the model misreads a digit
     # of about one key in fifty at its training length. This seed has no such key.
     tasks = passkey.passkey_tasks(passkey.read_haystack(), [length], DEPTHS, seed=1)
     running = engine(EXAMPLES / "passkey-mamba2-4m", skip_tokenizer_init=False, max_model_len=8192, **engine_args)
