@@ -1,28 +1,13 @@
 """The examples: the passkey task, and that every script at least starts. `make demo` runs them for real."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from example_modules import EXAMPLES, load_example
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-passkey = _load("passkey")
+passkey = load_example("passkey")
 HAYSTACK = passkey.read_haystack()
 
 
@@ -99,7 +84,7 @@ def test_help(script: str) -> None:
 
 
 def test_server_that_fails_shows_its_log(tmp_path: Path) -> None:
-    serving = _load("serving")
+    serving = load_example("serving")
     with (
         pytest.raises(serving.ServerError, match="the server ended with exit code"),
         serving.running_server(str(tmp_path / "missing"), ["--no-such-option"], tmp_path / "log"),

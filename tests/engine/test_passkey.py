@@ -1,36 +1,22 @@
 """The example model with its shipped table: keys hidden far beyond its 512 training tokens are found again."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from example_modules import EXAMPLES, load_example
 
 from .conftest import longmamba
 
 pytestmark = pytest.mark.engine
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 DEPTHS = [(number + 0.5) / 12 for number in range(12)]
-
-
-def _passkey() -> Any:
-    spec = importlib.util.spec_from_file_location("passkey_example", EXAMPLES / "passkey.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up by name.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def _found(engine: Callable[..., Any], length: int, **engine_args: Any) -> float:
     from vllm import SamplingParams
 
-    passkey = _passkey()
+    passkey = load_example("passkey")
     # Of seeds 0, 1 and 2, 34 of 36 keys are found at 2048 tokens and 33 of 36 at 4096: the model misreads a digit
     # of about one key in fifty at its training length. This seed has no such key.
     tasks = passkey.passkey_tasks(passkey.read_haystack(), [length], DEPTHS, seed=1)
