@@ -116,7 +116,7 @@ class LongMambaMixer(LongMixer, MambaMixer):  # type: ignore[misc]
             metadata=metadata,
         ).transpose(0, 1)
         dt, B, C = self._dt_B_C(x)
-        self._record_dt(dt, self._time_proj_bias())
+        self._record_dt(dt, self.dt_proj.bias)
         self._scan(
             x,
             dt,
