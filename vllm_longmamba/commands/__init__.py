@@ -1,0 +1,1 @@
+"""The subcommands of `longmamba`: one module, and in it one function, for each."""
