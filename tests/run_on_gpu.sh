@@ -18,8 +18,13 @@ tests() { group "$1" python3 -m pytest -q --show-capture=no -p no:cacheprovider 
 
 only=${GROUPS_TO_RUN:-all}
 wanted() { [ "$only" = all ] || [[ " $only " == *" $1 "* ]]; }
-wanted graphs && tests graphs engine/test_gpu.py -k cuda_graphs
-wanted tensor_parallel && tests tensor_parallel engine/test_tensor_parallel.py
+for family in mamba1 mamba2 zamba2; do
+  wanted "graphs_$family" && tests "graphs_$family" engine/test_gpu.py -k "cuda_graphs and $family"
+  wanted "tensor_parallel_$family" && tests "tensor_parallel_$family" engine/test_tensor_parallel.py -k "$family"
+done
+for family in mamba1 falcon_h1 nemotron_h; do
+  wanted "pipeline_$family" && tests "pipeline_$family" engine/test_pipeline_parallel.py -k "$family"
+done
 wanted stock && tests stock engine/test_gpu.py -k "stock or offsets"
 wanted plain && tests plain engine/test_exactness.py -k plain_model
 wanted families && tests families engine/test_exactness.py -k "every_family or retention"
