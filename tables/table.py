@@ -52,10 +52,12 @@ class LayerThresholds:
             raise ValueError(
                 "LayerThresholds.retention must lie in [0, 1], got NaN or a value outside; calibrate the model again"
             )
-        # aminmax hands a NaN on. A table of mamba-1.4b has 38 million thresholds: few passes over them.
-        smallest, largest = torch.aminmax(self.dt_threshold)
-        negative = self.dt_threshold[self.dt_threshold < 0]
-        if not math.isfinite(smallest + largest) or bool((negative != NO_FILTER).any()):
+        # NumPy, which starts no threads: vLLM forks its engine core from the process that has loaded the table, and a
+        # torch operation on several threads hangs in the fork of a process that has run one before.
+        # min and max hand a NaN on. A table of mamba-1.4b has 38 million thresholds: few passes over them.
+        values = self.dt_threshold.numpy()
+        negative = values[values < 0]
+        if not math.isfinite(values.min() + values.max()) or bool((negative != NO_FILTER).any()):
             raise ValueError(
                 f"LayerThresholds.dt_threshold must be finite and >= 0, or {NO_FILTER} for no filter, got NaN or a "
                 "value outside; calibrate the model again"
@@ -143,8 +145,10 @@ class ThresholdTable:
         Raises:
             ValueError: the table has no such layer, or theta is outside [0, 1].
         """
-        is_global = self.is_global(layer, min_retention)
-        return self._layer(layer).dt_threshold.masked_fill(~is_global, NO_FILTER)
+        is_global = self.is_global(layer, min_retention).numpy()
+        # NumPy for the reason given in LayerThresholds.
+        values = np.where(is_global, self._layer(layer).dt_threshold.numpy(), np.float32(NO_FILTER))
+        return torch.from_numpy(values)
 
     def digest(self, min_retention: float | None = None) -> str:
         """Returns 32 hexadecimal digits that stand for all of the table that changes a model's output.
