@@ -1,6 +1,6 @@
 """Time filtered_scan against vLLM's selective_scan_fn on one GPU, in one process.
 
-    python benchmarks/scan_kernels.py [--out FILE.json]
+    python benchmarks/scan_kernels.py [--out FOLDER]
 
 Needs a CUDA build of vLLM. Medians after warm-up, with the caches flushed between runs; vLLM's inputs are laid out
 as it wants them beforehand, so its layout copies are not counted. Every shape is first checked against float64.
@@ -8,13 +8,17 @@ as it wants them beforehand, so its layout copies are not counted. Every shape i
 
 import argparse
 import json
-import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import triton
 from triton.testing import do_bench
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from support.environment import environment
 
 from vllm_longmamba.kernels import filtered_scan, filtered_scan_reference
 
@@ -140,8 +144,8 @@ def measure(tokens: int, d_inner: int, nseq: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    out_file = parser.parse_args().out
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
+    out = parser.parse_args().out
     print("tokens d_inner seqs | stock ms | off ms    x | on ms     x | ns/token | floors ms   | error")
     results = []
     for tokens, d_inner, nseq in SHAPES:
@@ -153,13 +157,33 @@ def main() -> None:
             f"| {r['floor_bytes_ms']:.3f} {r['floor_exponentials_ms']:.3f} | {max(r['error'], r['error_on']):.1e}",
             flush=True,
         )
-    if out_file:
-        import vllm
+    document = {"environment": environment(), "results": results}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "scan_kernels.json").write_text(json.dumps(document, indent=1) + "\n")
+    (out / "scan_kernels.md").write_text(markdown(document))
 
-        device = torch.cuda.get_device_name()
-        versions = {"torch": torch.__version__, "triton": triton.__version__, "vllm": vllm.__version__}
-        document = {"device": device, "versions": versions, "python": platform.python_version(), "results": results}
-        out_file.write_text(json.dumps(document, indent=2) + "\n")
+
+def markdown(document: dict[str, Any]) -> str:
+    where = document["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    lines = [
+        "# The Mamba-1 scan: vLLM's selective_scan_fn against filtered_scan",
+        "",
+        f"{where['device']}, driver {where['driver']}, {versions}; {where['date']}; `{where['command']}`.",
+        "",
+        "bfloat16, d_state 16, state float32. Medians with cold caches; vLLM's layout copies are not counted. Error: "
+        "relative norm against float64.",
+        "",
+        "| tokens | d_inner | sequences | stock ms | off ms | x | on ms | x | bytes ms | exponentials ms | error |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in document["results"]:
+        lines.append(
+            f"| {r['tokens']} | {r['d_inner']} | {r['sequences']} | {r['stock_ms']:.3f} | {r['off_ms']:.3f} "
+            f"| {r['speedup']:.2f} | {r['on_ms']:.3f} | {r['speedup_on']:.2f} | {r['floor_bytes_ms']:.3f} "
+            f"| {r['floor_exponentials_ms']:.3f} | {max(r['error'], r['error_on']):.1e} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

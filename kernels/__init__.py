@@ -4,14 +4,26 @@ Each operation is one wrapper that checks its arguments and picks a backend: Tri
 the CPU. Both are imported on the first call, so that importing this package never fails for want of one.
 """
 
+from .causal_conv1d import causal_conv1d
 from .filter_dt import filter_dt_
 from .filtered_scan import filtered_scan
-from .reference import filter_dt_reference, filtered_scan_reference, filtered_ssd_reference
+from .filtered_state_update import filtered_state_update
+from .reference import (
+    causal_conv1d_reference,
+    filter_dt_reference,
+    filtered_scan_reference,
+    filtered_ssd_reference,
+    filtered_state_update_reference,
+)
 
 __all__ = [
+    "causal_conv1d",
+    "causal_conv1d_reference",
     "filter_dt_",
     "filter_dt_reference",
     "filtered_scan",
     "filtered_scan_reference",
     "filtered_ssd_reference",
+    "filtered_state_update",
+    "filtered_state_update_reference",
 ]

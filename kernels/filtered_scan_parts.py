@@ -78,27 +78,34 @@ def _pass_states_kernel(
     A_ptr, state_ptr, chunk_state_ptr, chunk_step_ptr,
     query_start_loc_ptr, state_indices_ptr, has_initial_state_ptr, chunk_size, state_stride,
     d_inner: tl.constexpr, d_state: tl.constexpr, NULL: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, STATES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Replace what each chunk adds by the state that it starts from, chunk after chunk. In place in chunk_state."""
     sequence = tl.program_id(2)
-    n = tl.program_id(1)
     start = tl.load(query_start_loc_ptr + sequence)
     n_tokens = tl.load(query_start_loc_ptr + sequence + 1) - start
     slot = tl.load(state_indices_ptr + sequence).to(tl.int64)
     if slot == NULL:
         return
     channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    mask = channel < d_inner
-    A = tl.load(A_ptr + channel * d_state + n, mask=mask, other=0.0) * 1.4426950408889634
-    is_initial = tl.load(has_initial_state_ptr + sequence) != 0
-    h = tl.load(state_ptr + slot * state_stride + channel * d_state + n, mask=mask, other=0.0).to(tl.float32)
-    h = tl.where(is_initial, h, 0.0)
     # chunk numbers in int64: chunks x states passes 2^31
     first = (start // chunk_size + sequence).to(tl.int64)
     chunks = (n_tokens + chunk_size - 1) // chunk_size
-    state_ptrs = chunk_state_ptr + first * (d_inner * d_state) + n * d_inner + channel
     step_ptrs = chunk_step_ptr + first * d_inner + channel
+    is_initial = tl.load(has_initial_state_ptr + sequence) != 0
+    # a thread walks over STATES states of a channel, which share the steps
+    A = ()
+    h = ()
+    state_ptrs = ()
+    ends = ()
+    for k in tl.static_range(STATES):
+        n = tl.program_id(1) * STATES + k
+        end = tl.where(n < d_state, d_inner, 0)
+        A = A + (tl.load(A_ptr + channel * d_state + n, mask=channel < end, other=0.0) * 1.4426950408889634,)
+        h_n = tl.load(state_ptr + slot * state_stride + channel * d_state + n, mask=channel < end, other=0.0)
+        h = h + (tl.where(is_initial, h_n.to(tl.float32), 0.0),)
+        state_ptrs = state_ptrs + (chunk_state_ptr + first * (d_inner * d_state) + n * d_inner + channel,)
+        ends = ends + (end,)
     for chunk in range(0, chunks, AHEAD):
         # what AHEAD chunks add is loaded at once, since only the sums depend on each other
         added = ()
@@ -106,10 +113,18 @@ def _pass_states_kernel(
         for i in tl.static_range(AHEAD):
             row = tl.minimum(chunk + i, chunks).to(tl.int64)
             # nothing was written for the last chunk
-            is_written = channel < tl.where(row < chunks - 1, d_inner, 0)
-            added = added + (tl.load(state_ptrs + row * (d_inner * d_state), mask=is_written, other=0.0),)
-            steps = steps + (tl.load(step_ptrs + row * d_inner, mask=is_written, other=0.0),)
+            is_written = row < chunks - 1
+            steps = steps + (
+                tl.load(step_ptrs + row * d_inner, mask=channel < tl.where(is_written, d_inner, 0), other=0.0),
+            )
+            for k in tl.static_range(STATES):
+                mask = channel < tl.where(is_written, ends[k], 0)
+                added = added + (tl.load(state_ptrs[k] + row * (d_inner * d_state), mask=mask, other=0.0),)
         for i in tl.static_range(AHEAD):
             row = tl.minimum(chunk + i, chunks).to(tl.int64)
-            tl.store(state_ptrs + row * (d_inner * d_state), h, mask=channel < tl.where(row < chunks, d_inner, 0))
-            h = h * tl.exp2(steps[i] * A) + added[i]
+            new_h = ()
+            for k in tl.static_range(STATES):
+                mask = channel < tl.where(row < chunks, ends[k], 0)
+                tl.store(state_ptrs[k] + row * (d_inner * d_state), h[k], mask=mask)
+                new_h = new_h + (h[k] * tl.exp2(steps[i] * A[k]) + added[i * STATES + k],)
+            h = new_h

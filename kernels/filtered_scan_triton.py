@@ -24,6 +24,11 @@ BLOCK_CHANNELS = 64
 NUM_WARPS = 1
 MAX_REGISTERS = 128
 GROUP = 4
+# states whose exponential is a polynomial, in the run that only adds up a chunk's state: it has issue slots to spare
+POLYNOMIALS = 2
+# the walk over chunks: states of a channel that a thread takes, and chunks that it loads ahead
+WALK_STATES = 2
+WALK_AHEAD = 16
 # chunks: long enough to spread their cost, short enough that 132 multiprocessors are evenly filled
 PROGRAMS_WANTED = 4096
 SMALLEST_CHUNK = 64
@@ -31,8 +36,23 @@ LARGEST_CHUNK = 256
 
 
 @triton.jit
+def _exp2_polynomial(step, A):
+    """``exp2(step * A)`` for A <= 0 to 3e-7 on the FMA units, which the special-function unit leaves idle."""
+    v = tl.maximum(step * A, -126.0)
+    # adding 1.5 * 2^23 leaves the nearest integer in the low bits
+    shifted = v + 12582912.0
+    f = v - (shifted - 12582912.0)
+    p = f * 0.0013400577 + 0.009618129
+    p = p * f + 0.05550339
+    p = p * f + 0.24022651
+    p = p * f + 0.6931472
+    p = p * f + 1.0
+    return ((shifted.to(tl.int32, bitcast=True) << 23) + p.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _token(h, step, x, z, words_ptr, A, D, d_state: tl.constexpr, PER_WORD: tl.constexpr, PADDED: tl.constexpr,
-           HAS_Z: tl.constexpr, EMIT: tl.constexpr):  # fmt: skip
+           HAS_Z: tl.constexpr, EMIT: tl.constexpr, POLYNOMIALS: tl.constexpr):  # fmt: skip
     """One token of the recurrence for a block of channels. h, A: d_state tensors each. Returns h and the output."""
     x = x.to(tl.float32)
     feed = step * x
@@ -42,7 +62,10 @@ def _token(h, step, x, z, words_ptr, A, D, d_state: tl.constexpr, PER_WORD: tl.c
         C = _unpack(words_ptr + PADDED // PER_WORD, d_state, PER_WORD)
     new_h = ()
     for n in tl.static_range(d_state):
-        h_n = h[n] * tl.exp2(step * A[n]) + feed * B[n]
+        if n < POLYNOMIALS:
+            h_n = h[n] * _exp2_polynomial(step, A[n]) + feed * B[n]
+        else:
+            h_n = h[n] * tl.exp2(step * A[n]) + feed * B[n]
         new_h = new_h + (h_n,)
         if EMIT:
             y += h_n * C[n]
@@ -67,9 +90,10 @@ def _chunk_kernel(
     query_start_loc_ptr, state_indices_ptr, has_initial_state_ptr,
     dt_threshold_ptr, seq_rows_ptr, seq_prompt_tokens_ptr, nseq, chunk_size, search_steps, state_stride,
     x_stride: tl.constexpr, dt_stride: tl.constexpr, z_stride: tl.constexpr, out_stride: tl.constexpr,
-    d_inner: tl.constexpr, d_state: tl.constexpr, PADDED: tl.constexpr, PER_WORD: tl.constexpr, NULL: tl.constexpr,
+    word_stride: tl.constexpr, d_inner: tl.constexpr, d_state: tl.constexpr, PADDED: tl.constexpr,
+    PER_WORD: tl.constexpr, NULL: tl.constexpr,
     HAS_Z: tl.constexpr, FILTER: tl.constexpr, IS_CHUNK: tl.constexpr, EMIT: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, T: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, T: tl.constexpr, POLYNOMIALS: tl.constexpr,
 ):  # fmt: skip
     """A block of channels of a sequence or of a chunk. EMIT: its outputs; otherwise what it adds to the state."""
     part = tl.program_id(1)
@@ -129,7 +153,7 @@ def _chunk_kernel(
     dt_ptrs = dt_ptr + base * dt_stride + channel
     z_ptrs = z_ptr + base * z_stride + channel
     out_ptrs = out_ptr + base * out_stride + channel
-    words_ptr = packed_ptr + base * (2 * PADDED // PER_WORD)
+    words_ptr = packed_ptr + base * word_stride
     step_sum = tl.full((BLOCK_CHANNELS,), 0.0, tl.float32)
 
     # the rows of the next T tokens are loaded while these T are computed
@@ -150,8 +174,10 @@ def _chunk_kernel(
             next_z = _load_rows(z_ptrs + ahead * z_stride, z_stride, T, T)
         for i in tl.static_range(T):
             step = _step(dt_rows[i], dt_bias, threshold, first + i < prompt_end, FILTER)
-            words = words_ptr + (here + i) * (2 * PADDED // PER_WORD)
-            h, y = _token(h, step, x_rows[i], z_rows[i], words, A, D, d_state, PER_WORD, PADDED, HAS_Z, EMIT)
+            words = words_ptr + (here + i) * word_stride
+            h, y = _token(
+                h, step, x_rows[i], z_rows[i], words, A, D, d_state, PER_WORD, PADDED, HAS_Z, EMIT, POLYNOMIALS
+            )
             step_sum += step
             if EMIT:
                 tl.store(out_ptrs + (here + i) * out_stride, y.to(out_ptr.dtype.element_ty), mask=is_channel)
@@ -165,8 +191,8 @@ def _chunk_kernel(
         z = x
         if EMIT and HAS_Z:
             z = tl.load(z_ptrs + here * z_stride)
-        words = words_ptr + here * (2 * PADDED // PER_WORD)
-        h, y = _token(h, step, x, z, words, A, D, d_state, PER_WORD, PADDED, HAS_Z, EMIT)
+        words = words_ptr + here * word_stride
+        h, y = _token(h, step, x, z, words, A, D, d_state, PER_WORD, PADDED, HAS_Z, EMIT, POLYNOMIALS)
         step_sum += step
         if EMIT:
             tl.store(out_ptrs + here * out_stride, y.to(out_ptr.dtype.element_ty), mask=is_channel)
@@ -179,6 +205,23 @@ def _chunk_kernel(
         for n in tl.static_range(d_state):
             tl.store(chunk_state_ptrs + n * d_inner, h[n], mask=is_channel)
         tl.store(chunk_step_ptr + part.to(tl.int64) * d_inner + channel, step_sum, mask=is_channel)
+
+
+def _pack(B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """64-bit words that hold B and then C of each token, how many numbers a word holds, and the padded d_state."""
+    (tokens, d_state), size = B.shape, B.element_size()
+    is_bf16 = B.dtype == C.dtype == torch.bfloat16
+    follows = C.data_ptr() == B.data_ptr() + d_state * size and C.stride(0) == B.stride(0)
+    if is_bf16 and follows and d_state % 4 == 0 and B.stride(0) % 4 == 0 and B.data_ptr() % 8 == 0:
+        # slices of one projection
+        return B.view(torch.int64), 4, d_state
+    padded = triton.cdiv(d_state, 4) * 4
+    packed = torch.empty((tokens, 2 * padded), dtype=torch.bfloat16 if is_bf16 else torch.float32, device=B.device)
+    _pack_kernel[(triton.cdiv(tokens, 64),)](
+        B, C, packed, tokens, B.stride(0), C.stride(0),
+        d_state=d_state, PADDED=padded, BLOCK_STATES=triton.next_power_of_2(padded), BLOCK_TOKENS=64, num_warps=4,
+    )  # fmt: skip
+    return packed.view(torch.int64), 4 if is_bf16 else 2, padded
 
 
 def _chunk_size(tokens: int, d_inner: int) -> int:
@@ -199,14 +242,7 @@ def filtered_scan_triton(
         chunk: tokens a chunk, a power of two; 0 for whole sequences, None to choose.
     """
     (tokens, d_inner), d_state, nseq = x.shape, A.shape[1], len(state_indices)
-    is_bf16 = B.dtype == C.dtype == torch.bfloat16
-    padded = triton.cdiv(d_state, 4) * 4
-    packed = torch.empty((tokens, 2, padded), dtype=torch.bfloat16 if is_bf16 else torch.float32, device=x.device)
-    _pack_kernel[(triton.cdiv(tokens, 64),)](
-        B, C, packed, tokens, B.stride(0), C.stride(0),
-        d_state=d_state, PADDED=padded, BLOCK_STATES=triton.next_power_of_2(padded), BLOCK_TOKENS=64, num_warps=4,
-    )  # fmt: skip
-
+    words, per_word, padded = _pack(B, C)
     blocks = triton.cdiv(d_inner, BLOCK_CHANNELS)
     chunk = _chunk_size(tokens, d_inner) if chunk is None else chunk
     parts = tokens // chunk + nseq if chunk else nseq
@@ -224,20 +260,22 @@ def filtered_scan_triton(
 
     def scan(emit: bool) -> None:
         _chunk_kernel[(blocks, parts)](
-            x, dt, A, D, gate, dt_bias, out, packed.view(torch.int64), state, chunk_state, chunk_step,
+            x, dt, A, D, gate, dt_bias, out, words, state, chunk_state, chunk_step,
             query_start_loc, state_indices, has_initial_state, *filters,
             nseq, chunk, (nseq - 1).bit_length(), state.stride(0),
             x_stride=x.stride(0), dt_stride=dt.stride(0), z_stride=gate.stride(0), out_stride=out.stride(0),
-            d_inner=d_inner, d_state=d_state, PADDED=padded, PER_WORD=4 if is_bf16 else 2, NULL=NULL_SLOT,
+            word_stride=words.stride(0), d_inner=d_inner, d_state=d_state, PADDED=padded, PER_WORD=per_word,
+            NULL=NULL_SLOT,
             HAS_Z=z is not None, FILTER=dt_threshold is not None, IS_CHUNK=chunk > 0, EMIT=emit,
-            BLOCK_CHANNELS=BLOCK_CHANNELS, T=GROUP, num_warps=NUM_WARPS, **limits,
+            BLOCK_CHANNELS=BLOCK_CHANNELS, T=GROUP, POLYNOMIALS=0 if emit else POLYNOMIALS, num_warps=NUM_WARPS,
+            **limits,
         )  # fmt: skip
 
     if chunk:
         scan(emit=False)
-        _pass_states_kernel[(triton.cdiv(d_inner, 128), d_state, nseq)](
+        _pass_states_kernel[(triton.cdiv(d_inner, 128), triton.cdiv(d_state, WALK_STATES), nseq)](
             A, state, chunk_state, chunk_step, query_start_loc, state_indices, has_initial_state, chunk,
             state.stride(0), d_inner=d_inner, d_state=d_state, NULL=NULL_SLOT,
-            BLOCK_CHANNELS=128, AHEAD=16, num_warps=4,
+            BLOCK_CHANNELS=128, STATES=WALK_STATES, AHEAD=WALK_AHEAD, num_warps=4,
         )  # fmt: skip
     scan(emit=True)

@@ -135,3 +135,83 @@ def filtered_ssd_reference(
             out[token] = torch.einsum("hpn,hn->hp", h, C[token]) + D[:, None] * x[token]
         state[slot] = h.to(state.dtype)
     return out
+
+
+def causal_conv1d_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    conv_state: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    state_indices: torch.Tensor,
+    has_initial_state: torch.Tensor,
+    dt: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    dt_threshold: torch.Tensor | None = None,
+    seq_rows: torch.Tensor | None = None,
+    seq_prompt_tokens: torch.Tensor | None = None,
+    silu: bool = True,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See :func:`kernels.causal_conv1d.causal_conv1d`.
+
+    Returns:
+        (tokens, channels) in ``x.dtype``; ``conv_state`` and ``dt`` are updated in place.
+    """
+    width = weight.shape[1]
+    out = torch.zeros_like(x) if out is None else out
+    bounds = query_start_loc.tolist()
+    for sequence, (start, end) in enumerate(pairwise(bounds)):
+        slot = int(state_indices[sequence])
+        if slot == NULL_SLOT or start == end:
+            continue
+        before = conv_state[slot].T.to(x.dtype) if has_initial_state[sequence] else x.new_zeros(width - 1, x.shape[1])
+        inputs = torch.cat([before, x[start:end]])
+        # (tokens, channels, width)
+        y = (inputs.unfold(0, width, 1) * weight.to(x.dtype)).sum(-1) + (0.0 if bias is None else bias.to(x.dtype))
+        out[start:end] = functional.silu(y) if silu else y
+        conv_state[slot] = inputs[-(width - 1) :].T.to(conv_state.dtype)
+        if dt is not None and dt_bias is not None and dt_threshold is not None:
+            if seq_rows is None or seq_prompt_tokens is None:
+                raise ValueError("dt_threshold needs seq_rows and seq_prompt_tokens; one of them came as None")
+            prompt = dt[start : min(end, start + int(seq_prompt_tokens[sequence]))]
+            filter_dt_reference(prompt, dt_bias, dt_threshold, seq_rows[sequence].expand(len(prompt)))
+    return out
+
+
+def filtered_state_update_reference(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    z: torch.Tensor | None,
+    dt_bias: torch.Tensor,
+    state_indices: torch.Tensor,
+    dt_threshold: torch.Tensor | None = None,
+    token_rows: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See :func:`kernels.filtered_state_update.filtered_state_update`: a batch of sequences of one token each.
+
+    Returns:
+        (batch, d_inner) in ``x.dtype``, 0 in rows of padding; ``state`` is updated in place.
+    """
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    out.zero_()
+    batch, d_state = x.shape[0], state.shape[2]
+    one_each = torch.arange(batch + 1, dtype=torch.int32, device=x.device)
+    filters = (dt_threshold, token_rows, torch.ones_like(state_indices))
+    where = (state, one_each, state_indices, torch.ones(batch, dtype=torch.bool, device=x.device))
+    if A.dim() == 2:
+        return filtered_scan_reference(x, dt, A, B, C, D, z, dt_bias, *where, *filters, out)
+    nheads, headdim = A.shape[0], x.shape[1] // A.shape[0]
+    heads, groups = (batch, nheads, headdim), (batch, B.shape[1] // d_state, d_state)
+    y = filtered_ssd_reference(
+        x.reshape(heads), dt, A, B.reshape(groups), C.reshape(groups), D, dt_bias,
+        state.view(-1, nheads, headdim, d_state), *where[1:], *filters,
+    ).flatten(1)  # fmt: skip
+    is_row = (state_indices != NULL_SLOT)[:, None]
+    return out.copy_((y if z is None else y * functional.silu(z.to(y.dtype))) * is_row)

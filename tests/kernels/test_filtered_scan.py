@@ -36,6 +36,13 @@ def test_filtered_scan_half_precision(dtype: torch.dtype, state_dtype: torch.dty
     check(scan_inputs((5, 12), 9, 16, dtype, state_dtype), dtype)
 
 
+def test_filtered_scan_of_B_and_C_side_by_side():  # noqa: N802
+    inputs = scan_inputs((5, 12), 9, 16, torch.bfloat16)
+    # as x_proj hands them out: read where they lie, not packed first
+    projection = torch.cat([torch.zeros_like(inputs["B"]), inputs["B"], inputs["C"]], 1)
+    check(inputs | {"B": projection[:, 16:32], "C": projection[:, 32:]}, torch.bfloat16)
+
+
 def test_filtered_scan_without_gate():
     check(scan_inputs((4, 11), 9, 4) | {"z": None}, torch.float32)
 

@@ -1,0 +1,162 @@
+"""One vLLM engine in a process of its own, which runs prompts when it is told to and returns the times."""
+
+import os
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from .shapes import CACHE_GIB, GIB, MAX_LENGTH
+
+# A start, with everything to be compiled, takes 1 to 2 minutes.
+LONGEST_SECONDS = 300
+
+
+class EngineProcess:
+    """Starts at once; `wait` returns when the engine is ready. Methods of `_Engine` are called by name."""
+
+    def __init__(self, name: str, folder: Path, is_ours: bool, options: dict[str, Any]) -> None:
+        self._name = f"{name}, {'ours' if is_ours else 'stock'}"
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        # not a daemon: it has child processes
+        self._process = context.Process(target=_serve, args=(theirs, name, folder, is_ours, options))
+        self._process.start()
+        theirs.close()
+
+    def wait(self) -> Any:
+        """What the last call returned; the first one is the engine's start, in seconds."""
+        if not self._pipe.poll(LONGEST_SECONDS):
+            raise TimeoutError(f"{self._name}: no answer for {LONGEST_SECONDS} s")
+        result = self._pipe.recv()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def __call__(self, method: str, *args: Any) -> Any:
+        self._pipe.send((method, args))
+        return self.wait()
+
+    def close(self) -> None:
+        """Stop the engine."""
+        if self._process.is_alive():
+            self._pipe.send(None)
+            self._process.join(timeout=30)
+        self._process.terminate()
+
+
+def _serve(pipe: Connection, name: str, folder: Path, is_ours: bool, options: dict[str, Any]) -> None:
+    try:
+        begin = time.perf_counter()
+        engine = _Engine(name, folder, is_ours, options)
+        pipe.send(time.perf_counter() - begin)
+        while (command := pipe.recv()) is not None:
+            pipe.send(getattr(engine, command[0])(*command[1]))
+    except Exception as error:
+        pipe.send(RuntimeError(f"{name}, {'ours' if is_ours else 'stock'}: {error!r}"))
+        raise
+    engine.close()
+
+
+class _Engine:
+    def __init__(self, name: str, folder: Path, is_ours: bool, options: dict[str, Any]) -> None:
+        os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        # several engines start at the same time; a process with OpenMP threads must not be forked either
+        os.environ["OMP_NUM_THREADS"] = "1"
+        from vllm import LLM
+
+        arguments: dict[str, Any] = {
+            "load_format": "dummy", "skip_tokenizer_init": True, "enable_prefix_caching": False,
+            "mamba_ssm_cache_dtype": options["state_dtype"], "max_num_seqs": 256, "seed": 0,
+            # several engines share the GPU
+            "gpu_memory_utilization": 0.05,
+        }  # fmt: skip
+        if options["tiny"]:
+            arguments |= {"max_model_len": 4096, "dtype": "float32", "enforce_eager": True}
+        else:
+            arguments |= {
+                "dtype": "bfloat16", "max_model_len": MAX_LENGTH, "max_num_batched_tokens": options["budget"],
+                "kv_cache_memory_bytes": CACHE_GIB[name] * GIB,
+                "compilation_config": {"cudagraph_capture_sizes": options["batches"]},
+            }  # fmt: skip
+        if is_ours:
+            own = {"table": str(folder / "table.safetensors")}
+            arguments |= {"model_impl": "longmamba", "additional_config": {"longmamba": own}}
+        self.vocab_size = 200
+        self.llm = LLM(str(folder), **arguments)
+
+    def generate(self, prompts: int, length: int, max_tokens: int) -> float:
+        """Seconds for a batch of equal prompts of random tokens."""
+        import torch
+        from vllm import SamplingParams
+
+        tokens = torch.randint(1, self.vocab_size, (prompts, length)).tolist()
+        inputs = [{"prompt_token_ids": prompt} for prompt in tokens]
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        begin = time.perf_counter()
+        self.llm.generate(inputs, sampling, use_tqdm=False)
+        return time.perf_counter() - begin
+
+    def decode(self, batch: int, steps: int) -> float:
+        """Seconds of one decode step: what `steps` more tokens take."""
+        few = self.generate(batch, 16, 8)
+        return (self.generate(batch, 16, 8 + steps) - few) / steps
+
+    def on_worker(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a function in the process of the model."""
+        return self.llm.collective_rpc(function, args=args)[0]
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def set_filter(worker: Any, is_on: bool) -> None:
+    """On the worker: hand the layers no rows for prompts, so that they run the kernels without the filter, or do."""
+    from vllm_longmamba import metadata
+
+    builder = metadata._FilterRowsBuilder
+    if not hasattr(builder, "filter_rows_before"):
+        builder.filter_rows_before = builder._filter_rows
+    own = builder.filter_rows_before
+    builder._filter_rows = own if is_on else lambda self, common, step: metadata.FilterRows(step=step)
+
+
+def peak_memory(worker: Any, reset: bool) -> float:
+    """On the worker: GiB that were allocated at most since the last reset."""
+    import torch
+
+    peak = torch.cuda.max_memory_allocated() / GIB
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def filtered_share(worker: Any) -> dict[str, float]:
+    """On the worker: share of the global channels, of all layers together."""
+    from vllm_longmamba.models import long_mixers
+
+    mixers = long_mixers(worker.model_runner.model)
+    is_global = [(mixer.dt_threshold[1] > 0).float().mean().item() for mixer in mixers]
+    return {"global_channels": sum(is_global) / len(is_global)}
+
+
+def start_profile(worker: Any) -> None:
+    """On the worker: record the kernels from now on."""
+    import torch
+
+    worker.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    worker.profile.__enter__()
+
+
+def stop_profile(worker: Any, rows: int) -> str:
+    """On the worker: the kernels with the most time, as text."""
+    worker.profile.__exit__(None, None, None)
+    events = sorted(worker.profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    lines = [f"{total / 1e3:10.2f} ms in all"]
+    for event in events[:rows]:
+        share = event.self_device_time_total / total
+        lines.append(f"{event.self_device_time_total / 1e3:10.2f} ms {share:6.1%} {event.count:6} x {event.key[:90]}")
+    return "\n".join(lines)
