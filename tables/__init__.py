@@ -6,12 +6,14 @@ Knows neither vLLM nor the kernels: torch, numpy, safetensors and the standard l
 from .calibrate import LayerCalibration, merge_channel_shards
 from .metadata import FORMAT_VERSION, TableMetadata
 from .row_lengths import default_row_lengths
-from .storage import TableError, load_table, read_metadata, save_table
+from .stability import LayerStability, table_stability
+from .storage import TableError, load_table, read_metadata, save_table, table_from_bytes, table_to_bytes
 from .table import LayerThresholds, ThresholdTable
 
 __all__ = [
     "FORMAT_VERSION",
     "LayerCalibration",
+    "LayerStability",
     "LayerThresholds",
     "TableError",
     "TableMetadata",
@@ -21,4 +23,7 @@ __all__ = [
     "merge_channel_shards",
     "read_metadata",
     "save_table",
+    "table_from_bytes",
+    "table_stability",
+    "table_to_bytes",
 ]

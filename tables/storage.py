@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from .metadata import FORMAT_VERSION, TableMetadata
 from .packing import pack_thresholds, unpack_thresholds
@@ -46,7 +46,7 @@ def save_table(table: ThresholdTable, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written; nothing is left behind.
     """
     target = Path(path)
-    content = _to_bytes(table)
+    content = table_to_bytes(table)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         # Not tempfile: it would hide the table from other users (mode 0600).
@@ -69,7 +69,26 @@ def load_table(path: str | os.PathLike[str]) -> ThresholdTable:
         TableError: no file, no table, a damaged one, or one of another format version.
     """
     target = Path(path)
-    metadata, tensors = _read(target, with_tensors=True)
+    return _assemble(str(target), *_read(target, with_tensors=True))
+
+
+def table_from_bytes(content: bytes) -> ThresholdTable:
+    """Reads a table from what `table_to_bytes` returned: the same that `load_table` reads from a file.
+
+    Raises:
+        TableError: no table, a damaged one, or one of another format version.
+    """
+    place = "in memory"
+    try:
+        tensors = load(content)
+        # The header of a safetensors file: its length in 8 bytes, then JSON.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__")
+    except SafetensorError as error:
+        raise _error(place, f"this is no safetensors file, or a truncated one ({error})") from error
+    return _assemble(place, _metadata_from(place, header), tensors)
+
+
+def _assemble(place: str, metadata: TableMetadata, tensors: dict[str, np.ndarray]) -> ThresholdTable:
     try:
         row_lengths = _take(tensors, "longmamba.row_lengths")
         layers: dict[int, LayerThresholds] = {}
@@ -79,7 +98,7 @@ def load_table(path: str | os.PathLike[str]) -> ThresholdTable:
             raise ValueError(f"tensors {sorted(tensors)} are unknown or lack their layer's retention")
         return ThresholdTable(metadata=metadata, row_lengths=row_lengths, layers=layers)
     except (TypeError, ValueError) as error:
-        raise _error(target, f"the contents do not fit together ({error})", metadata.model_id) from error
+        raise _error(place, f"the contents do not fit together ({error})", metadata.model_id) from error
 
 
 def read_metadata(path: str | os.PathLike[str]) -> TableMetadata:
@@ -91,11 +110,12 @@ def read_metadata(path: str | os.PathLike[str]) -> TableMetadata:
     return _read(Path(path), with_tensors=False)[0]
 
 
-def _error(path: Path, problem: str, model_id: str = "MODEL") -> TableError:
-    return TableError(f"threshold table {path}: {problem}; make a new one with `longmamba calibrate {model_id}`")
+def _error(place: Path | str, problem: str, model_id: str = "MODEL") -> TableError:
+    return TableError(f"threshold table {place}: {problem}; make a new one with `longmamba calibrate {model_id}`")
 
 
-def _to_bytes(table: ThresholdTable) -> bytes:
+def table_to_bytes(table: ThresholdTable) -> bytes:
+    """Returns the content of the file that `save_table` writes; the same table always gives the same bytes."""
     metadata = {_METADATA_KEY: json.dumps(asdict(table.metadata), sort_keys=True, allow_nan=False)}
     tensors: dict[str, np.ndarray] = {"longmamba.row_lengths": table.row_lengths}
     raw: dict[str, np.ndarray] = {}
@@ -125,7 +145,7 @@ def _read(path: Path, with_tensors: bool) -> tuple[TableMetadata, dict[str, np.n
         raise _error(path, f"this is no safetensors file, or a truncated one ({error})") from error
 
 
-def _metadata_from(path: Path, header: dict[str, str] | None) -> TableMetadata:
+def _metadata_from(path: Path | str, header: dict[str, str] | None) -> TableMetadata:
     text = (header or {}).get(_METADATA_KEY)
     if text is None:
         raise _error(path, f"this safetensors file is no threshold table (metadata {_METADATA_KEY!r} is missing)")

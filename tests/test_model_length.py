@@ -82,14 +82,15 @@ def test_set_default_length_with_scaled_rotary_embedding() -> None:
 @pytest.mark.parametrize(
     ("config", "option", "expected"),
     [
-        ({"model_type": "mamba"}, None, 2048),
-        ({"model_type": "mamba2"}, None, 2048),
+        ({"model_type": "mamba", "vocab_size": 50280}, None, 2048),
+        ({"model_type": "mamba2", "vocab_size": 50288}, None, 2048),
+        ({"model_type": "mamba", "vocab_size": 50277}, None, 2048),
         ({"model_type": "falcon_mamba"}, None, 8192),
-        ({"model_type": "mamba"}, 512, 512),
+        ({"model_type": "mamba", "vocab_size": 50280}, 512, 512),
         ({"model_type": "zamba2", "max_position_embeddings": 4096}, None, 4096),
         ({"model_type": "zamba2", "max_position_embeddings": 4096}, 100, 100),
     ],
-    ids=["mamba", "mamba2", "falcon", "option", "config", "option-before-config"],
+    ids=["mamba", "mamba2", "mamba-unpadded", "falcon", "option", "config", "option-before-config"],
 )
 def test_train_length(config: dict[str, Any], option: int | None, expected: int) -> None:
     assert train_length(SimpleNamespace(**config), LongMambaOptions(train_length=option)) == expected
@@ -102,6 +103,23 @@ def test_train_length_survives_a_longer_context() -> None:
     assert train_length(config.hf_text_config, LongMambaOptions()) == 4096
 
 
-def test_train_length_unknown() -> None:
-    with pytest.raises(ValueError, match=r"nobody knows the training length of a 'new' model; give it as train_length"):
-        train_length(SimpleNamespace(model_type="new"), LongMambaOptions())
+@pytest.mark.parametrize(
+    "config",
+    [{"model_type": "new"}, {"model_type": "mamba", "vocab_size": 65024}, {"model_type": "mamba2", "vocab_size": 264}],
+    ids=["another-family", "mamba-of-others", "example"],
+)
+def test_train_length_unknown(config: dict[str, Any]) -> None:
+    message = rf"the training length of this '{config['model_type']}' model is not known"
+    with pytest.raises(ValueError, match=message) as error:
+        train_length(SimpleNamespace(**config), LongMambaOptions())
+    assert """--additional-config '{"longmamba": {"train_length": N}}'""" in str(error.value)
+    assert "`longmamba calibrate MODEL --train-length N`" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("Zamba2Config", 4096), ("JambaConfig", 262144), ("FalconMambaConfig", 8192)]
+)
+def test_train_length_of_published_configs(name: str, expected: int) -> None:
+    import transformers
+
+    assert train_length(getattr(transformers, name)(), LongMambaOptions()) == expected

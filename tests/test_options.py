@@ -17,8 +17,22 @@ from vllm_longmamba.options import KEY, LongMambaOptions, options_from_config
         ({KEY: {"filter": False}}, LongMambaOptions(filter=False)),
         ({KEY: {"table": "t.safetensors", "train_length": 512}}, LongMambaOptions("t.safetensors", None, 512)),
         ({KEY: {"min_retention": 1e-30, "table": None}}, LongMambaOptions(min_retention=1e-30)),
+        ({KEY: {"calibrate": False}}, LongMambaOptions(calibrate=False)),
+        ({KEY: {"calibrate": "off"}}, LongMambaOptions(calibrate=False)),
+        ({KEY: {"calibrate": "on", "calibration_text": "a.txt"}}, LongMambaOptions(calibration_text="a.txt")),
     ],
-    ids=["none", "empty", "another-plugin", "all-defaults", "filter", "table-and-length", "min-retention"],
+    ids=[
+        "none",
+        "empty",
+        "another-plugin",
+        "all-defaults",
+        "filter",
+        "table-and-length",
+        "min-retention",
+        "no",
+        "off",
+        "on",
+    ],
 )
 def test_options_from_config(additional_config: Any, expected: LongMambaOptions) -> None:
     assert options_from_config(additional_config) == expected
@@ -27,7 +41,10 @@ def test_options_from_config(additional_config: Any, expected: LongMambaOptions)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"tabel": "x"}, r"unknown option tabel; known are table, min_retention, train_length, filter"),
+        (
+            {"tabel": "x"},
+            r"unknown option tabel; known are table, min_retention, train_length, filter, calibrate, cali",
+        ),
         ({"b": 1, "a": 2}, r"unknown option a, b; known are"),
         ({3: 1}, r"unknown option 3; known are"),
         (["table"], r"must be a mapping of options, but is \['table'\]"),
@@ -44,6 +61,10 @@ def test_options_from_config(additional_config: Any, expected: LongMambaOptions)
         ({"filter": "false"}, r"filter must be true or false, but is 'false'"),
         ({"filter": None}, r"filter must be true or false, but is None"),
         ({"filter": 0}, r"filter must be true or false, but is 0"),
+        ({"calibrate": "no"}, r'calibrate must be true or false \("on" or "off"\), but is \'no\''),
+        ({"calibrate": None}, r"calibrate must be true or false .*, but is None"),
+        ({"calibrate": 1}, r"calibrate must be true or false .*, but is 1"),
+        ({"calibration_text": 3}, r"calibration_text must be the path of a \.txt, \.jsonl or \.parquet file, but is 3"),
     ],
 )
 def test_options_from_config_refuses(given: Any, message: str) -> None:
@@ -53,5 +74,5 @@ def test_options_from_config_refuses(given: Any, message: str) -> None:
 
 
 def test_to_dict_is_read_back() -> None:
-    options = LongMambaOptions("t.safetensors", 1e-3, 2048, filter=False)
+    options = LongMambaOptions("t.safetensors", 1e-3, 2048, filter=False, calibrate=False, calibration_text="t")
     assert options_from_config({KEY: options.to_dict()}) == options

@@ -1,5 +1,6 @@
 """Tests of vllm_longmamba/table_lookup.py."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from vllm_longmamba.table_lookup import (
     cached_table_path,
     find_table,
     locate_weights,
+    search_table,
     weight_patterns,
 )
 from vllm_longmamba.tables import TableError
@@ -89,8 +91,34 @@ def test_find_table_without_any(place: Callable[[str], Path], weights: Weights) 
         find_table("org/model", weights, LongMambaOptions())
     message = str(error.value)
     assert str(place("cache").parent) in message
-    assert "longmamba calibrate org/model --text FILE" in message
+    assert "make one with `longmamba calibrate org/model`" in message
+    assert search_table(weights, LongMambaOptions()) is None
     assert """--additional-config '{"longmamba": {"filter": false}}'""" in message
+
+
+def test_find_table_takes_what_an_engine_made(place: Callable[[str], Path], weights: Weights) -> None:
+    """For the tools; an engine looks for the table of its own settings."""
+    folder = place("cache").parent
+    made = [folder / f"{weights.fingerprint[:32]}-{key}.safetensors" for key in ("aa", "bb", "cc")]
+    for path in made:
+        write_small_table(path, weights_fingerprint=weights.fingerprint)
+    os.utime(made[0], (2_000_000_000, 2_000_000_000))
+    made[2].write_bytes(b"broken")
+    os.utime(made[2], (2_100_000_000, 2_100_000_000))
+    assert search_table(weights, LongMambaOptions()) is None
+    assert find_table("org/model", weights, LongMambaOptions()) == made[0]
+    write_small_table(place("cache"), weights_fingerprint=weights.fingerprint)
+    assert find_table("org/model", weights, LongMambaOptions()) == place("cache")
+
+
+def test_search_table_of_a_quantized_model(place: Callable[[str], Path], weights: Weights) -> None:
+    write_small_table(place("cache"), weights_fingerprint=weights.fingerprint)
+    assert search_table(weights, LongMambaOptions(), "fp8") is None
+    own = cached_table_path(weights.fingerprint, "fp8")
+    assert own.name == f"{weights.fingerprint[:32]}-fp8.safetensors"
+    write_small_table(own, weights_fingerprint=weights.fingerprint)
+    assert search_table(weights, LongMambaOptions(), "fp8") == own
+    assert search_table(weights, LongMambaOptions()) == place("cache")
 
 
 @pytest.mark.parametrize("name", ["option", "beside"])

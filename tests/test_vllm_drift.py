@@ -45,6 +45,12 @@ SYMBOLS = [
     ("vllm.distributed.parallel_state:get_tensor_model_parallel_rank", "models.py, calibration_worker.py"),
     ("vllm.distributed.parallel_state:get_tensor_model_parallel_world_size", "models.py"),
     ("vllm.distributed.parallel_state:get_world_group", "calibration_worker.py"),
+    ("vllm.v1.worker.gpu_worker:Worker.get_model", "calibration_worker.py"),
+    ("vllm.config:SchedulerConfig.get_scheduler_cls", "calibrate_at_start.py"),
+    ("vllm.v1.core.sched.scheduler:Scheduler.has_requests", "calibrate_at_start.py"),
+    ("vllm.v1.core.sched.scheduler:Scheduler.has_unfinished_requests", "calibrate_at_start.py"),
+    ("vllm.v1.core.sched.scheduler:Scheduler.shutdown", "calibrate_at_start.py"),
+    ("vllm.config:ModelConfig.is_moe", "calibrate_at_start.py"),
     ("vllm.forward_context:get_forward_context", "mixers.py"),
     ("vllm.model_executor.layers.mamba.mamba_utils:is_conv_state_dim_first", "mixers.py"),
     (f"{MIXER1}._ssm_transform", "mixers.py"),
@@ -116,6 +122,27 @@ SIGNATURES = [
         "mixers.py",
     ),
     ("vllm.utils.torch_utils:async_tensor_h2d", "data device dtype", "metadata.py"),
+    ("vllm.utils.torch_utils:set_random_seed", "seed", "calibration_worker.py"),
+    ("vllm.v1.request:Request.__init__", "self request_id prompt_token_ids sampling_params", "calibrate_at_start.py"),
+    ("vllm.v1.core.sched.scheduler:Scheduler.schedule", "self", "calibrate_at_start.py"),
+    (
+        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+        "self scheduler_output model_runner_output",
+        "calibrate_at_start.py",
+    ),
+    (
+        "vllm.v1.core.kv_cache_utils:resolve_kv_cache_block_sizes",
+        "kv_cache_config vllm_config",
+        "calibrate_at_start.py",
+    ),
+    (
+        "vllm.v1.core.kv_cache_utils:get_request_block_hasher",
+        "hash_block_size caching_hash_fn",
+        "calibrate_at_start.py",
+    ),
+    ("vllm.v1.core.kv_cache_utils:init_none_hash", "hash_fn", "calibrate_at_start.py"),
+    ("vllm.v1.structured_output:StructuredOutputManager.__init__", "self vllm_config", "calibrate_at_start.py"),
+    ("vllm.tokenizers:cached_tokenizer_from_config", "model_config", "calibrate_at_start.py"),
     (
         "vllm.model_executor.model_loader.default_loader:DefaultModelLoader._prepare_weights",
         "self model_name_or_path subfolder revision fall_back_to_pt allow_patterns_overrides",
@@ -142,6 +169,13 @@ KEYWORDS = [
     ("vllm.model_executor.layers.mamba.ops.causal_conv1d:causal_conv1d_fn", "metadata", "mixers.py"),
     ("vllm.model_executor.layers.mamba.ops.ssu_dispatch:selective_state_update", "out", "mixers.py"),
     (f"{STATE}.prepare_attn", "for_capture", "model_state.py"),
+    (
+        "vllm.v1.core.sched.scheduler:Scheduler.__init__",
+        "vllm_config kv_cache_config structured_output_manager block_size hash_block_size",
+        "calibrate_at_start.py",
+    ),
+    ("vllm.v1.request:Request.__init__", "block_hasher", "calibrate_at_start.py"),
+    ("vllm.v1.executor:Executor.collective_rpc", "method args", "calibrate_at_start.py"),
 ]
 
 # Fields of vLLM's dataclasses and structs: (module:class, fields, used by).
@@ -192,6 +226,13 @@ FIELDS = [
     ),
     ("vllm.v1.engine:EngineCoreRequest", "prompt_token_ids prompt_embeds cache_salt", "prefix_cache.py"),
     ("vllm.engine.arg_utils:EngineArgs", "worker_extension_cls model_impl additional_config", "calibrate.py"),
+    ("vllm:SamplingParams", "max_tokens temperature skip_reading_prefix_cache", "calibrate_at_start.py"),
+    ("vllm.config:VllmConfig", "kv_events_config kv_transfer_config parallel_config", "calibrate_at_start.py"),
+    (
+        "vllm.config:ParallelConfig",
+        "data_parallel_size distributed_executor_backend",
+        "calibrate_at_start.py",
+    ),
 ]
 
 # What a function must still do, looked up in its source: (module:name, pattern, what the plugin counts on, used by).
@@ -334,6 +375,25 @@ SOURCES = [
         "model_length.py",
     ),
     ("vllm.v1.engine.core:EngineCore.__init__", r"self\.vllm_config = ", "the core knows the options", "patches.py"),
+    (
+        "vllm.v1.engine.core:EngineCore.__init__",
+        r"load_general_plugins\(\)[\s\S]*self\._initialize_kv_caches\(vllm_config\)",
+        "the cache is set up after the plugins are loaded, and before requests are taken",
+        "patches.py",
+    ),
+    (
+        "vllm.v1.engine.core:EngineCore._initialize_kv_caches",
+        r"self\.model_executor\.compile_or_warm_up_model\(\)[\s\S]*return scheduler_kv_cache_config",
+        "the model can run when the method returns, which gives the scheduler's view of the cache",
+        "patches.py",
+    ),
+    (
+        "vllm.v1.engine.core:EngineCore.step",
+        r"model_output = future\.result\(\)\s+if model_output is None:\s+"
+        r"model_output = self\.model_executor\.sample_tokens\(grammar_output\)",
+        "a step: schedule, execute, sample, update",
+        "calibrate_at_start.py",
+    ),
     (
         "vllm.config:VllmConfig.try_verify_and_update_config",
         r"MODELS_CONFIG_MAP\.get\(architecture",

@@ -1,16 +1,17 @@
 """Makes a model's threshold table: real text through the real vLLM model, without the filter."""
 
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
 
 from vllm_longmamba import __version__
-from vllm_longmamba.architectures import MODEL_IMPL, is_mamba1
+from vllm_longmamba.architectures import MODEL_IMPL
+from vllm_longmamba.calibration_plan import default_clamp_percent
+from vllm_longmamba.calibration_text import Corpus, read_corpus
 from vllm_longmamba.model_length import DEFAULT_MAX_MODEL_LEN, train_length
 from vllm_longmamba.options import KEY, LongMambaOptions
 from vllm_longmamba.tables import TableMetadata, ThresholdTable, default_row_lengths
@@ -42,19 +43,21 @@ class CalibrationSettings:
 
 def calibrate(
     model: str,
-    texts: list[Path],
+    texts: list[Path] | None = None,
     settings: CalibrationSettings | None = None,
     *,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    text_column: str = "text",
     **engine_args: Any,
 ) -> ThresholdTable:
     """Calibrate a model on text.
 
     Args:
         model: name or folder, as for `vllm serve`.
-        texts: plain text files (UTF-8).
+        texts: files of plain text (UTF-8), .jsonl or .parquet; by default the sample that comes with the package.
         settings: see `CalibrationSettings`.
         progress: wraps the iteration over the sequences, for a progress bar.
+        text_column: the field or column of .jsonl and .parquet files that holds the text.
         engine_args: further arguments of vLLM's `LLM`, such as `tensor_parallel_size`.
 
     Returns:
@@ -63,10 +66,36 @@ def calibrate(
     Raises:
         ValueError: too little text, or an unknown training length.
     """
-    from vllm import LLM, SamplingParams
+    arguments = {"progress": progress, "text_column": text_column, **engine_args}
+    return next(calibrate_groups(1, model, texts, settings, **arguments))
+
+
+def calibrate_groups(
+    groups: int,
+    model: str,
+    texts: list[Path] | None = None,
+    settings: CalibrationSettings | None = None,
+    *,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    text_column: str = "text",
+    **engine_args: Any,
+) -> Iterator[ThresholdTable]:
+    """Calibrate a model several times, each time on other sequences, to see how far the tables agree.
+
+    Args:
+        groups: how many tables; their seeds count up from that of the settings.
+        model, texts, settings, progress, text_column, engine_args: as for `calibrate`.
+
+    Yields:
+        The tables; the first is the one that `calibrate` makes.
+
+    Raises:
+        ValueError: as for `calibrate`.
+    """
+    from vllm import LLM
 
     settings = settings or CalibrationSettings()
-    corpus = "".join(path.read_text(encoding="utf-8") for path in texts)
+    corpus = read_corpus(texts or [], text_column)
     length = _train_length(model, settings, engine_args)
     llm = LLM(
         model,
@@ -81,30 +110,65 @@ def calibrate(
         **engine_args,
     )
     config = llm.llm_engine.vllm_config
-    tokens = llm.get_tokenizer().encode(corpus, add_special_tokens=False)
-    sequences = choose_sequences(tokens, length, settings.num_sequences, settings.seed)
-    row_lengths = default_row_lengths(length, settings.max_length)
-    clamp_percent = settings.clamp_percent if settings.clamp_percent is not None else _default_clamp(config)
-    llm.collective_rpc("longmamba_start_calibration", args=(length, row_lengths.tolist(), clamp_percent))
-    once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-    for sequence in progress(sequences):
-        llm.generate({"prompt_token_ids": sequence}, once, use_tqdm=False)
+    texts_in_tokens = tokenize(llm.get_tokenizer(), corpus)
+    clamp_percent = settings.clamp_percent
+    if clamp_percent is None:
+        clamp_percent = default_clamp_percent(config.model_config.architecture)
     metadata = TableMetadata(
-        model_id=Path(model).name if Path(model).is_dir() else model,
+        model_id=model_name(model),
         weights_fingerprint=_fingerprint(config),
         train_length=length,
-        corpus=", ".join(f"{path.name} (blake3 {blake3(path.read_bytes()).hexdigest()[:16]})" for path in texts),
+        corpus=corpus.name,
         clamp_percent=clamp_percent,
         min_retention=settings.min_retention,
         num_sequences=settings.num_sequences,
         seed=settings.seed,
         tool_version=f"vllm_longmamba {__version__}",
     )
-    return ThresholdTable(metadata=metadata, row_lengths=row_lengths, layers=_collect_layers(llm))
+    row_lengths = default_row_lengths(length, settings.max_length)
+    for seed in range(settings.seed, settings.seed + groups):
+        sequences = draw_sequences(texts_in_tokens, length, settings.num_sequences, seed)
+        layers = _run(llm, progress(sequences), len(sequences), (length, row_lengths.tolist(), clamp_percent))
+        yield ThresholdTable(metadata=replace(metadata, seed=seed), row_lengths=row_lengths, layers=layers)
 
 
-def choose_sequences(tokens: list[int], length: int, number: int, seed: int) -> list[list[int]]:
-    """Choose calibration sequences: windows of the text that do not overlap, drawn without replacement.
+def model_name(model: str) -> str:
+    """What a table's metadata call a model: its name, or that of its folder."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def tokenize(tokenizer: Any, corpus: Corpus) -> list[list[int]]:
+    """The tokens of each text, without special tokens."""
+    return [tokenizer.encode(text, add_special_tokens=False) for text in corpus.texts]
+
+
+def draw_sequences(texts: Sequence[list[int]], length: int, number: int, seed: int) -> list[list[int]]:
+    """Draw calibration sequences from all texts, from each in proportion to its length.
+
+    So every seed draws the same mixture of texts. Texts that are too short for that are joined.
+
+    Args:
+        texts: tokens of each text.
+        length, number, seed: see `choose_sequences`.
+
+    Raises:
+        ValueError: as `choose_sequences`, for all texts together.
+    """
+    windows = np.array([len(tokens) // length for tokens in texts])
+    if len(texts) == 1 or windows.sum() < number:
+        return choose_sequences([token for tokens in texts for token in tokens], length, number, seed)
+    shares = windows * number / windows.sum()
+    counts = np.floor(shares).astype(int)
+    # What is left over goes to the largest remainders, the first of equal ones.
+    counts[np.argsort(counts - shares, kind="stable")[: number - counts.sum()]] += 1
+    drawn = [
+        choose_sequences(texts[place], length, count, [seed, place]) for place, count in enumerate(counts.tolist())
+    ]
+    return [sequence for sequences in drawn for sequence in sequences]
+
+
+def choose_sequences(tokens: list[int], length: int, number: int, seed: int | list[int]) -> list[list[int]]:
+    """Choose sequences of one text: windows that do not overlap, drawn without replacement.
 
     Args:
         tokens: the text.
@@ -119,7 +183,8 @@ def choose_sequences(tokens: list[int], length: int, number: int, seed: int) -> 
     if windows < number:
         raise ValueError(
             f"calibration takes {number} sequences of {length} tokens, {number * length} in all, but the text has only "
-            f"{len(tokens)} tokens; give more text (--text may be repeated) or fewer --sequences"
+            f"{len(tokens)} tokens; give more text (--text may be repeated; for an engine that calibrates itself, "
+            "the option calibration_text) or fewer --sequences"
         )
     chosen = np.random.default_rng(seed).choice(windows, size=number, replace=False)
     return [tokens[start * length : (start + 1) * length] for start in chosen.tolist()]
@@ -137,19 +202,21 @@ def _train_length(model: str, settings: CalibrationSettings, engine_args: dict[s
     return train_length(config.get_text_config(), LongMambaOptions())
 
 
-def _default_clamp(vllm_config: Any) -> float:
-    return 20.0 if is_mamba1(vllm_config.model_config.architecture) else 5.0
-
-
 def _fingerprint(vllm_config: Any) -> str:
     from vllm_longmamba.table_lookup import locate_weights
 
     return locate_weights(vllm_config.model_config, vllm_config.load_config).fingerprint
 
 
-def _collect_layers(llm: Any) -> Any:
+def _run(llm: Any, sequences: Iterable[list[int]], number: int, recorder_args: tuple[Any, ...]) -> Any:
+    from vllm import SamplingParams
+
     from vllm_longmamba.calibration_worker import merge_shards
 
+    llm.collective_rpc("longmamba_start_calibration", args=recorder_args)
+    once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+    for sequence in sequences:
+        llm.generate({"prompt_token_ids": sequence}, once, use_tqdm=False)
     with tempfile.TemporaryDirectory(prefix="longmamba-") as folder:
-        llm.collective_rpc("longmamba_save_shard", args=(folder,))
+        llm.collective_rpc("longmamba_save_shard", args=(folder, number))
         return merge_shards(Path(folder))

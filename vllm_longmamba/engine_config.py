@@ -1,6 +1,8 @@
 """What `--model-impl longmamba` changes in vLLM's configuration, all of it before any weight is loaded."""
 
 import logging
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from vllm_longmamba.architectures import stock_name
@@ -62,13 +64,15 @@ class LongMambaModelConfig:
     def verify_and_update_config(cls, vllm_config: Any) -> None:
         """Check the options, find the threshold table and set defaults. Runs once, in the front-end process.
 
-        The path of the table found replaces the option `table`, so that every worker reads the same file.
+        The path of the table found replaces the option `table`, so that every worker reads the same file. Where none is
+        found, the plan is added by which the engine calibrates itself.
 
         Args:
             vllm_config: vLLM's configuration, changed in place.
 
         Raises:
-            ValueError: a wrong option, no table or a wrong table, or a feature that the filter does not support.
+            ValueError: a wrong option, a wrong table, none and no way to make one, or a feature that the filter does
+                not support.
         """
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -80,23 +84,59 @@ class LongMambaModelConfig:
             vllm_config.cache_config.mamba_ssm_cache_dtype = "float32"
         if options.filter:
             _refuse_unsupported(vllm_config)
-            table = _resolve_table(vllm_config, options)
-            vllm_config.additional_config = {
-                **vllm_config.additional_config,
-                KEY: {**options.to_dict(), "table": str(table)},
-            }
+            vllm_config.additional_config = {**vllm_config.additional_config, **_resolve_table(vllm_config, options)}
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         """Part of vLLM's hook interface; nothing to do here."""
 
 
-def _resolve_table(vllm_config: Any, options: Any) -> Any:
-    from vllm_longmamba.table_lookup import find_table, locate_weights
-    from vllm_longmamba.tables import load_table
+def _resolve_table(vllm_config: Any, options: Any) -> dict[str, Any]:
+    """The entries of the additional config that tell all processes where the thresholds come from."""
+    from vllm_longmamba.table_lookup import locate_weights, no_table, search_table
 
     model_config = vllm_config.model_config
-    path = find_table(model_config.model, locate_weights(model_config, vllm_config.load_config), options)
+    weights = locate_weights(model_config, vllm_config.load_config)
+    path = search_table(weights, options, model_config.quantization)
+    if path is not None:
+        _announce_table(path, model_config, options)
+        return {KEY: {**options.to_dict(), "table": str(path)}}
+    if not options.calibrate:
+        raise no_table(model_config.model, "the option calibrate is off")
+    return _plan_calibration(vllm_config, options, weights.fingerprint)
+
+
+def _plan_calibration(vllm_config: Any, options: Any, fingerprint: str) -> dict[str, Any]:
+    from vllm_longmamba.calibrate_at_start import calibration_obstacle
+    from vllm_longmamba.calibration_plan import PLAN_KEY, make_plan
+    from vllm_longmamba.table_lookup import no_table
+
+    plan = make_plan(vllm_config, options, fingerprint)
+    if not plan.can_filter(vllm_config.model_config.max_model_len):
+        logger.info(
+            "LongMamba: prompts of up to max_model_len %d tokens are within reach of the training length of %d: no "
+            "thresholds are needed, the plain model is served",
+            vllm_config.model_config.max_model_len,
+            plan.train_length,
+        )
+        return {KEY: {**options.to_dict(), "filter": False}}
+    obstacle = calibration_obstacle(vllm_config)
+    if obstacle is not None:
+        if plan.store is None or not Path(plan.store).is_file():
+            raise no_table(vllm_config.model_config.model, obstacle)
+        _announce_table(Path(plan.store), vllm_config.model_config, options)
+        return {KEY: {**options.to_dict(), "table": plan.store}}
+    logger.info(
+        "LongMamba: no threshold table for %s yet; the engine makes one at its start, or takes what it made at an "
+        "earlier one",
+        vllm_config.model_config.model,
+    )
+    return {KEY: options.to_dict(), PLAN_KEY: asdict(plan)}
+
+
+def _announce_table(path: Path, model_config: Any, options: Any) -> None:
+    from vllm_longmamba.tables import load_table
+
     table = load_table(path)
     logger.info(
         "LongMamba: thresholds from %s (training length %d, clamp %g %%, min_retention %g)",
@@ -115,7 +155,6 @@ def _resolve_table(vllm_config: Any, options: Any) -> Any:
             model_config.max_model_len,
             model_config.max_model_len,
         )
-    return path
 
 
 def _refuse_unsupported(vllm_config: Any) -> None:

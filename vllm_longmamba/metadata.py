@@ -22,12 +22,12 @@ from vllm_longmamba.prompt_filter import PromptFilter, StepRows, step_rows_from_
 
 @dataclass
 class FilterRows:
-    """Rows of the threshold table, on the device. A part is None where no token of it can be filtered.
+    """Rows of the threshold table, on the device. A part is None where the step has no such tokens.
 
     Attributes:
         decode: (num_decodes,) int32, the row of each decode token. Prompts can end in one: vLLM runs a last prompt
             chunk of one token through the decode path.
-        prefill_tokens: (num_prefill_tokens,) int32, the row of each prefill token.
+        prefill_tokens: (num_prefill_tokens,) int32, the row of each prefill token; for Mamba-2 on a CPU.
         prefill_rows: (num_prefills,) int32, the row of each sequence.
         prefill_prompt_tokens: (num_prefills,) int32, how many tokens of each sequence are prompt tokens.
         step: the same on the host.
@@ -84,12 +84,13 @@ class _FilterRowsBuilder:
     def _filter_rows(self, metadata: Any, step: StepRows) -> FilterRows:
         rows = FilterRows(decode=self._decode_rows(metadata, step), step=step)
         prefills = step[metadata.num_decodes : metadata.num_decodes + metadata.num_prefills]
-        if prefills.any():
-            self._set_prefill_rows(rows, prefills)
+        if metadata.num_prefills > 0:
+            # Also where all are 0: the kernels that filter are then compiled while the engine starts.
+            rows.prefill_rows = self._to_device(prefills.rows)
+            rows.prefill_prompt_tokens = self._to_device(prefills.prompt_tokens)
+            if prefills.any() and self._graph_rows.device.type == "cpu":
+                rows.prefill_tokens = self._to_device(prefills.per_token())
         return rows
-
-    def _set_prefill_rows(self, rows: FilterRows, prefills: StepRows) -> None:
-        raise NotImplementedError
 
     def _decode_rows(self, metadata: Any, step: StepRows) -> torch.Tensor | None:
         decode = step.rows[: metadata.num_decodes]
@@ -115,22 +116,15 @@ class _FilterRowsBuilder:
 
 
 class LongMamba1MetadataBuilder(_FilterRowsBuilder, Mamba1AttentionMetadataBuilder):  # type: ignore[misc]
-    """Builder for Mamba-1 layers, whose scan takes one row per sequence."""
+    """Builder for Mamba-1 layers."""
 
     metadata_cls = LongMamba1Metadata
 
-    def _set_prefill_rows(self, rows: FilterRows, prefills: StepRows) -> None:
-        rows.prefill_rows = self._to_device(prefills.rows)
-        rows.prefill_prompt_tokens = self._to_device(prefills.prompt_tokens)
-
 
 class LongMamba2MetadataBuilder(_FilterRowsBuilder, Mamba2AttentionMetadataBuilder):  # type: ignore[misc]
-    """Builder for Mamba-2 layers, whose filter takes one row per token."""
+    """Builder for Mamba-2 layers."""
 
     metadata_cls = LongMamba2Metadata
-
-    def _set_prefill_rows(self, rows: FilterRows, prefills: StepRows) -> None:
-        rows.prefill_tokens = self._to_device(prefills.per_token())
 
 
 class LongMamba1Backend(Mamba1AttentionBackend):  # type: ignore[misc]

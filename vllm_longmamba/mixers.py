@@ -1,17 +1,22 @@
-"""vLLM's Mamba mixers with the filter: prompt tokens with a dt up to the threshold leave a global channel alone."""
+"""vLLM's Mamba mixers with the filter: prompt tokens with a dt up to the threshold leave a global channel alone.
+
+What both mixers share, and Mamba-1's; Mamba-2's is in mixer2.py.
+"""
 
 from typing import Any, Protocol
 
 import torch
+from vllm.config import get_current_vllm_config
+from vllm.config.mamba import MambaBackendEnum
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
-from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from vllm.model_executor.layers.mamba.ops.ssu_dispatch import selective_state_update
 
-from vllm_longmamba.kernels import filter_dt_, filtered_scan
-from vllm_longmamba.metadata import FilterRows, LongMamba1Backend, LongMamba2Backend
+from vllm_longmamba.kernels import causal_conv1d, filter_dt_, filtered_scan, filtered_state_update
+from vllm_longmamba.metadata import FilterRows, LongMamba1Backend
 from vllm_longmamba.prompt_filter import PromptFilter
 
 
@@ -27,20 +32,35 @@ class LongMixer:
 
     Attributes:
         prompt_filter: the model's filter, None where the engine runs without it.
-        dt_threshold: (rows, channels) float32 on the device, this rank's channels of this layer; None likewise.
+        dt_threshold: (rows, channels) float32 on the device, this rank's channels of this layer; set with the filter.
         dt_recorder: set while the model is calibrated.
         layer_index: number of the model's layer, by which the threshold table knows it.
     """
 
     prompt_filter: PromptFilter | None = None
-    dt_threshold: torch.Tensor | None = None
+    dt_threshold: torch.Tensor
     dt_recorder: DtRecorder | None = None
     layer_index: int
     prefix: str
     A: torch.nn.Parameter
+    conv1d: Any
+    activation: str
+    kv_cache: tuple[torch.Tensor, ...]
+    register_buffer: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See vLLM's mixers."""
+        super().__init__(*args, **kwargs)
+        config = get_current_vllm_config()
+        # Another backend of the state update, or its random rounding, is the user's choice: vLLM then runs it.
+        self._updates_state = (
+            config.mamba_config.backend == MambaBackendEnum.TRITON
+            and not config.mamba_config.enable_stochastic_rounding
+            and config.num_speculative_tokens == 0
+        )
 
     def set_filter(self, prompt_filter: PromptFilter, tp_rank: int, tp_size: int) -> None:
-        """Put this layer's thresholds on the device of its parameters.
+        """Put this layer's thresholds on the device of its parameters; a second table of the same rows replaces them.
 
         Args:
             prompt_filter: the model's filter.
@@ -65,12 +85,52 @@ class LongMixer:
                 "make one with `longmamba calibrate`"
             )
         mine = thresholds[:, tp_rank * channels : (tp_rank + 1) * channels]
-        self.dt_threshold = mine.to(device=self.A.device, dtype=torch.float32).contiguous()
+        if self.prompt_filter is None:
+            # A buffer survives vLLM's sleep mode, and is no part of the checkpoint.
+            mine = mine.to(device=self.A.device, dtype=torch.float32).contiguous()
+            self.register_buffer("dt_threshold", mine, persistent=False)
+        else:
+            # In place: captured CUDA graphs read this tensor.
+            self.dt_threshold.copy_(mine)
         self.prompt_filter = prompt_filter
 
     def _record_dt(self, dt: torch.Tensor, dt_bias: torch.Tensor) -> None:
         if self.dt_recorder is not None:
             self.dt_recorder.record(self.layer_index, torch.nn.functional.softplus(dt.float() + dt_bias.float()))
+
+    def _convolve_prompts(self, x: torch.Tensor, metadata: Any, **filter_arguments: Any) -> torch.Tensor:
+        convolved: torch.Tensor = causal_conv1d(
+            x,
+            self._conv_weights(),
+            self.conv1d.bias,
+            self._conv_state(),
+            metadata.query_start_loc_p,
+            metadata.state_indices_tensor_p,
+            metadata.has_initial_states_p,
+            silu=self.activation in ("silu", "swish"),
+            **filter_arguments,
+        )
+        return convolved
+
+    def _convolve_decodes(self, x: torch.Tensor, metadata: Any) -> torch.Tensor:
+        convolved: torch.Tensor = causal_conv1d_update(
+            x,
+            self._conv_state(),
+            self._conv_weights(),
+            self.conv1d.bias,
+            self.activation,
+            conv_state_indices=metadata.state_indices_tensor_d,
+        )
+        return convolved
+
+    def _conv_weights(self) -> torch.Tensor:
+        weights: torch.Tensor = self.conv1d.weight.view(self.conv1d.weight.size(0), self.conv1d.weight.size(2))
+        return weights
+
+    def _conv_state(self) -> torch.Tensor:
+        state = self.kv_cache[0]
+        first: bool = is_conv_state_dim_first()
+        return state if first else state.transpose(-1, -2)
 
 
 class LongMambaMixer(LongMixer, MambaMixer):  # type: ignore[misc]
@@ -100,36 +160,37 @@ class LongMambaMixer(LongMixer, MambaMixer):  # type: ignore[misc]
             self._decode(x[:num_decodes], z[:num_decodes], metadata, rows, scanned[:num_decodes])
         if num_prefills > 0:
             self._prefill(x[num_decodes:], z[num_decodes:], metadata, rows, scanned[num_decodes:])
-        output[:tokens] = self.out_proj(scanned)[0]
+        self._project_out(scanned, output[:tokens])
         return None
 
+    def _project_out(self, scanned: torch.Tensor, output: torch.Tensor) -> None:
+        layer = self.out_proj
+        is_plain = type(layer) is RowParallelLinear and isinstance(layer.quant_method, UnquantizedLinearMethod)
+        if is_plain and layer.tp_size == 1 and layer.bias is None and scanned.is_cuda:
+            # The same product without a copy of the result.
+            torch.mm(scanned, layer.weight.t(), out=output)
+        else:
+            output.copy_(layer(scanned)[0])
+
     def _prefill(self, x: torch.Tensor, z: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor) -> None:
-        x = causal_conv1d_fn(
-            x.transpose(0, 1),
-            self._conv_weights(),
-            self.conv1d.bias,
-            activation=self.activation,
-            conv_states=self._conv_state(),
-            has_initial_state=metadata.has_initial_states_p,
-            cache_indices=metadata.state_indices_tensor_p,
-            query_start_loc=metadata.query_start_loc_p,
-            metadata=metadata,
-        ).transpose(0, 1)
+        if x.is_cuda:
+            x = self._convolve_prompts(x, metadata)
+        else:
+            x = causal_conv1d_fn(
+                x.transpose(0, 1),
+                self._conv_weights(),
+                self.conv1d.bias,
+                activation=self.activation,
+                conv_states=self._conv_state(),
+                has_initial_state=metadata.has_initial_states_p,
+                cache_indices=metadata.state_indices_tensor_p,
+                query_start_loc=metadata.query_start_loc_p,
+                metadata=metadata,
+            ).transpose(0, 1)
         dt, B, C = self._dt_B_C(x)
         self._record_dt(dt, self.dt_proj.bias)
-        self._scan(
-            x,
-            dt,
-            B,
-            C,
-            z,
-            metadata.query_start_loc_p,
-            metadata.state_indices_tensor_p,
-            metadata.has_initial_states_p,
-            rows.prefill_rows,
-            rows.prefill_prompt_tokens,
-            out,
-        )
+        where = (metadata.query_start_loc_p, metadata.state_indices_tensor_p, metadata.has_initial_states_p)
+        self._scan(x, dt, B, C, z, where, rows.prefill_rows, rows.prefill_prompt_tokens, out)
 
     def _scan(
         self,
@@ -138,9 +199,7 @@ class LongMambaMixer(LongMixer, MambaMixer):  # type: ignore[misc]
         B: torch.Tensor,
         C: torch.Tensor,
         z: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        state_indices: torch.Tensor,
-        has_initial_state: torch.Tensor,
+        where: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         seq_rows: torch.Tensor | None,
         seq_prompt_tokens: torch.Tensor | None,
         out: torch.Tensor,
@@ -151,13 +210,11 @@ class LongMambaMixer(LongMixer, MambaMixer):  # type: ignore[misc]
             self.A,
             B,
             C,
-            self.D.float(),
+            self.D,
             z,
-            self._time_proj_bias(),
+            self.dt_proj.bias,
             self.kv_cache[1],
-            query_start_loc,
-            state_indices,
-            has_initial_state,
+            *where,
             dt_threshold=self.dt_threshold if seq_rows is not None else None,
             seq_rows=seq_rows,
             seq_prompt_tokens=seq_prompt_tokens,
@@ -165,105 +222,38 @@ class LongMambaMixer(LongMixer, MambaMixer):  # type: ignore[misc]
         )
 
     def _decode(self, x: torch.Tensor, z: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor) -> None:
-        states = metadata.state_indices_tensor_d
-        x = causal_conv1d_update(
-            x, self._conv_state(), self._conv_weights(), self.conv1d.bias, self.activation, conv_state_indices=states
-        )
+        x = self._convolve_decodes(x, metadata)
         dt, B, C = self._dt_B_C(x)
+        states, state, dt_bias = metadata.state_indices_tensor_d, self.kv_cache[1], self.dt_proj.bias
+        threshold = self.dt_threshold if rows.decode is not None else None
         if x.device.type == "cpu":
-            self._decode_on_cpu(x, dt, B, C, z, states, rows.decode, out)
-            return
-        dt_bias = self._time_proj_bias()
-        if rows.decode is not None and self.dt_threshold is not None:
-            filter_dt_(dt, dt_bias, self.dt_threshold, rows.decode)
-        selective_state_update(
-            self.kv_cache[1],
-            x,
-            dt,
-            self.A,
-            B,
-            C,
-            self.D,
-            dt_bias,
-            z=z,
-            dt_softplus=True,
-            state_batch_indices=states,
-            dst_state_batch_indices=states,
-            out=out,
-        )
-
-    def _decode_on_cpu(
-        self,
-        x: torch.Tensor,
-        dt: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        z: torch.Tensor,
-        states: torch.Tensor,
-        decode_rows: torch.Tensor | None,
-        out: torch.Tensor,
-    ) -> None:
-        """Decode as sequences of one token: vLLM's CPU update is for Mamba-2's heads only."""
-        self._scan(
-            x,
-            dt,
-            B,
-            C,
-            z,
-            torch.arange(x.shape[0] + 1, dtype=torch.int32),
-            states.flatten(),
-            torch.ones(x.shape[0], dtype=torch.bool),
-            decode_rows,
-            (decode_rows > 0).int() if decode_rows is not None else None,
-            out,
-        )
+            # Sequences of one token: vLLM's CPU update is for Mamba-2's heads only.
+            starts = torch.arange(x.shape[0] + 1, dtype=torch.int32)
+            where = (starts, states.flatten(), torch.ones(x.shape[0], dtype=torch.bool))
+            prompt_tokens = (rows.decode > 0).int() if rows.decode is not None else None
+            self._scan(x, dt, B, C, z, where, rows.decode, prompt_tokens, out)
+        elif self._updates_state:
+            update = (state, x, dt, self.A, B, C, self.D, z, dt_bias, states[:, 0])
+            filtered_state_update(*update, dt_threshold=threshold, token_rows=rows.decode, out=out)
+        else:
+            if rows.decode is not None:
+                filter_dt_(dt, dt_bias, self.dt_threshold, rows.decode)
+            selective_state_update(
+                state,
+                x,
+                dt,
+                self.A,
+                B,
+                C,
+                self.D,
+                dt_bias.float(),
+                z=z,
+                dt_softplus=True,
+                state_batch_indices=states,
+                dst_state_batch_indices=states,
+                out=out,
+            )
 
     def _dt_B_C(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # noqa: N802
         dt, B, C = self._ssm_transform(x)
         return dt.transpose(-2, -1), B, C
-
-    def _conv_weights(self) -> torch.Tensor:
-        return self.conv1d.weight.view(self.conv1d.weight.size(0), self.conv1d.weight.size(2))  # type: ignore[no-any-return]
-
-    def _conv_state(self) -> torch.Tensor:
-        state: torch.Tensor = self.kv_cache[0]
-        return state if is_conv_state_dim_first() else state.transpose(-1, -2)
-
-
-class LongMambaMixer2(LongMixer, MambaMixer2):  # type: ignore[misc]
-    """Mamba-2 mixer that filters the raw dt in front of vLLM's own kernels: softplus(-inf) is exactly 0."""
-
-    def get_attn_backend(self) -> type[LongMamba2Backend]:
-        """See vLLM's `MambaBase`."""
-        return LongMamba2Backend
-
-    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
-        """See vLLM's `MambaBase`. On a CPU, prefills end at the blocks of the prefix cache, as they do for Mamba-1.
-
-        Elsewhere vLLM takes the state of a block's end from within a prefill, which its CPU scan does not return.
-        """
-        if self.A.device.type == "cpu":
-            return super(MambaMixer2, self).get_kv_cache_spec(vllm_config)
-        return super().get_kv_cache_spec(vllm_config)
-
-    def conv_ssm_forward(self, projected_states: torch.Tensor, output: torch.Tensor) -> Any:
-        """Filter, then run vLLM's convolution and SSM on a batch of decode tokens followed by prefill tokens.
-
-        Args:
-            projected_states: (tokens, gate + x + B + C + dt), whose last columns, the raw dt, are changed in place;
-                nothing reads them afterwards.
-            output: (tokens, d_inner), written in place.
-        """
-        metadata = (get_forward_context().attn_metadata or {}).get(self.prefix)
-        if metadata is not None:
-            decodes, tokens = metadata.num_decode_tokens, metadata.num_decode_tokens + metadata.num_prefill_tokens
-            dt = projected_states[:, -self.tped_dt_size :]
-            self._record_dt(dt[decodes:tokens], self.dt_bias)
-            if metadata.filter_rows is not None:
-                self._filter(dt[:decodes], metadata.filter_rows.decode)
-                self._filter(dt[decodes:tokens], metadata.filter_rows.prefill_tokens)
-        return super().conv_ssm_forward(projected_states, output)
-
-    def _filter(self, dt: torch.Tensor, token_rows: torch.Tensor | None) -> None:
-        if token_rows is not None and self.dt_threshold is not None:
-            filter_dt_(dt, self.dt_bias, self.dt_threshold, token_rows)

@@ -6,9 +6,15 @@ from vllm_longmamba.options import LongMambaOptions
 
 DEFAULT_MAX_MODEL_LEN = 131072
 
-# Training lengths of families whose config.json does not say it: arXiv 2312.00752 and 2405.21060 (2048 tokens),
-# arXiv 2410.05355 (Falcon Mamba: 8192).
-_TRAIN_LENGTHS = {"mamba": 2048, "mamba2": 2048, "falcon_mamba": 8192}
+# Pure Mamba models, whose config.json names no length.
+_PURE = ("mamba", "mamba2", "falcon_mamba")
+# The models of state-spaces were trained on 2048 tokens (arXiv 2312.00752, section E.2; 2405.21060). Others of the same
+# classes were not, such as lightonai/mambaoutai (vocabulary 65024) or fla-hub/mamba-2.7B-100B (32000). The vocabulary,
+# GPT-NeoX's 50277 tokens padded to a multiple of 8 or 16, tells them apart.
+_STATE_SPACES_LENGTH = 2048
+_STATE_SPACES_VOCABULARY = range(50277, 50289)
+# Its training went from 2048 to 8192 tokens (arXiv 2410.05355, section 3).
+_FALCON_MAMBA_LENGTH = 8192
 _LENGTH_IN_CONFIG = "longmamba_config_length"
 
 
@@ -35,7 +41,7 @@ def set_default_length(model_config: Any) -> None:
     target = longest if given is None else given
     _extend_positions(config, target)
     arch_config.derived_max_model_len_and_key = (max(longest, target), "longmamba")
-    if given is None and config.model_type not in _TRAIN_LENGTHS:
+    if given is None and config.model_type not in _PURE:
         model_config.max_model_len = -1
 
 
@@ -63,7 +69,8 @@ def train_length(config: Any, options: LongMambaOptions) -> int:
     """Tokens of the sequences a model was trained on (the paper's L).
 
     Args:
-        config: the model's transformers config.
+        config: the model's transformers config. A hybrid's `max_position_embeddings` counts, the context of its last
+            training stage (4096 in Zamba2, 262144 in Jamba, 131072 in the Granite 4 hybrids).
         options: `options.train_length` wins.
 
     Raises:
@@ -71,12 +78,17 @@ def train_length(config: Any, options: LongMambaOptions) -> int:
     """
     if options.train_length is not None:
         return options.train_length
-    if config.model_type in _TRAIN_LENGTHS:
-        return _TRAIN_LENGTHS[config.model_type]
+    vocabulary = getattr(config, "vocab_size", None)
+    if config.model_type in ("mamba", "mamba2") and vocabulary in _STATE_SPACES_VOCABULARY:
+        return _STATE_SPACES_LENGTH
+    if config.model_type == "falcon_mamba":
+        return _FALCON_MAMBA_LENGTH
     in_config = getattr(config, _LENGTH_IN_CONFIG, None) or getattr(config, "max_position_embeddings", None)
     if in_config is not None:
         return int(in_config)
     raise ValueError(
-        f"nobody knows the training length of a {config.model_type!r} model; give it as train_length "
-        "(--train-length of `longmamba calibrate`, or the option of that name)"
+        f"the training length of this {config.model_type!r} model is not known: its config names none, and with a "
+        f"vocabulary of {vocabulary} it is not one of state-spaces' ({_STATE_SPACES_LENGTH} tokens). Say how many "
+        """tokens it was trained on, --additional-config '{"longmamba": {"train_length": N}}' when serving, or """
+        "`longmamba calibrate MODEL --train-length N`"
     )

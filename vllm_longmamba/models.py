@@ -21,12 +21,14 @@ from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_longmamba.architectures import PREFIX, SUPPORTED, long_name, stock_name
-from vllm_longmamba.mixers import LongMambaMixer, LongMambaMixer2, LongMixer
+from vllm_longmamba.calibration_plan import plan_from_config
+from vllm_longmamba.mixer2 import LongMambaMixer2
+from vllm_longmamba.mixers import LongMambaMixer, LongMixer
 from vllm_longmamba.options import options_from_config
 from vllm_longmamba.patches import apply_patches
 from vllm_longmamba.prompt_filter import PromptFilter
 from vllm_longmamba.table_lookup import weight_patterns
-from vllm_longmamba.tables import load_table
+from vllm_longmamba.tables import ThresholdTable, load_table
 
 _MIXERS = {"MambaMixer": LongMambaMixer, "MambaMixer2": LongMambaMixer2}
 _ORIGINAL_NAMES = WeightsMapper(orig_to_new_prefix={"backbone.embedding.": "backbone.embeddings."})
@@ -48,9 +50,8 @@ class LongModel:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
         mixers = _number_mixers(self)
         options = options_from_config(vllm_config.additional_config)
-        if options.filter:
-            assert options.table is not None, "the front end resolves the table"
-            prompt_filter = PromptFilter(load_table(options.table), options.min_retention)
+        if options.filter and mixers:
+            prompt_filter = PromptFilter(_table(vllm_config, mixers), options.min_retention)
             for mixer in mixers:
                 mixer.set_filter(
                     prompt_filter, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
@@ -69,6 +70,17 @@ class LongModel:
         """Load weights as the stock class does; the tensors of a threshold table beside them are passed over."""
         own = ((name, tensor) for name, tensor in weights if not name.startswith(_TABLE_TENSORS))
         return super().load_weights(own)  # type: ignore[misc, no-any-return]
+
+
+def _table(vllm_config: Any, mixers: list[LongMixer]) -> ThresholdTable:
+    """The table that the front end found, or an empty one for that which the engine is going to make."""
+    options = options_from_config(vllm_config.additional_config)
+    if options.table is not None:
+        return load_table(options.table)
+    plan = plan_from_config(vllm_config.additional_config)
+    assert plan is not None, "the front end finds a table or plans one"
+    ranks = get_tensor_model_parallel_world_size()
+    return plan.empty_table({mixer.layer_index: mixer.A.shape[0] * ranks for mixer in mixers})
 
 
 def long_mixers(model: Any) -> list[LongMixer]:

@@ -5,6 +5,8 @@ from typing import Any
 
 KEY = "longmamba"
 
+_SWITCH = {"on": True, "off": False}
+
 
 @dataclass(frozen=True)
 class LongMambaOptions:
@@ -18,18 +20,28 @@ class LongMambaOptions:
         train_length: tokens of the sequences that the model was trained on (the paper's L). Needed where no table
             exists yet; a table carries its own, and a different value is an error.
         filter: False runs the plain model through the same engine, for comparison.
+        calibrate: whether the engine makes a table itself where it finds none; "on" and "off" are taken too. Without,
+            a missing table is an error.
+        calibration_text: path of the text (.txt, .jsonl or .parquet) that the engine then calibrates on. By default
+            the sample that comes with the package.
     """
 
     table: str | None = None
     min_retention: float | None = None
     train_length: int | None = None
     filter: bool = True
+    calibrate: bool = True
+    calibration_text: str | None = None
 
     def __post_init__(self) -> None:
         _check("table", self.table, str, "the path of a .safetensors file")
         _check("min_retention", self.min_retention, (int, float), "a number between 0 and 1")
         _check("train_length", self.train_length, int, "a positive number of tokens")
         _check("filter", self.filter, bool, "true or false")
+        if isinstance(self.calibrate, str) and self.calibrate in _SWITCH:
+            object.__setattr__(self, "calibrate", _SWITCH[self.calibrate])
+        _check("calibrate", self.calibrate, bool, 'true or false ("on" or "off")')
+        _check("calibration_text", self.calibration_text, str, "the path of a .txt, .jsonl or .parquet file")
         if self.min_retention is not None and not 0.0 < self.min_retention < 1.0:
             raise ValueError(_message("min_retention", "a number between 0 and 1", self.min_retention))
         if self.train_length is not None and self.train_length < 1:
@@ -65,7 +77,7 @@ def options_from_config(additional_config: Any) -> LongMambaOptions:
 
 
 def _check(name: str, value: Any, kind: Any, rule: str) -> None:
-    if value is None and name != "filter":
+    if value is None and kind is not bool:
         return
     # bool is an int in Python, but true is not a number of tokens.
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

@@ -141,13 +141,27 @@ def _expose_prompt_lengths(original: Callable[..., Any]) -> Callable[..., Any]:
     return _build_attention_metadata
 
 
+def _provide_table(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+        from vllm_longmamba.architectures import uses_longmamba
+
+        kv_cache_config = original(self, vllm_config)
+        if uses_longmamba(vllm_config.model_config):
+            from vllm_longmamba.calibrate_at_start import provide_table
+
+            self.longmamba_table = provide_table(self.model_executor, vllm_config, kv_cache_config)
+        return kv_cache_config
+
+    return _initialize_kv_caches
+
+
 def _salt_prefix_cache(original: Callable[..., Any]) -> Callable[..., Any]:
     def preprocess_add_request(self: Any, request: Any) -> Any:
         from vllm_longmamba.architectures import uses_longmamba
         from vllm_longmamba.prefix_cache import salt_request
 
         if uses_longmamba(self.vllm_config.model_config):
-            salt_request(self.vllm_config, request)
+            salt_request(self.vllm_config, request, self.longmamba_table)
         return original(self, request)
 
     return preprocess_add_request
@@ -211,6 +225,14 @@ PATCHES = (
         _expose_prompt_lengths,
         "model runner V1 passes prompt lengths on only for one kind of sliding-window attention (V2 has a public hook)",
         in_worker=True,
+    ),
+    Patch(
+        "vllm.v1.engine.core",
+        "EngineCore",
+        "_initialize_kv_caches",
+        ("self", "vllm_config"),
+        _provide_table,
+        "a model without a table is calibrated once it can run, before requests are taken: nothing is called there",
     ),
     Patch(
         "vllm.v1.engine.core",

@@ -16,17 +16,23 @@ from vllm_longmamba.tables import ThresholdTable, load_table
 _SALT = re.compile(r"longmamba:[0-9a-f]+:(?P<row>\d+)\|")
 
 
-def salt_request(vllm_config: Any, request: Any) -> None:
+def salt_request(vllm_config: Any, request: Any, made_at_start: ThresholdTable | None = None) -> None:
     """Add table and row to a request's cache salt, in place.
 
     Args:
         vllm_config: configuration of the engine.
         request: vLLM's `EngineCoreRequest`; its own salt, if any, is kept behind ours.
+        made_at_start: the table of an engine that calibrated itself; others have theirs in a file.
     """
     options = options_from_config(vllm_config.additional_config)
-    if not options.filter or not vllm_config.cache_config.enable_prefix_caching or options.table is None:
+    if not options.filter or not vllm_config.cache_config.enable_prefix_caching:
         return
-    table, digest = _table_and_digest(options.table, options.min_retention)
+    if made_at_start is not None:
+        table, digest = made_at_start, made_at_start.digest(options.min_retention)
+    elif options.table is not None:
+        table, digest = _table_and_digest(options.table, options.min_retention)
+    else:
+        return
     row = table.row_of(_prompt_length(request))
     request.cache_salt = f"longmamba:{digest}:{row}|{request.cache_salt or ''}"
 

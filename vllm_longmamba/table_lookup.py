@@ -1,4 +1,7 @@
-"""Finds the threshold table of a model: the option, then beside the weights, then shipped, then the user's cache."""
+"""Finds the threshold table of a model: the option, then beside the weights, then shipped, then the user's cache.
+
+Tables that engines made for themselves lie in the cache, too, under names of their own (see calibration_plan.py).
+"""
 
 import os
 from collections.abc import Iterator
@@ -17,30 +20,56 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm_longmamba"
 
 
-def cached_table_path(fingerprint: str) -> Path:
-    """Where the cache keeps the table of the weights with this fingerprint."""
-    return cache_folder() / f"{fingerprint[:32]}.safetensors"
+def cached_table_path(fingerprint: str, quantization: str | None = None) -> Path:
+    """Where the cache keeps the table that a user made of the weights with this fingerprint.
+
+    Args:
+        fingerprint: see `weights_fingerprint`.
+        quantization: what vLLM makes of the weights when it loads them; dt differs a little, so the table is another.
+    """
+    return cache_folder() / f"{'-'.join(filter(None, [fingerprint[:32], quantization]))}.safetensors"
 
 
 def find_table(model: str, weights: "Weights", options: LongMambaOptions) -> Path:
-    """The threshold table to use with a model.
+    """The table of a model for a tool that runs no engine: as `search_table`, or else the one an engine made last.
 
     Args:
         model: the model's name or folder, for messages.
         weights: the files of the model's weights.
-        options: `options.table` is taken as it is; without it the other places are searched.
-
-    Returns:
-        Path of a table whose format and fingerprint are right.
+        options: see `search_table`.
 
     Raises:
-        TableError: the named table is unreadable or belongs to other weights, or no table was found.
+        TableError: as `search_table`, or no table was found.
+    """
+    found = search_table(weights, options)
+    if found is not None:
+        return found
+    stored = cache_folder().glob(f"{weights.fingerprint[:32]}-*.safetensors")
+    made = [path for path in stored if _matches(path, weights.fingerprint)]
+    if not made:
+        raise no_table(model)
+    return max(made, key=lambda path: path.stat().st_mtime)
+
+
+def search_table(weights: "Weights", options: LongMambaOptions, quantization: str | None = None) -> Path | None:
+    """The threshold table to use with a model, those apart that engines make for themselves.
+
+    Args:
+        weights: the files of the model's weights.
+        options: `options.table` is taken as it is; without it the other places are searched.
+        quantization: vLLM's name of the model's quantization.
+
+    Returns:
+        Path of a table whose format and fingerprint are right, None where there is none.
+
+    Raises:
+        TableError: the named table, or the one beside the weights, is unreadable or belongs to other weights.
     """
     if options.table is not None:
         path = Path(options.table).expanduser()
         _check(path, weights.fingerprint, options)
         return path
-    for path in _candidates(weights):
+    for path in _candidates(weights, quantization):
         if path.parent == weights.folder:
             # A table beside the weights is meant for them: a wrong one is an error, not passed over.
             _check(path, weights.fingerprint, options)
@@ -48,9 +77,20 @@ def find_table(model: str, weights: "Weights", options: LongMambaOptions) -> Pat
         if _matches(path, weights.fingerprint):
             _check(path, weights.fingerprint, options)
             return path
-    raise TableError(
+    return None
+
+
+def no_table(model: str, obstacle: str | None = None) -> TableError:
+    """The error where a model has no table.
+
+    Args:
+        model: the model's name or folder.
+        obstacle: why an engine does not make one itself.
+    """
+    return TableError(
         f"no threshold table for {model!r} (looked beside the weights, among the shipped tables and in "
-        f"{cache_folder()}); make one with `longmamba calibrate {model} --text FILE`, or serve the plain model with "
+        f"{cache_folder()}){f', and the engine makes none: {obstacle}' if obstacle else ''}; make one with "
+        f"`longmamba calibrate {model}`, or serve the plain model with "
         """--additional-config '{"longmamba": {"filter": false}}'"""
     )
 
@@ -140,14 +180,14 @@ def weight_patterns(model_config: Any) -> list[str] | None:
     return ["*.bin"] if only_the_table else None
 
 
-def _candidates(weights: Weights) -> Iterator[Path]:
+def _candidates(weights: Weights, quantization: str | None) -> Iterator[Path]:
     if weights.folder is not None and (weights.folder / FILE_NAME).is_file():
         yield weights.folder / FILE_NAME
     import vllm_longmamba.tables.shipped as shipped
 
     for folder in shipped.__path__:
         yield from sorted(Path(folder).glob("*.safetensors"))
-    cached = cached_table_path(weights.fingerprint)
+    cached = cached_table_path(weights.fingerprint, quantization)
     if cached.is_file():
         yield cached
 

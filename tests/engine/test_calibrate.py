@@ -9,8 +9,14 @@ import torch
 from reference_lm import _read_weights, reference_dt
 from tiny_models import random_token_ids
 
-from vllm_longmamba.calibrate import CalibrationSettings, calibrate, choose_sequences
-from vllm_longmamba.tables import LayerCalibration, save_table
+from vllm_longmamba.calibrate import (
+    CalibrationSettings,
+    calibrate,
+    calibrate_groups,
+    choose_sequences,
+    draw_sequences,
+)
+from vllm_longmamba.tables import LayerCalibration, table_to_bytes
 
 from .harness import TRAIN_LENGTH
 
@@ -32,10 +38,10 @@ def test_calibrate(family: str, tiny_model: Callable[[str], Path], tmp_path: Pat
         return sequences
 
     table = calibrate(str(model), [text], settings, progress=progress, dtype="float32", gpu_memory_utilization=0.3)
-    again = calibrate(str(model), [text], settings, dtype="float32", gpu_memory_utilization=0.3)
-    save_table(table, tmp_path / "first")
-    save_table(again, tmp_path / "second")
-    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+    again, other = calibrate_groups(2, str(model), [text], settings, dtype="float32", gpu_memory_utilization=0.3)
+    assert table_to_bytes(again) == table_to_bytes(table)
+    assert (other.metadata.seed, other.row_lengths.tolist()) == (6, table.row_lengths.tolist())
+    assert other.digest() != table.digest()
 
     assert len(seen) == 3
     weights = _read_weights(model)
@@ -58,3 +64,21 @@ def test_choose_sequences() -> None:
     assert all(sequence == list(range(sequence[0], sequence[0] + 96)) for sequence in chosen)
     with pytest.raises(ValueError, match="5 sequences of 300 tokens, 1500 in all, but the text has only 1000"):
         choose_sequences(tokens, 300, 5, seed=0)
+
+
+def test_draw_sequences() -> None:
+    """From three texts of 20, 10 and 4 windows: 5 sequences are 3, 1 and 1 (shares of 2.9, 1.5, 0.6)."""
+    texts = [list(range(start, start + 96 * windows + 50)) for start, windows in ((0, 20), (10_000, 10), (20_000, 4))]
+    drawn = draw_sequences(texts, 96, 5, seed=0)
+    assert [sequence[0] // 10_000 for sequence in drawn] == [0, 0, 0, 1, 2]
+    assert all(sequence == list(range(sequence[0], sequence[0] + 96)) for sequence in drawn)
+    assert len({sequence[0] for sequence in drawn}) == 5
+    assert drawn == draw_sequences(texts, 96, 5, seed=0)
+    assert drawn != draw_sequences(texts, 96, 5, seed=1)
+    assert len(draw_sequences(texts, 96, 34, seed=0)) == 34
+    # One text, or texts without enough windows of their own, are a single one.
+    assert draw_sequences(texts[:1], 96, 5, seed=3) == choose_sequences(texts[0], 96, 5, seed=3)
+    joined = [token for text in texts for token in text]
+    assert draw_sequences(texts, 1700, 2, seed=3) == choose_sequences(joined, 1700, 2, seed=3)
+    with pytest.raises(ValueError, match="2 sequences of 2000 tokens, 4000 in all, but the text has only 3414"):
+        draw_sequences(texts, 2000, 2, seed=0)

@@ -40,20 +40,35 @@ def options(**given: Any) -> dict[str, Any]:
     return {"model_impl": "longmamba", "additional_config": {"longmamba": given}}
 
 
-def test_no_table(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("off", [False, "off"])
+def test_no_table(off: Any, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     model = tiny_model("mamba2")
-    message = refusal(model, **options())
+    message = refusal(model, **options(calibrate=off))
     assert f"no threshold table for {str(model)!r}" in message
     assert str(tmp_path / "cache" / "vllm_longmamba") in message
-    assert f"make one with `longmamba calibrate {model} --text FILE`" in message
+    assert "the engine makes none: the option calibrate is off" in message
+    assert f"make one with `longmamba calibrate {model}`" in message
     assert """--additional-config '{"longmamba": {"filter": false}}'""" in message
 
 
 def test_no_table_of_dummy_weights(tiny_model: Callable[[str], Path]) -> None:
-    """Weights that are not there cannot be calibrated either."""
-    message = refusal(tiny_model("mamba2"), **options(), load_format="dummy")
+    message = refusal(tiny_model("mamba2"), **options(calibrate=False), load_format="dummy")
     assert "no threshold table for" in message
     assert '{"longmamba": {"filter": false}}' in message
+
+
+def test_unknown_training_length(tiny_model: Callable[[str], Path]) -> None:
+    message = refusal(tiny_model("mamba2"), **options())
+    assert "the training length of this 'mamba2' model is not known" in message
+    assert """--additional-config '{"longmamba": {"train_length": N}}'""" in message
+
+
+def test_too_little_text(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("too short")
+    message = refusal(tiny_model("mamba2"), **options(train_length=96, calibration_text=str(text)))
+    assert "calibration takes 5 sequences of 96 tokens, but text.txt (blake3" in message
+    assert "has only 9 characters" in message
 
 
 def test_missing_table(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -111,12 +126,13 @@ def test_training_length_of_another_model(tiny_model: Callable[[str], Path], tin
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"tabel": "x"}, "unknown option tabel; known are table, min_retention, train_length, filter"),
+        ({"tabel": "x"}, "unknown option tabel; known are table, min_retention, train_length, filter, calibrate, cali"),
+        ({"calibrate": "maybe"}, """calibrate must be true or false ("on" or "off"), but is 'maybe'"""),
         ({"filter": "no"}, "filter must be true or false, but is 'no'"),
         ({"min_retention": 2}, "min_retention must be a number between 0 and 1, but is 2"),
         ({"table": 7}, "table must be the path of a .safetensors file, but is 7"),
     ],
-    ids=["unknown", "filter", "min_retention", "table"],
+    ids=["unknown", "calibrate", "filter", "min_retention", "table"],
 )
 def test_options(given: dict[str, Any], expected: str, tiny_model: Callable[[str], Path]) -> None:
     assert f"additional_config['longmamba']: {expected}" in refusal(tiny_model("mamba2"), **options(**given))

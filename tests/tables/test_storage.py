@@ -17,12 +17,15 @@ from safetensors.numpy import load_file
 from vllm_longmamba.tables import (
     LayerCalibration,
     LayerThresholds,
+    TableError,
     ThresholdTable,
     default_row_lengths,
     load_table,
     read_metadata,
     save_table,
     storage,
+    table_from_bytes,
+    table_to_bytes,
 )
 
 MakeTable = Callable[..., ThresholdTable]
@@ -185,3 +188,30 @@ def test_read_metadata(make_table: MakeTable, tmp_path: Path) -> None:
     table = make_table(model_id="another/model", clamp_percent=20)
     save_table(table, tmp_path / "table")
     assert read_metadata(str(tmp_path / "table")) == table.metadata
+
+
+def test_table_to_bytes_is_what_the_file_holds(make_table: MakeTable, tmp_path: Path) -> None:
+    table = make_table(layers=(1, 0))
+    save_table(table, tmp_path / "table")
+    content = table_to_bytes(table)
+    assert content == (tmp_path / "table").read_bytes()
+    _assert_same(table_from_bytes(content), table)
+
+
+def test_table_from_bytes_of_packed_thresholds(make_table: MakeTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "RAW_LIMIT", 10)
+    table = make_table()
+    read = table_from_bytes(table_to_bytes(table))
+    for layer, thresholds in table.layers.items():
+        assert not torch.equal(read.layers[layer].dt_threshold, thresholds.dt_threshold)
+        np.testing.assert_allclose(read.layers[layer].dt_threshold, thresholds.dt_threshold, rtol=1e-3)
+    # What has been stored once no longer changes.
+    assert table_from_bytes(table_to_bytes(read)).digest() == read.digest()
+
+
+@pytest.mark.parametrize("damage", ["short", "other", "tensors"])
+def test_table_from_bytes_refuses(damage: str, make_table: MakeTable) -> None:
+    content = table_to_bytes(make_table())
+    damaged = {"short": content[:50], "other": b"hello, world", "tensors": content[:-8]}[damage]
+    with pytest.raises(TableError, match=r"threshold table in memory: this is no safetensors file"):
+        table_from_bytes(damaged)

@@ -1,6 +1,6 @@
 """The `longmamba calibrate` command."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +15,28 @@ console = Console(stderr=True)
 
 def calibrate(
     model: Annotated[str, typer.Argument(help="Name or folder of the model, as for vllm serve.")],
-    text: Annotated[list[Path], typer.Option(exists=True, dir_okay=False, help="Text to calibrate on; repeatable.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Text to calibrate on: plain text (UTF-8), .jsonl or .parquet; repeatable. "
+            "[default: the sample that comes with the package]",
+        ),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Field or column of .jsonl and .parquet files.")] = "text",
     output: Annotated[
         Path | None,
         typer.Option(help="Table to write. By default it goes to your cache, where the next vllm serve finds it."),
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Number of calibration sequences.")] = 5,
+    groups: Annotated[
+        int, typer.Option(min=1, help="Calibrate so often, each time on other sequences, and tell how far they agree.")
+    ] = 1,
+    groups_output: Annotated[
+        Path | None,
+        typer.Option(help="File (.npz) for mean and standard deviation of every threshold over the groups."),
+    ] = None,
     clamp_percent: Annotated[
         float | None,
         typer.Option(min=0, max=99.9, help="Per cent of the largest dt's to clamp. [default: 20; Mamba-2: 5]"),
@@ -34,35 +50,78 @@ def calibrate(
     max_length: Annotated[
         int, typer.Option(min=2, help="Longest prompt, in tokens, to make thresholds for.")
     ] = DEFAULT_MAX_MODEL_LEN,
-    seed: Annotated[int, typer.Option(help="Chooses the sequences.")] = 0,
+    seed: Annotated[int, typer.Option(help="Chooses the sequences; groups count up from it.")] = 0,
     dtype: Annotated[str, typer.Option(help="Data type of the model, as for vllm serve.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="Quantization of the model, as for vllm serve.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, as for vllm serve.")] = None,
     tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "--tp", min=1)] = 1,
 ) -> None:
     """Make the threshold table of MODEL from text like that of its training."""
-    from vllm_longmamba.calibrate import CalibrationSettings, calibrate
+    from vllm_longmamba.calibrate import CalibrationSettings, calibrate_groups
     from vllm_longmamba.table_lookup import cached_table_path
     from vllm_longmamba.tables import save_table
 
     settings = CalibrationSettings(sequences, clamp_percent, min_retention, train_length, max_length, seed)
-    engine_args: dict[str, Any] = {"dtype": dtype, "tensor_parallel_size": tensor_parallel_size}
+    engine_args: dict[str, Any] = {
+        "dtype": dtype,
+        "quantization": quantization,
+        "tensor_parallel_size": tensor_parallel_size,
+    }
     if tokenizer is not None:
         engine_args["tokenizer"] = tokenizer
     try:
-        table = calibrate(model, text, settings, progress=_progress_bar, **engine_args)
-        path = output or cached_table_path(table.metadata.weights_fingerprint)
+        if groups_output is not None and groups < 2:
+            raise ValueError("--groups-output needs --groups 2 or more")
+        arguments = {"progress": _progress_bars(groups), "text_column": text_column, **engine_args}
+        tables = list(calibrate_groups(groups, model, text, settings, **arguments))
+        path = output or cached_table_path(tables[0].metadata.weights_fingerprint, quantization)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_table(table, path)
+        save_table(tables[0], path)
+        if groups > 1:
+            _report_groups(tables, groups_output)
     except (ValueError, OSError) as error:
-        console.print(f"[bold red]longmamba calibrate:[/] {error}")
+        console.print("[bold red]longmamba calibrate:[/]", str(error), markup=True, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
+    _report_table(tables[0], path)
+
+
+def _report_table(table: Any, path: Path) -> None:
     channels = sum(len(layer.retention) for layer in table.layers.values())
     global_channels = sum(int(table.is_global(layer).sum()) for layer in table.layers)
     console.print(
         f"wrote {path}: {len(table.layers)} layers, {global_channels} of {channels} channels global, "
-        f"rows up to {int(table.row_lengths[-1])} tokens"
+        f"rows up to {int(table.row_lengths[-1])} tokens",
+        soft_wrap=True,
     )
 
 
-def _progress_bar(sequences: Iterable[Any]) -> Iterable[Any]:
-    return track(sequences, description="calibrating", console=console)
+def _report_groups(tables: list[Any], groups_output: Path | None) -> None:
+    """Print how far the tables agree, and write all of it."""
+    from vllm_longmamba.calibration_report import UNSTABLE, stability_table, unstable_layers, write_stability
+    from vllm_longmamba.tables import table_stability
+
+    layers = table_stability(tables)
+    Console().print(stability_table(layers, len(tables)))
+    if groups_output is not None:
+        write_stability(layers, tables[0].row_lengths, groups_output)
+        console.print(f"wrote {groups_output}", soft_wrap=True)
+    unstable = unstable_layers(layers)
+    if unstable:
+        named = ", ".join(str(layer) for layer in unstable)
+        console.print(
+            f"[bold yellow]The calibration is unstable in layers {named}[/]: {UNSTABLE}. Give more --sequences, or "
+            "text that is more like what the model was trained on.",
+            soft_wrap=True,
+        )
+
+
+def _progress_bars(groups: int) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    started = 0
+
+    def progress(sequences: Iterable[Any]) -> Iterable[Any]:
+        nonlocal started
+        started += 1
+        description = "calibrating" if groups == 1 else f"calibrating, group {started} of {groups}"
+        return track(sequences, description=description, console=console)
+
+    return progress

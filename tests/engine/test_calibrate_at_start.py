@@ -1,0 +1,198 @@
+"""Real engines that find no table: they calibrate themselves, filter with the result, and find it at the next start."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from example_modules import EXAMPLES, load_example
+from reference_lm import _read_weights, reference_dt, reference_logprobs
+from tiny_models import random_token_ids
+
+import vllm_longmamba.calibrate_at_start as calibrate_at_start
+import vllm_longmamba.tables.shipped as shipped
+from vllm_longmamba.calibrate import draw_sequences
+from vllm_longmamba.calibration_text import sample_corpus
+from vllm_longmamba.models import long_mixers
+from vllm_longmamba.tables import LayerCalibration, LayerThresholds, ThresholdTable, load_table, table_to_bytes
+
+from .harness import LOGPROB_TOLERANCE, TRAIN_LENGTH, Completion, Engine
+
+pytestmark = pytest.mark.engine
+
+# Chunks that end at, before and behind the training length, the prefix cache with its aligned chunks, attention.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "mamba1": {"max_num_batched_tokens": 40},
+    "mamba2": {"max_num_batched_tokens": 96},
+    "zamba2": {"max_num_batched_tokens": 64, "enable_prefix_caching": True},
+}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache of tables, empty. vLLM keeps its own, and tables of up to 1024 tokens are long enough."""
+    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", os.environ.get("VLLM_CACHE_ROOT", str(own / "vllm")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("vllm_longmamba.calibration_plan.DEFAULT_MAX_MODEL_LEN", 1024)
+    monkeypatch.setattr(shipped, "__path__", [str(tmp_path / "none")])
+    return tmp_path / "cache" / "vllm_longmamba"
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Engine]]:
+    """Function: (model, engine arguments) -> an engine without a table; ended with the test, or by the next start."""
+    running: list[Engine] = []
+
+    def run(model: Path, train_length: int = TRAIN_LENGTH, **arguments: Any) -> Engine:
+        while running:
+            running.pop().close()
+        options = {"longmamba": {"train_length": train_length}}
+        given = {"model_impl": "longmamba", "additional_config": options, "max_model_len": 1024} | arguments
+        running.append(Engine(model, **given))
+        return running[0]
+
+    yield run
+    while running:
+        running.pop().close()
+
+
+def assert_filtered_by(table: ThresholdTable, model: Path, prompt: list[int], result: Completion) -> None:
+    """Compare an engine's completion with the reference, filtered by this table."""
+    filters = {layer: table.thresholds(layer)[table.row_of(len(prompt))] for layer in table.layers}
+    reference = reference_logprobs(model, prompt + result.tokens, prompt_length=len(prompt), filters=filters)
+    expected = reference[len(prompt) - 1 : -1].numpy()
+    np.testing.assert_allclose(result.logprobs, expected, rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+def stored(cache: Path) -> Path:
+    """The only file in the cache."""
+    (path,) = cache.iterdir()
+    return path
+
+
+def assert_thresholds_agree(found: LayerThresholds, expected: LayerThresholds) -> None:
+    """Equal up to rounding.
+
+    A threshold is the sample at which a sum passes a bound. Where the sum all but equals the bound, rounding decides
+    between two neighbouring samples, which differ by some per cent: this happens to a few of some thousand thresholds.
+    """
+    np.testing.assert_allclose(found.retention, expected.retention, rtol=1e-3)
+    np.testing.assert_allclose(found.dt_threshold, expected.dt_threshold, rtol=0.1)
+    is_close = np.isclose(found.dt_threshold, expected.dt_threshold, rtol=1e-3, atol=0)
+    assert is_close.mean() > 0.995
+
+
+def assert_table_of_the_sample(model: Path, table: ThresholdTable) -> None:
+    """Compare with DESIGN's formulas on the reference's dt."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    sequences = draw_sequences([tokenizer.encode(text).ids for text in sample_corpus().texts], TRAIN_LENGTH, 5, seed=0)
+    all_dt = [reference_dt(model, sequence) for sequence in sequences]
+    weights = _read_weights(model)
+    for layer, thresholds in table.layers.items():
+        (A_log,) = (value for name, value in weights.items() if f"layers.{layer}." in name and name.endswith("A_log"))
+        expected = LayerCalibration(
+            -torch.exp(A_log.double()), TRAIN_LENGTH, table.row_lengths, table.metadata.clamp_percent
+        )
+        for dt in all_dt:
+            expected.add(dt[layer].float())
+        assert_thresholds_agree(thresholds, expected.result())
+
+
+@pytest.mark.parametrize("family", ARGUMENTS)
+def test_engine_makes_its_table(
+    family: str, cache: Path, start: Callable[..., Engine], tiny_model: Callable[[str], Path]
+) -> None:
+    model, arguments = tiny_model(family), ARGUMENTS[family]
+    prompts = [random_token_ids(length, seed=length) for length in (TRAIN_LENGTH, 150, 333)]
+    engine = start(model, **arguments)
+    table = load_table(stored(cache))
+    assert_table_of_the_sample(model, table)
+    results = engine.generate(prompts)
+    for prompt, result in zip(prompts, results, strict=True):
+        assert_filtered_by(table, model, prompt, result)
+    if "enable_prefix_caching" in arguments:
+        again = engine.generate(prompts)
+        assert again[2].cached_tokens > 0
+        assert [result.tokens for result in again] == [result.tokens for result in results]
+
+
+def test_cache_that_takes_nothing_then_one_that_does(
+    cache: Path, start: Callable[..., Engine], tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs the file, not the start. The same seed gives the same bytes, and the next start reads them."""
+    cache.parent.mkdir()
+    cache.write_text("a file where the folder should be")
+    model = tiny_model("mamba2")
+    prompt = random_token_ids(333, seed=5)
+    engine = start(model)
+    (without,) = engine.generate([prompt])
+    made = engine.llm.llm_engine.engine_core.engine_core.longmamba_table
+    assert cache.read_text() == "a file where the folder should be"
+    cache.unlink()
+    (first,) = start(model).generate([prompt])
+    assert stored(cache).read_bytes() == table_to_bytes(made)
+
+    monkeypatch.setattr(calibrate_at_start, "_calibrate", lambda *_: pytest.fail("this start calibrates"))
+    (second,) = start(model).generate([prompt])
+    assert stored(cache).read_bytes() == table_to_bytes(made)
+    assert without.tokens == first.tokens == second.tokens
+    np.testing.assert_array_equal(without.logprobs, first.logprobs)
+    np.testing.assert_array_equal(first.logprobs, second.logprobs)
+
+
+def threshold_buffers(worker: Any) -> tuple[int, int, int]:
+    """How many mixers, buffers of thresholds (which vLLM's sleep mode keeps) and such entries of the checkpoint."""
+    model = worker.get_model()
+    buffers = [name for name, _ in model.named_buffers() if name.endswith("dt_threshold")]
+    return len(long_mixers(model)), len(buffers), len(set(buffers) & set(model.state_dict()))
+
+
+def test_dummy_weights(cache: Path, start: Callable[..., Engine], tiny_model: Callable[[str], Path]) -> None:
+    engine = start(tiny_model("mamba1"), load_format="dummy")
+    assert len(engine.generate([random_token_ids(200)])[0].tokens) == 6
+    assert not cache.exists()
+    assert engine.llm.collective_rpc(threshold_buffers) == [(3, 3, 0)]
+
+
+def test_tensor_parallel_ranks_make_the_same_table(
+    cache: Path, start: Callable[..., Engine], tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = torch.cuda.device_count() if torch.cuda.is_available() else (os.cpu_count() or 1)
+    if places < 2:
+        pytest.skip("needs two GPUs or two CPU cores")
+    model = tiny_model("zamba2")
+    start(model)
+    one = load_table(stored(cache))
+    stored(cache).unlink()
+    # Without this, vLLM wants a NUMA node for each rank.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    prompt = random_token_ids(333, seed=7)
+    (result,) = start(model, tensor_parallel_size=2).generate([prompt])
+    two = load_table(stored(cache))
+    assert two.metadata == one.metadata
+    assert list(two.layers) == list(one.layers)
+    for layer in one.layers:
+        assert_thresholds_agree(two.layers[layer], one.layers[layer])
+    assert_filtered_by(two, model, prompt, result)
+
+
+def test_example_model_with_a_table_of_its_own(cache: Path, start: Callable[..., Engine]) -> None:
+    """As good as the shipped table, which test_passkey.py asks the same questions."""
+    from vllm import SamplingParams
+
+    passkey = load_example("passkey")
+    engine = start(EXAMPLES / "passkey-mamba2-4m", 512, skip_tokenizer_init=False, max_model_len=8192)
+    assert load_table(stored(cache)).metadata.train_length == 512
+    depths = [(number + 0.5) / 12 for number in range(12)]
+    for length, least in ((2048, 12), (4096, 11)):
+        tasks = passkey.passkey_tasks(passkey.read_haystack(), [length], depths, seed=1)
+        sampling = SamplingParams(temperature=0.0, max_tokens=passkey.KEY_DIGITS)
+        outputs = engine.llm.generate([task.prompt for task in tasks], sampling, use_tqdm=False)
+        answers = [output.outputs[0].text for output in outputs]
+        assert sum(task.is_answered_by(answer) for task, answer in zip(tasks, answers, strict=True)) >= least
