@@ -1,0 +1,57 @@
+"""`calibrate` through the real engine against the second implementation, on the plain-torch model's dt's.
+
+Nothing of vllm_longmamba computes the expected numbers: the dt's come from reference_lm, their use from
+independent_calibration.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import independent_calibration
+import numpy as np
+import pytest
+import torch
+from example_modules import EXAMPLES
+from reference_lm import _read_weights, reference_dt
+
+from vllm_longmamba.calibrate import CalibrationSettings, calibrate
+
+from .harness import TRAIN_LENGTH
+
+pytestmark = pytest.mark.engine
+
+TEXT = EXAMPLES / "texts" / "calibration.txt"
+EXAMPLE_MODEL = EXAMPLES / "passkey-mamba2-4m"
+# The contract of the two implementations.
+TOLERANCE = 1e-3
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "example"])
+def test_same_table(family: str, tiny_model: Callable[[str], Path]) -> None:
+    model = EXAMPLE_MODEL if family == "example" else tiny_model(family)
+    train_length, clamp_percent = (512, 5.0) if family == "example" else (TRAIN_LENGTH, 20.0)
+    settings = CalibrationSettings(
+        num_sequences=3, train_length=train_length, max_length=6 * train_length, clamp_percent=clamp_percent, seed=11
+    )
+    sequences: list[list[int]] = []
+
+    def progress(chosen: list[list[int]]) -> list[list[int]]:
+        sequences.extend(chosen)
+        return chosen
+
+    table = calibrate(str(model), [TEXT], settings, progress=progress, dtype="float32", gpu_memory_utilization=0.3)
+
+    assert [len(sequence) for sequence in sequences] == [train_length] * 3
+    dts = [{layer: dt.numpy() for layer, dt in reference_dt(model, tokens).items()} for tokens in sequences]
+    weights = _read_weights(model)
+    assert set(table.layers) == set(dts[0])
+    for layer, thresholds in table.layers.items():
+        A = -torch.exp(weights[f"backbone.layers.{layer}.mixer.A_log"].double()).numpy()
+        of_layer = [dt[layer] for dt in dts]
+        retention = independent_calibration.retention(A, of_layer)
+        for min_retention in (1e-20, 1e-10, 1e-5, 1e-2, 1e-1):
+            np.testing.assert_array_equal(table.is_global(layer, min_retention).numpy(), retention > min_retention)
+        assert (thresholds.dt_threshold[0] == -1).all()
+        for row in (1, len(table.row_lengths) // 2, len(table.row_lengths) - 1):
+            expected = independent_calibration.dt_threshold(of_layer, int(table.row_lengths[row]), clamp_percent)
+            np.testing.assert_allclose(thresholds.dt_threshold[row].numpy(), expected, rtol=TOLERANCE)

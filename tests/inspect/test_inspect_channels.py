@@ -1,0 +1,75 @@
+"""Which layers and channels are shown."""
+
+import pytest
+import torch
+from small_tables import ROW_LENGTHS, small_table
+
+from vllm_longmamba.inspect.channels import (
+    check_layers,
+    choose_channels,
+    choose_layers,
+    parse_channel,
+    parse_numbers,
+)
+from vllm_longmamba.tables import LayerThresholds, ThresholdTable
+
+
+def table_of(*retentions: list[float]) -> ThresholdTable:
+    """A table with these retentions, one list a layer."""
+    table = small_table()
+    layers = {}
+    for layer, retention in enumerate(retentions):
+        thresholds = torch.full((len(ROW_LENGTHS), len(retention)), 0.1)
+        thresholds[0] = -1.0
+        layers[layer] = LayerThresholds(torch.tensor(retention, dtype=torch.float64), thresholds)
+    return ThresholdTable(table.metadata, table.row_lengths, layers)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("7", [7]), ("0,4-7", [0, 4, 5, 6, 7]), ("5-5, 2 ,2", [2, 5]), ("4096,8192", [4096, 8192])]
+)
+def test_parse_numbers(text: str, numbers: list[int]) -> None:
+    assert parse_numbers(text, "--layers") == numbers
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,,2", "-3", "1-", "1-2-3", "1.5"])
+def test_parse_numbers_refuses(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--layers must be numbers and ranges such as 0,4-7"):
+        parse_numbers(text, "--layers")
+
+
+def test_parse_channel() -> None:
+    table = small_table(layers=(0, 3), channels=5)
+    assert parse_channel("3:4", table) == (3, 4)
+    for text, message in {
+        "3": "must be LAYER:CHANNEL",
+        "3:x": "must be LAYER:CHANNEL",
+        "1:0": r"no layers \[1\]; it has \[0, 3\]",
+        "3:5": "layer 3 has the channels 0 to 4",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            parse_channel(text, table)
+
+
+def test_check_layers() -> None:
+    table = small_table(layers=(0, 3))
+    assert check_layers([3], table) == [3]
+    with pytest.raises(ValueError, match=r"no layers \[1, 2\]"):
+        check_layers([0, 1, 2], table)
+
+
+def test_choose_layers() -> None:
+    local, both = [1e-9, 1e-8], [1e-9, 0.5]
+    assert choose_layers(table_of(local, both, local, both), None) == [1, 3]
+    assert choose_layers(table_of(local, both, local, both), 1e-8) == [1, 3]
+    assert choose_layers(table_of(local, both, local, both), 1e-12) == [0, 1, 2, 3]
+    assert choose_layers(table_of(local, local), None) == [0, 1]
+    assert choose_layers(table_of(*[both] * 8), None) == [1, 3, 5, 7]
+
+
+def test_choose_channels() -> None:
+    table = table_of([1e-9, 1e-4, 0.9, 0.2, 0.5], [0.3, 1e-9, 1e-9, 1e-9, 1e-9], [1e-9] * 5)
+    # The middle one of the global channels of both layers that have some; the best local one of the first of them.
+    assert choose_channels(table, [0, 1, 2], None) == [(0, 4), (1, 0), (0, 1)]
+    assert choose_channels(table, [2], None) == [(2, 0)]
+    assert choose_channels(table_of([0.5]), [0], None) == [(0, 0)]

@@ -1,0 +1,235 @@
+"""`longmamba inspect` of a table by itself, and the pictures of measurements that are given."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_tables import write_small_table
+from typer.testing import CliRunner
+
+from vllm_longmamba.cli import app
+from vllm_longmamba.inspect import measured_pictures, pictures
+from vllm_longmamba.inspect.measure import LayerMeasurement, Measurements, choose_lengths
+from vllm_longmamba.inspect.summary import default_lengths, fitting_lengths, kept_by_layer, measured_table
+from vllm_longmamba.tables import LayerThresholds, TableMetadata, ThresholdTable
+
+L = 8
+# Two layers of four channels: two global ones in layer 0, none in layer 1.
+RETENTIONS = ([1e-50, 1e-3, 0.1, 0.5], [0.0, 1e-30, 1e-20, 1e-10])
+
+
+@pytest.fixture
+def table() -> ThresholdTable:
+    thresholds = torch.tensor([-1.0, 0.1, 0.2, 0.4])[:, None] * torch.tensor([1.0, 2.0, 3.0, 4.0])
+    thresholds[0] = -1.0
+    metadata = TableMetadata(
+        model_id="org/model", weights_fingerprint="f" * 64, train_length=L, corpus="a [bold] book", clamp_percent=5.0,
+        min_retention=1e-2, num_sequences=5, seed=0, tool_version="test",
+    )  # fmt: skip
+    layers = {
+        layer: LayerThresholds(torch.tensor(retention, dtype=torch.float64), thresholds)
+        for layer, retention in enumerate(RETENTIONS)
+    }
+    return ThresholdTable(metadata, np.array([8, 16, 32, 64]), layers)
+
+
+def measurement(length: int, kept: float, slope: float) -> dict[int, LayerMeasurement]:
+    positions = np.arange(1, length + 1)
+    pixels = np.where(np.tri(4, dtype=bool), 10.0 ** -np.arange(4.0)[:, None], np.nan)
+    return {
+        layer: LayerMeasurement(
+            kept=np.array([1.0, 1.0, kept, kept / 2]),
+            positions=positions,
+            decay=slope * positions[:, None] * np.array([100.0, 10.0, 1.0, 0.5]),
+            distance_channels=np.arange(4),
+            distance=np.array([0.0, 1.0, 2.0, 3.0]) * length * (layer + 1),
+            maps={2: pixels, 0: pixels},
+        )
+        for layer in (0, 1)
+    }
+
+
+@pytest.fixture
+def measured() -> Measurements:
+    plain = {length: measurement(length, 1.0, -0.1) for length in (8, 16, 32)}
+    filtered = {16: measurement(16, 0.4, -0.05), 32: measurement(32, 0.2, -0.02)}
+    return Measurements("a book", [(0, 2), (0, 0)], plain, filtered)
+
+
+def inspect(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["inspect", *map(str, arguments)], env={"COLUMNS": "120"})
+    return result.exit_code, result.output
+
+
+def test_table_in_the_terminal(tmp_path: Path) -> None:
+    write_small_table(tmp_path / "table.safetensors", corpus="a [bold] book", layers=(0, 2), channels=3)
+    code, output = inspect(tmp_path / "table.safetensors", "--lengths", "9,13,20")
+    assert code == 0
+    lines = [" ".join(line.split()) for line in output.splitlines()]
+    assert "model org/model" in lines
+    assert "training length 8 tokens" in lines
+    assert "rows 3, for prompts of 12 to 20 tokens" in lines
+    assert "calibrated on 5 sequences, seed 0: a [bold] book" in lines
+    # Retentions 1e-6, 1e-3 and 1, theta 1e-2: one global channel, of thresholds 0.1, 0.2, 0.3 in rows 1, 2, 3.
+    assert "layer global channels S = 9 (row 8) S = 13 (row 12) S = 20" in lines
+    assert "0 ██··· 33% 1/3 no filter 0.1 0.1 0.1 0.3 0.3 0.3" in lines
+    assert "all ██··· 33% 2/6" in lines
+
+    _, output = inspect(tmp_path / "table.safetensors", "--layers", "2", "--min-retention", "1e-5", "--lengths", "20")
+    lines = [" ".join(line.split()) for line in output.splitlines()]
+    assert "min_retention 1e-05 (the table's own: 0.01)" in lines
+    assert "2 ███·· 67% 2/3 0.3 0.3 0.3" in lines
+    assert "all ███·· 67% 2/3" in lines
+
+
+def test_pictures_of_a_table(tmp_path: Path) -> None:
+    write_small_table(tmp_path / "table.safetensors")
+    names = [f"{name}.{suffix}" for name in ("retention", "thresholds") for suffix in ("png", "svg")]
+    for folder in ("first", "second"):
+        code, output = inspect(tmp_path / "table.safetensors", "--output", tmp_path / folder)
+        assert code == 0
+        assert [line.rpartition("/")[2] for line in output.splitlines() if line.startswith("wrote ")] == names
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == sorted(names)
+    for name in names:
+        content = (tmp_path / "first" / name).read_bytes()
+        assert content.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml")
+        assert content == (tmp_path / "second" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gone.safetensors"], "there is no such file"),
+        (["TABLE", "--text", "TABLE"], "a table by itself has no Δt of a text"),
+        (["TABLE", "--table", "TABLE"], "--table needs a model"),
+        (["TABLE", "--layers", "7"], "the table has no layers [7]; it has [0, 1]"),
+        (["TABLE", "--lengths", "4k"], "--lengths must be numbers and ranges such as 0,4-7, got '4k'"),
+        (["TABLE", "--channel", "0:9"], "layer 0 has the channels 0 to 2"),
+    ],
+)
+def test_refusals(arguments: list[str], message: str, tmp_path: Path) -> None:
+    write_small_table(tmp_path / "table.safetensors")
+    code, output = inspect(*[str(tmp_path / "table.safetensors") if word == "TABLE" else word for word in arguments])
+    assert code != 0
+    assert message in " ".join(output.replace("│", " ").split())
+
+
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_small_table(tmp_path / "table.safetensors")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, output = inspect(tmp_path / "table.safetensors", "--output", tmp_path / "pictures")
+    assert code == 1
+    assert "pip install 'vllm-longmamba[plot]'" in output
+    assert not (tmp_path / "pictures").exists()
+    assert inspect(tmp_path / "table.safetensors")[0] == 0
+
+
+def test_lengths_that_are_shown(table: ThresholdTable) -> None:
+    assert [fitting_lengths(width) for width in (20, 80, 120)] == [1, 2, 3]
+    assert default_lengths(table, 2) == [16, 32]
+    assert default_lengths(table, 9) == [16, 32, 64]
+
+
+def test_lengths_that_are_measured() -> None:
+    assert choose_lengths(None, 8, 1000) == [8, 16, 32, 64]
+    assert choose_lengths(None, 8, 40) == [8, 16, 32]
+    assert choose_lengths([20, 5, 20], 8, 20) == [5, 20]
+    with pytest.raises(ValueError, match="has 19 tokens, but prompts of 20 are to be measured"):
+        choose_lengths([5, 20], 8, 19)
+    with pytest.raises(ValueError, match="has 7 tokens, but prompts of 8"):
+        choose_lengths(None, 8, 7)
+
+
+def test_kept_by_layer(table: ThresholdTable, measured: Measurements) -> None:
+    # Only channels 2 and 3 of layer 0 are global.
+    assert kept_by_layer(table, measured, 16) == {0: pytest.approx(0.3)}
+    assert kept_by_layer(table, measured, 8) == {0: pytest.approx(0.75)}
+    assert kept_by_layer(table, measured, 16, 1e-15) == {0: pytest.approx(1.6 / 3), 1: pytest.approx(0.2)}
+
+
+def test_measured_table(table: ThresholdTable, measured: Measurements) -> None:
+    from rich.console import Console
+
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(measured_table(table, measured))
+    lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert "8 all 18" in lines
+    assert "16 30.0% 30.0% (layer 0) 36 36" in lines
+
+
+def texts(figure: Any) -> list[str]:
+    from matplotlib.text import Text
+
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def test_retention_picture(table: ThresholdTable) -> None:
+    figure = pictures.retention_picture(table)
+    mesh = figure.axes[0].collections[0].get_array()
+    # Bins of one power of ten; what is below 1e-40 stands at the left end.
+    assert mesh.shape == (2, 40)
+    assert [mesh[0, column] for column in (0, 37, 39)] == [25, 25, 50]
+    assert [mesh[1, column] for column in (0, 10, 20, 30)] == [25] * 4
+    assert [bar.get_width() for bar in figure.axes[1].patches] == [50, 0]
+    assert "θ = 0.01" in texts(figure)
+    assert "θ = 0.5" in texts(pictures.retention_picture(table, 0.5))
+
+
+def test_threshold_picture(table: ThresholdTable) -> None:
+    (axes, _) = pictures.threshold_picture(table).axes
+    line, training = axes.lines
+    assert line.get_xdata().tolist() == [16, 32, 64]
+    np.testing.assert_allclose(line.get_ydata(), [0.35, 0.7, 1.4], rtol=1e-6)
+    assert training.get_xdata() == [L, L]
+
+
+def test_kept_picture(table: ThresholdTable, measured: Measurements) -> None:
+    axes = measured_pictures.kept_picture(table, measured).axes[0]
+    layer, mean, reference = axes.lines
+    np.testing.assert_allclose(layer.get_ydata(), [75, 30, 15])
+    np.testing.assert_allclose(mean.get_ydata(), [75, 30, 15])
+    np.testing.assert_allclose(reference.get_ydata(), [100, 50, 25])
+
+
+def test_receptive_field_picture(table: ThresholdTable, measured: Measurements) -> None:
+    figure = measured_pictures.receptive_field_picture(table, measured)
+    images = [axes.images[0] for axes in figure.axes if axes.images]
+    assert len(images) == 6
+    assert images[0].get_array()[3, 0] == -3
+    assert images[0].get_array().mask[0, 1]
+    titles = texts(figure)
+    for title in ("S = 8\nlayer 0, channel 2 (global)", "S = 32, filtered\nlayer 0, channel 0 (local)"):
+        assert title in titles
+
+
+def test_decay_picture(table: ThresholdTable, measured: Measurements) -> None:
+    figure = measured_pictures.decay_picture(table, measured, [0])
+    lines = {label: line for line, label in zip(*figure.axes[0].get_legend_handles_labels(), strict=True)}
+    assert lines["local"].get_ydata()[-1] == pytest.approx(-320)
+    assert lines["global, plain"].get_ydata()[-1] == pytest.approx(-3.2)
+    assert lines["global, filtered"].get_ydata()[-1] == pytest.approx(-0.64)
+    # The plain decay over the 8 tokens of training.
+    np.testing.assert_allclose(lines["decay over the training length"].get_ydata(), [-0.8, -0.4])
+    without_global = measured_pictures.decay_picture(table, measured, [0, 1])
+    assert "layer 1: 0 of 4 channels global" in texts(without_global)
+
+
+def test_mean_distance_picture(measured: Measurements) -> None:
+    axes = measured_pictures.mean_distance_picture(measured).axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    assert list(lines) == ["S = 8, plain", "S = 16, plain", "S = 16, filtered", "S = 32, plain", "S = 32, filtered"]
+    np.testing.assert_allclose(lines["S = 16, filtered"].get_ydata(), [24, 48])
+
+
+def test_pictures_of_short_prompts_only(table: ThresholdTable) -> None:
+    measured = Measurements("a book", [(0, 2)], {8: measurement(8, 1.0, -0.1)}, {})
+    figures = [
+        measured_pictures.kept_picture(table, measured, 0.9),
+        measured_pictures.receptive_field_picture(table, measured),
+        measured_pictures.decay_picture(table, measured, [0]),
+        measured_pictures.mean_distance_picture(measured),
+    ]
+    assert [len([axes for axes in figure.axes if axes.images]) for figure in figures] == [0, 1, 0, 0]

@@ -1,0 +1,1 @@
+"""What a person wants to see before trusting a threshold table: in the terminal, and as pictures."""

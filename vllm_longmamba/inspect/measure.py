@@ -1,0 +1,161 @@
+"""Runs a text through the real model, plain and filtered, at several prompt lengths, and collects what was measured."""
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from vllm_longmamba.architectures import MODEL_IMPL
+from vllm_longmamba.options import KEY
+from vllm_longmamba.tables import ThresholdTable
+
+_EXTENSION = "vllm_longmamba.inspect.recording.InspectWorkerExtension"
+
+# A channel: its layer, and its index there.
+Channel = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LayerMeasurement:
+    """One layer, for one prompt.
+
+    Attributes:
+        kept: (channels,), share of the prompt's tokens that pass the filter.
+        positions: (points,), numbers of tokens passed.
+        decay: (points, channels), log10 of what is left of the first state after so many tokens.
+        distance_channels: (sampled,), the channels whose mean distance was taken.
+        distance: (sampled,), Mamba mean distance in tokens.
+        maps: channel -> (bins, bins) receptive field, NaN above the diagonal.
+    """
+
+    kept: np.ndarray
+    positions: np.ndarray
+    decay: np.ndarray
+    distance_channels: np.ndarray
+    distance: np.ndarray
+    maps: dict[int, np.ndarray]
+
+
+Measurement = dict[int, LayerMeasurement]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What was measured on a text.
+
+    Attributes:
+        text: name of the text.
+        channels: those whose receptive field was taken.
+        plain: prompt length -> the model without the filter, by layer.
+        filtered: prompt length -> the model with the filter, by layer; for lengths whose row filters.
+    """
+
+    text: str
+    channels: list[Channel]
+    plain: dict[int, Measurement]
+    filtered: dict[int, Measurement]
+
+
+def measure(
+    model: str,
+    table: ThresholdTable,
+    table_path: Path,
+    text: Path,
+    lengths: list[int] | None,
+    channels: list[Channel],
+    *,
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
+    min_retention: float | None = None,
+    **engine_args: Any,
+) -> Measurements:
+    """Run prompts of several lengths, all of them beginnings of one text, without the filter and with it.
+
+    Args:
+        model: name or folder, as for `vllm serve`.
+        table: the model's table.
+        table_path: where it was read from.
+        text: plain text (UTF-8).
+        lengths: prompt lengths in tokens; by default 1, 2, 4 and 8 training lengths, as far as the text goes.
+        channels: channels whose receptive field is taken.
+        progress: wraps the iteration over the prompts, for a progress bar.
+        min_retention: the paper's theta; by default the table's own.
+        engine_args: further arguments of vLLM's `LLM`, such as `dtype`.
+
+    Raises:
+        ValueError: the text is shorter than the training length or a length asked for.
+    """
+    from vllm import LLM, SamplingParams
+
+    longest = max(lengths) if lengths else 8 * table.metadata.train_length
+    options = {"table": str(table_path.resolve())} | ({} if min_retention is None else {"min_retention": min_retention})
+    llm = LLM(
+        model,
+        model_impl=MODEL_IMPL,
+        additional_config={KEY: options},
+        worker_extension_cls=_EXTENSION,
+        max_model_len=longest + 1,
+        max_num_batched_tokens=longest + 1,
+        max_num_seqs=1,
+        enable_prefix_caching=False,
+        enforce_eager=True,
+        **engine_args,
+    )
+    tokens = llm.get_tokenizer().encode(text.read_text(encoding="utf-8"), add_special_tokens=False)
+    lengths = choose_lengths(lengths, table.metadata.train_length, len(tokens))
+    llm.collective_rpc("longmamba_inspect_start")
+    once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+    passes = [(length, is_filtered) for length in lengths for is_filtered in _passes(table.row_of(length))]
+    results: dict[bool, dict[int, Measurement]] = {False: {}, True: {}}
+    with tempfile.TemporaryDirectory(prefix="longmamba-") as folder:
+        file = Path(folder) / "measurement.safetensors"
+        for length, is_filtered in progress(passes):
+            chosen = [list(channel) for channel in channels]
+            llm.collective_rpc("longmamba_inspect_begin", args=(table.row_of(length), is_filtered, chosen))
+            llm.generate({"prompt_token_ids": tokens[:length]}, once, use_tqdm=False)
+            llm.collective_rpc("longmamba_inspect_end", args=(str(file),))
+            results[is_filtered][length] = _read(file)
+    return Measurements(text.name, channels, results[False], results[True])
+
+
+def choose_lengths(lengths: list[int] | None, train_length: int, available: int) -> list[int]:
+    """The prompt lengths to measure, ascending.
+
+    Args:
+        lengths: what was asked for; None for 1, 2, 4 and 8 training lengths, as far as the text goes.
+        train_length: in tokens.
+        available: tokens of the text.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    wanted = sorted(set(lengths)) if lengths else [factor * train_length for factor in (1, 2, 4, 8)]
+    fitting = [length for length in wanted if length <= available]
+    if not fitting or (lengths and len(fitting) < len(wanted)):
+        needed = wanted[-1] if lengths else wanted[0]
+        raise ValueError(
+            f"the text has {available} tokens, but prompts of {needed} are to be measured; give a longer --text or "
+            "smaller --lengths"
+        )
+    return fitting
+
+
+def _passes(row: int) -> tuple[bool, ...]:
+    return (False, True) if row > 0 else (False,)
+
+
+def _read(file: Path) -> Measurement:
+    tensors = load_file(file)
+    layers: dict[int, dict[str, np.ndarray]] = {}
+    for name, tensor in tensors.items():
+        layer, _, what = name.partition(".")
+        layers.setdefault(int(layer), {})[what] = tensor
+    return {layer: _layer(content) for layer, content in sorted(layers.items())}
+
+
+def _layer(content: dict[str, np.ndarray]) -> LayerMeasurement:
+    maps = {int(name.partition(".")[2]): content.pop(name) for name in list(content) if name.startswith("map.")}
+    return LayerMeasurement(maps=maps, **content)

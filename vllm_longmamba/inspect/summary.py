@@ -1,0 +1,144 @@
+"""A threshold table, and what was measured with it, as tables for the terminal."""
+
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from vllm_longmamba.inspect.measure import Measurements
+from vllm_longmamba.tables import ThresholdTable
+
+_QUANTILES = (0.1, 0.5, 0.9)
+_BAR_WIDTH = 5
+# Characters that the first two columns of the layers take, and each length.
+_WIDTH_OF_SHARE = 30
+_WIDTH_OF_LENGTH = 25
+
+
+def fitting_lengths(width: int) -> int:
+    """How many prompt lengths a table of layers can show side by side in a terminal of so many columns, at least 1."""
+    return max(1, (width - _WIDTH_OF_SHARE) // _WIDTH_OF_LENGTH)
+
+
+def default_lengths(table: ThresholdTable, number: int) -> list[int]:
+    """Some prompt lengths that a table filters: 2, 4, 8, ... training lengths, as many as wanted."""
+    lengths = [2 ** (power + 1) * table.metadata.train_length for power in range(number)]
+    return [length for length in lengths if length <= table.row_lengths[-1]] or [int(table.row_lengths[-1])]
+
+
+def provenance(table: ThresholdTable, source: str, min_retention: float | None = None) -> Table:
+    """Where a table comes from, one line a fact."""
+    metadata = table.metadata
+    theta = metadata.min_retention if min_retention is None else min_retention
+    rows = table.row_lengths
+    grid = Table(title="Threshold table", title_justify="left", show_header=False, box=None)
+    grid.add_column(style="bold")
+    grid.add_column(overflow="fold")
+    for name, value in {
+        "file": source,
+        "model": metadata.model_id,
+        "weights": metadata.weights_fingerprint[:16],
+        "training length": f"{metadata.train_length} tokens",
+        "rows": f"{len(rows) - 1}, for prompts of {rows[1] if len(rows) > 1 else rows[0]} to {rows[-1]} tokens",
+        "min_retention": f"{theta:g}"
+        + ("" if min_retention is None else f" (the table's own: {metadata.min_retention:g})"),
+        "clamp": f"{metadata.clamp_percent:g} %",
+        "calibrated on": f"{metadata.num_sequences} sequences, seed {metadata.seed}: {metadata.corpus}",
+        "made by": f"{metadata.tool_version}, method {metadata.method!r}",
+        "digest": table.digest(min_retention),
+    }.items():
+        grid.add_row(name, Text(value))
+    return grid
+
+
+def layer_table(
+    table: ThresholdTable, lengths: list[int], layers: list[int], min_retention: float | None = None
+) -> Table:
+    """Layers by share of global channels and quantiles of the global channels' thresholds.
+
+    Args:
+        table: the table.
+        lengths: prompt lengths in tokens, one column each.
+        layers: indices of layers, one row each.
+        min_retention: theta; None takes the table's own.
+    """
+    names = "/".join(f"{100 * quantile:g}" for quantile in _QUANTILES)
+    result = Table(
+        title=f"Layers (thresholds of dt: {names} % quantiles of the global channels)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    result.add_column("layer", justify="right")
+    result.add_column("global channels")
+    for length in lengths:
+        result.add_column(_column_name(table, length), justify="right", no_wrap=True)
+    counts = np.zeros(2, dtype=int)
+    for layer in layers:
+        is_global = table.is_global(layer, min_retention)
+        counts += (int(is_global.sum()), len(is_global))
+        cells = [_quantiles(table, layer, table.row_of(length), is_global) for length in lengths]
+        result.add_row(str(layer), _share(int(is_global.sum()), len(is_global)), *cells)
+    result.add_section()
+    result.add_row("all", _share(int(counts[0]), int(counts[1])), *[""] * len(lengths))
+    return result
+
+
+def measured_table(table: ThresholdTable, measured: Measurements, min_retention: float | None = None) -> RenderableType:
+    """What the filter does to prompts of a text: tokens kept, and how far back the layers look."""
+    result = Table(title=f"Measured on {measured.text}", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("prompt", "kept, mean", "kept, least layer", "mean distance, plain", "filtered"):
+        result.add_column(name, justify="right")
+    for length, plain in measured.plain.items():
+        filtered = measured.filtered.get(length)
+        kept = kept_by_layer(table, measured, length, min_retention)
+        result.add_row(
+            f"{length}",
+            "all" if filtered is None else f"{np.mean(list(kept.values())):.1%}" if kept else "no global channel",
+            ""
+            if filtered is None or not kept
+            else f"{min(kept.values()):.1%} (layer {min(kept, key=kept.__getitem__)})",
+            f"{np.mean([layer.distance.mean() for layer in plain.values()]):.0f}",
+            "" if filtered is None else f"{np.mean([layer.distance.mean() for layer in filtered.values()]):.0f}",
+        )
+    return Group(
+        result,
+        Text(
+            "kept: share of a prompt's tokens that enter a global channel. mean distance: tokens that the last token "
+            "looks back, mean over layers and channels.",
+            style="italic",
+        ),
+    )
+
+
+def kept_by_layer(
+    table: ThresholdTable, measured: Measurements, length: int, min_retention: float | None = None
+) -> dict[int, float]:
+    """Share of the tokens of a prompt that the global channels keep, layer -> mean; layers without any are left out."""
+    shares: dict[int, float] = {}
+    measurement = measured.filtered.get(length) or measured.plain[length]
+    for layer, content in measurement.items():
+        is_global = table.is_global(layer, min_retention).numpy()
+        if is_global.any():
+            shares[layer] = float(content.kept[is_global].mean())
+    return shares
+
+
+def _column_name(table: ThresholdTable, length: int) -> str:
+    row_length = int(table.row_lengths[table.row_of(length)])
+    return f"S = {length}" if row_length == length else f"S = {length} (row {row_length})"
+
+
+def _share(count: int, channels: int) -> str:
+    filled = round(_BAR_WIDTH * count / channels)
+    return f"{'█' * filled}{'·' * (_BAR_WIDTH - filled)} {count / channels:4.0%} {count}/{channels}"
+
+
+def _quantiles(table: ThresholdTable, layer: int, row: int, is_global: torch.Tensor) -> str:
+    if row == 0:
+        return "no filter"
+    if not bool(is_global.any()):
+        return "-"
+    values = table.layers[layer].dt_threshold[row][is_global].double().numpy()
+    return " ".join(f"{value:.2g}" for value in np.quantile(values, _QUANTILES))
