@@ -1,6 +1,7 @@
-"""The passkey task: a five-digit key, hidden somewhere in a long text, is asked for at the end of it.
+"""The passkey task as text: a five-digit key, hidden somewhere in a long text, is asked for at the end of it.
 
 For models with a byte-level tokenizer, such as examples/passkey-mamba2-4m: one byte of ASCII text is one token.
+`longmamba eval passkey` asks any model, in tokens.
 """
 
 import random
@@ -8,8 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-QUESTION = "\nWhat is the pass key? The pass key is "
-KEY_DIGITS = 5
+from vllm_longmamba.evaluate.needles import KEY_DIGITS, PASSKEY_QUESTION, hide, passkey_needle
+
+QUESTION = PASSKEY_QUESTION
 HAYSTACK = Path(__file__).parent / "texts" / "haystack.txt"
 
 
@@ -32,11 +34,6 @@ class PasskeyTask:
     def is_answered_by(self, answer: str) -> bool:
         """Whether a completion begins with the key."""
         return answer.lstrip().startswith(self.key)
-
-
-def needle(key: str) -> str:
-    """The sentence that holds the key."""
-    return f"\nThe pass key is {key}. Remember it.\n"
 
 
 def read_haystack(path: Path = HAYSTACK) -> str:
@@ -65,14 +62,13 @@ def passkey_prompt(haystack: str, key: str, length: int, depth: float, start: in
         raise ValueError(f"passkey_prompt: key must be {KEY_DIGITS} digits, got {key!r}")
     if not 0.0 <= depth <= 1.0:
         raise ValueError(f"passkey_prompt: depth must lie in [0, 1], got {depth}")
-    room = length - len(needle(key)) - len(QUESTION)
+    room = length - len(passkey_needle(key)) - len(QUESTION)
     if room < 0:
         raise ValueError(f"passkey_prompt: length must be at least {length - room} tokens, got {length}")
     text = haystack[start : start + room]
     if len(text) < room or not text.isascii():
         raise ValueError(f"passkey_prompt: needs {room} ASCII characters of haystack from {start}, got {len(text)}")
-    before = round(depth * room)
-    return text[:before] + needle(key) + text[before:] + QUESTION
+    return hide(text, [(depth, passkey_needle(key))]) + QUESTION
 
 
 def passkey_tasks(

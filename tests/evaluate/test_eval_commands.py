@@ -1,0 +1,109 @@
+"""`longmamba eval` and `longmamba tune` from the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from example_modules import EXAMPLES
+from typer.testing import CliRunner
+
+from vllm_longmamba.cli import app
+from vllm_longmamba.evaluate.command_line import engine_arguments, numbers, real_numbers
+from vllm_longmamba.tables import read_metadata
+
+MODEL = str(EXAMPLES / "passkey-mamba2-4m")
+HAYSTACK = str(EXAMPLES / "texts" / "haystack.txt")
+ENGINE = ["--dtype", "float32", "--engine-arg", "enforce_eager=true", "--engine-arg", "gpu_memory_utilization=0.3"]
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_engine_arguments() -> None:
+    further = ["max-num-seqs=64", "load_format=dummy", 'hf_overrides={"a": 1}', "enforce_eager=true", "dtype=half"]
+    assert engine_arguments("auto", "some/tokenizer", 2, 4096, further) == {
+        "dtype": "half",
+        "tokenizer": "some/tokenizer",
+        "tensor_parallel_size": 2,
+        "max_model_len": 4096,
+        "max_num_seqs": 64,
+        "load_format": "dummy",
+        "hf_overrides": {"a": 1},
+        "enforce_eager": True,
+    }
+    with pytest.raises(ValueError, match=r"must be NAME=VALUE, .* got 'max_num_seqs'"):
+        engine_arguments("auto", None, 1, None, ["max_num_seqs"])
+
+
+def test_numbers() -> None:
+    assert numbers("512, 1024") == [512, 1024]
+    assert real_numbers("1e-40,0.1") == [1e-40, 0.1]
+    for read, text in ((numbers, "1.5"), (numbers, ""), (real_numbers, "0.1;0.2")):
+        with pytest.raises(ValueError, match="separated by commas"):
+            read(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["passkey", MODEL, "--haystack", HAYSTACK, "--method", "magic"], "known are plain, longmamba"),
+        (["passkey", MODEL, "--haystack", HAYSTACK, "--lengths", "long"], "whole numbers separated by commas"),
+        (["needles", MODEL, "--haystack", HAYSTACK, "--ask", "some"], "--ask must be one or all, got 'some'"),
+        (["needles", MODEL, "--haystack", HAYSTACK, "--needles", "99"], "must lie between 1 and"),
+        (["perplexity", MODEL, "--text", str(EXAMPLES / "passkey-mamba2-4m")], "no .txt file"),
+    ],
+)
+def test_mistakes_are_said_without_a_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["eval", *arguments, "-o", str(tmp_path)])
+    assert result.exit_code == 1
+    assert f"longmamba eval {arguments[0]}: " in result.output
+    assert message in result.output.replace("\n", " ")
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.engine
+def test_passkey(tmp_path: Path) -> None:
+    arguments = ["eval", "passkey", MODEL, "--haystack", HAYSTACK, "--depths", "4", "--seeds", "1", *ENGINE]
+    arguments += ["-o", str(tmp_path)]
+    shown = run(*arguments, "--lengths", "512,2048")
+    assert "numbers found" in shown
+    report = json.loads((tmp_path / "report.json").read_text())
+    shares = {(row["method"], row["length"]): row["share"] for row in report["by_length"]}
+    assert shares["plain", 512] == shares["longmamba", 512] == 1.0
+    assert shares["plain", 2048] <= 0.5
+    assert shares["longmamba", 2048] == 1.0
+    assert report["methods"]["longmamba"]["train_length"] == 512
+    assert (tmp_path / "report.md").read_text().count("![") == 2
+    records = (tmp_path / "records.jsonl").read_text()
+    assert records.count("\n") == 16
+    # Nothing is left to do, so that this starts no engine.
+    run(*arguments, "--lengths", "2048")
+    assert (tmp_path / "records.jsonl").read_text() == records
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert again["by_length"] == [row for row in report["by_length"] if row["length"] == 2048]
+
+
+@pytest.mark.engine
+def test_tune(tmp_path: Path) -> None:
+    arguments = ["tune", MODEL, "--text", str(EXAMPLES / "texts" / "calibration.txt"), "--held-out", HAYSTACK]
+    arguments += ["--train-length", "512", "--max-length", "4096", "--clamp-percents", "5", "--thetas", "1e-30,1e-2"]
+    arguments += ["--refine", "0", "--lengths", "2048", "--depths", "3", "--windows", "2", *ENGINE]
+    arguments += ["-o", str(tmp_path / "out"), "--table", str(tmp_path / "best.safetensors")]
+    assert "keys found" in run(*arguments)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    few, many = sorted(report["tried"], key=lambda score: score["candidate"]["global_channels"])
+    assert few["candidate"]["min_retention"] == report["best"]["min_retention"] == 1e-2
+    assert few["found"]["share"] == 1.0
+    assert 0 < few["candidate"]["global_channels"] < many["candidate"]["global_channels"]
+    assert report["plain"]["found"]["share"] < 1.0
+    assert report["plain"]["difference"]["loss"] == 0.0
+    metadata = read_metadata(tmp_path / "best.safetensors")
+    assert (metadata.min_retention, metadata.clamp_percent, metadata.train_length) == (1e-2, 5.0, 512)
+    # Nothing is calibrated or scored a second time.
+    records = (tmp_path / "out" / "records.jsonl").read_bytes()
+    run(*arguments)
+    assert (tmp_path / "out" / "records.jsonl").read_bytes() == records
+    assert len(list((tmp_path / "out").glob("table-*.safetensors"))) == 1

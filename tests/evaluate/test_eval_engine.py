@@ -1,0 +1,138 @@
+"""The tasks through the real engine: log-probabilities against the reference, tuning against a fresh engine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine.harness import LOGPROB_TOLERANCE, ROW_LENGTHS, TRAIN_LENGTH, write_table
+from reference_lm import reference_logprobs
+from tiny_models import random_token_ids, write_mamba2_original
+
+from vllm_longmamba.evaluate.engine import EngineContestant, EngineRunner
+from vllm_longmamba.evaluate.tuning import EXTENSION, candidate
+from vllm_longmamba.tables import ThresholdTable, load_table
+
+pytestmark = pytest.mark.engine
+
+# Prompts are cut into many chunks; the scored tokens lie in the last ones.
+ENGINE_ARGS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 1024,
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 4,
+    "num_gpu_blocks_override": 64,
+    "gpu_memory_utilization": 0.1,
+}
+if torch.cuda.is_available():
+    ENGINE_ARGS["kv_cache_memory_bytes"] = 2**30
+SCORED = 30
+PROMPTS = [random_token_ids(length, seed=length) for length in (40, TRAIN_LENGTH, 193, 300, 650)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mamba2_original(tmp_path_factory.mktemp("models") / "mamba2")
+
+
+@pytest.fixture(scope="module")
+def tables(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two tables of the same rows with other thresholds and other global channels."""
+    folder = tmp_path_factory.mktemp("tables")
+    paths = [folder / "first.safetensors", folder / "second.safetensors"]
+    for seed, path in enumerate(paths):
+        write_table(model, path, seed=seed)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def runner(model: Path, tables: list[Path]) -> Iterator[EngineRunner]:
+    """One engine for all tests, started as `longmamba tune` starts it."""
+    contestant = EngineContestant(str(model), {"table": str(tables[0])}, ENGINE_ARGS)
+    with contestant.start(worker_extension_cls=EXTENSION) as running:
+        yield running
+
+
+def set_filter(runner: EngineRunner, table: Path, min_retention: float) -> None:
+    runner.llm.collective_rpc("longmamba_set_filter", args=(str(table), min_retention))
+
+
+def expected_logprobs(model: Path, prompt: list[int], table: ThresholdTable, min_retention: float) -> np.ndarray:
+    row = int(np.argmin(np.abs(np.array(ROW_LENGTHS) - len(prompt)))) if len(prompt) > TRAIN_LENGTH else 0
+    filters = {layer: table.thresholds(layer, min_retention)[row] for layer in table.layers}
+    logprobs = reference_logprobs(model, prompt, prompt_length=len(prompt), filters=filters)
+    return logprobs[-SCORED - 1 : -1].gather(1, torch.tensor(prompt[-SCORED:])[:, None])[:, 0].numpy()
+
+
+# The thetas lie on both sides of the tables' retentions, 1e-6 and 0.3; 1 is the plain model. The order goes back and
+# forth, so that nothing of an earlier filter may remain.
+@pytest.mark.parametrize(
+    ("number", "min_retention"), [(0, 1e-2), (1, 1e-2), (1, 1.0), (1, 1e-9), (0, 1e-7)], ids=lambda value: f"{value:g}"
+)
+def test_tail_logprobs_under_changing_filters(
+    number: int, min_retention: float, runner: EngineRunner, model: Path, tables: list[Path]
+) -> None:
+    set_filter(runner, tables[number], min_retention)
+    table = load_table(tables[number])
+    assert candidate(table, min_retention).global_channels > 0 or min_retention == 1.0
+    results = dict(runner.tail_logprobs(((i, prompt) for i, prompt in enumerate(PROMPTS)), SCORED))
+    assert sorted(results) == list(range(len(PROMPTS)))
+    for i, prompt in enumerate(PROMPTS):
+        expected = expected_logprobs(model, prompt, table, min_retention)
+        np.testing.assert_allclose(results[i], expected, rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+def test_complete_continues_greedily(runner: EngineRunner, tables: list[Path]) -> None:
+    from vllm import SamplingParams
+
+    set_filter(runner, tables[0], 1e-2)
+    inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    outputs = runner.llm.generate(inputs, SamplingParams(temperature=0.0, max_tokens=3), use_tqdm=False)
+    generated = [list(output.outputs[0].token_ids) for output in outputs]
+    handed_out: list[int] = []
+
+    def jobs() -> Iterator[tuple[int, list[int], int]]:
+        for job in range(11):
+            handed_out.append(job)
+            yield job, PROMPTS[job % len(PROMPTS)], 1 + job % 3
+
+    answers: dict[int, str] = {}
+    for job, answer in runner.complete(jobs()):
+        # Eight at a time: twice as many as the engine runs at once.
+        assert len(handed_out) <= 8 + len(answers)
+        answers[job] = answer
+    assert sorted(answers) == list(range(11))
+    encoder = runner._encoder
+    for job, answer in answers.items():
+        assert answer == encoder.decode(generated[job % len(PROMPTS)][: 1 + job % 3])
+
+
+def test_a_table_of_other_rows_is_refused(runner: EngineRunner, tables: list[Path], tmp_path: Path) -> None:
+    from small_tables import write_small_table
+
+    write_small_table(tmp_path / "other.safetensors")
+    with pytest.raises(Exception, match="its rows are for other prompt lengths"):
+        set_filter(runner, tmp_path / "other.safetensors", 0.1)
+
+
+def test_description(runner: EngineRunner, model: Path, tables: list[Path]) -> None:
+    def describe(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        return EngineContestant(str(model), options, ENGINE_ARGS | changes).description
+
+    first = describe({"table": str(tables[0])})
+    assert first["train_length"] == TRAIN_LENGTH
+    assert first["min_retention"] == 1e-2
+    assert first["dtype"] == "float32"
+    plain = describe({"filter": False})
+    assert plain["weights"] == first["weights"]
+    assert "table" not in plain
+    others = [
+        describe({"table": str(tables[1])}),
+        describe({"table": str(tables[0]), "min_retention": 0.5}),
+        describe({"table": str(tables[0])}, dtype="bfloat16"),
+        plain,
+    ]
+    assert all(other != first for other in others)

@@ -1,0 +1,122 @@
+"""The `longmamba tune` command: searches theta and C on held-out text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_longmamba.commands.evaluate import (
+    Depths,
+    Dtype,
+    EngineArg,
+    MaxModelLen,
+    Model,
+    Output,
+    Seeds,
+    TensorParallel,
+    Tokenizer,
+)
+from vllm_longmamba.evaluate.command_line import (
+    console,
+    drawn,
+    engine_arguments,
+    numbers,
+    progress_bars,
+    real_numbers,
+    user_errors,
+    write_report,
+)
+from vllm_longmamba.model_length import DEFAULT_MAX_MODEL_LEN
+
+
+def tune(
+    model: Model,
+    held_out: Annotated[
+        list[Path],
+        typer.Option(exists=True, help="Text to score on, a file or a folder of *.txt; repeatable. Not the --text."),
+    ],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="Text to calibrate on; repeatable. [default: the package's]"),
+    ] = None,
+    output: Output = Path("out/tune"),
+    table: Annotated[
+        Path | None, typer.Option(help="Where the best table goes. [default: your cache, where vllm serve finds it]")
+    ] = None,
+    thetas: Annotated[
+        str, typer.Option(help="min_retention to try, separated by commas.")
+    ] = "1e-40,1e-20,1e-10,1e-5,1e-3,1e-2,1e-1",
+    clamp_percents: Annotated[str, typer.Option(help="clamp_percent to try, separated by commas.")] = "0,5,10,20",
+    refine: Annotated[int, typer.Option(min=0, help="Finer grids of theta around the best, after the first.")] = 1,
+    score: Annotated[str, typer.Option(help="What decides: passkey, perplexity or both.")] = "both",
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of prompts and windows. [default: 4 and 8 times the training length]")
+    ] = None,
+    depths: Depths = 8,
+    seeds: Seeds = "0",
+    windows: Annotated[int, typer.Option(min=1, help="At most so many windows of each length in each text.")] = 10,
+    scored_tokens: Annotated[int, typer.Option(min=1, help="Tokens scored at the end of each window.")] = 100,
+    sequences: Annotated[int, typer.Option(min=1, help="Number of calibration sequences.")] = 5,
+    train_length: Annotated[int | None, typer.Option(min=2, help="As for longmamba calibrate.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="As for longmamba calibrate.")] = DEFAULT_MAX_MODEL_LEN,
+    calibration_seed: Annotated[int, typer.Option(help="Chooses the calibration sequences.")] = 0,
+    dtype: Dtype = "auto",
+    tokenizer: Tokenizer = None,
+    tensor_parallel_size: TensorParallel = 1,
+    max_model_len: MaxModelLen = None,
+    engine_arg: EngineArg = None,
+) -> None:
+    """Search the min_retention and clamp_percent that serve MODEL best, and write the best table."""
+    with user_errors("tune"):
+        from vllm_longmamba.calibrate import CalibrationSettings
+        from vllm_longmamba.evaluate.report import provenance
+        from vllm_longmamba.evaluate.texts import read_books
+        from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
+        from vllm_longmamba.evaluate.tuning_run import TuningSettings, tune_model
+        from vllm_longmamba.table_lookup import cached_table_path
+        from vllm_longmamba.tables import save_table
+
+        if score not in ("passkey", "perplexity", "both"):
+            raise ValueError(f"--score must be passkey, perplexity or both, got {score!r}")
+        settings = TuningSettings(
+            thetas=real_numbers(thetas),
+            clamp_percents=real_numbers(clamp_percents),
+            refine=refine,
+            held_out=read_books(held_out),
+            calibration_texts=text or [],
+            calibration=CalibrationSettings(
+                num_sequences=sequences, train_length=train_length, max_length=max_length, seed=calibration_seed
+            ),
+            passkeys=score != "perplexity",
+            perplexity=score != "passkey",
+            lengths=numbers(lengths) if lengths else None,
+            depths=depths,
+            seeds=numbers(seeds),
+            windows=windows,
+            scored_tokens=scored_tokens,
+        )
+        engine_args = engine_arguments(dtype, tokenizer, tensor_parallel_size, max_model_len, engine_arg)
+        with progress_bars() as progress:
+            result = tune_model(model, settings, engine_args, output, progress)
+        metadata = result.table.metadata
+        quantization = result.contestant.description["quantization"]
+        path = table or cached_table_path(metadata.weights_fingerprint, quantization)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_table(result.table, path)
+        what = {
+            "lengths": result.lengths,
+            "depths": depths,
+            "seeds": seeds,
+            "windows": windows,
+            "scored_tokens": scored_tokens,
+            "held_out": {book.name: book.digest for book in settings.held_out},
+            "corpus": metadata.corpus,
+            "sequences": sequences,
+        }
+        report = {
+            "task": "tune",
+            **provenance(model, {"model": result.contestant}, what),
+            **summarize_tuning(result.scores, result.best),
+        }
+        write_report(output, report, tuning_markdown(report, drawn(lambda: draw_tuning(report, output))))
+        console.print(f"table with min_retention {metadata.min_retention:.3g} as its default: {path}", markup=False)

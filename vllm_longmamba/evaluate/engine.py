@@ -1,0 +1,207 @@
+"""Runs the tasks through vLLM's offline engine."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from vllm_longmamba import __version__
+from vllm_longmamba.architectures import MODEL_IMPL
+from vllm_longmamba.compatibility import installed_vllm_version
+from vllm_longmamba.evaluate.methods import Key
+from vllm_longmamba.evaluate.statistics import Floats
+from vllm_longmamba.evaluate.texts import Encoder
+from vllm_longmamba.options import KEY, options_from_config
+
+# Prompts handed to the engine at a time, as a multiple of those it runs at once.
+_AHEAD = 2
+_DEFAULTS = {"max_num_seqs": 32, "enable_prefix_caching": False}
+
+
+class EngineContestant:
+    """A model in vLLM, with LongMamba or plain.
+
+    Args:
+        model: name or folder, as for `vllm serve`.
+        options: options of LongMamba.
+        engine_args: further arguments of vLLM's `LLM`.
+
+    Attributes:
+        description: weights, table and options, data type and versions.
+        encoder: the model's tokenizer.
+        train_length: from the table, None for the plain model.
+
+    Raises:
+        ValueError: what the engine's start would raise before it loads weights, such as a missing table.
+    """
+
+    def __init__(self, model: str, options: Mapping[str, Any], engine_args: Mapping[str, Any]) -> None:
+        self._arguments: dict[str, Any] = {
+            **_DEFAULTS,
+            "model": model,
+            "model_impl": MODEL_IMPL,
+            "additional_config": {KEY: dict(options)},
+            **engine_args,
+        }
+        config = _engine_config(self._arguments)
+        self.encoder = Encoder(_tokenizer(config))
+        self.train_length: int | None = None
+        self.description = self._describe(config)
+
+    def _describe(self, config: Any) -> dict[str, Any]:
+        from vllm_longmamba.calibration_plan import plan_from_config
+        from vllm_longmamba.table_lookup import locate_weights
+        from vllm_longmamba.tables import load_table
+
+        description: dict[str, Any] = {
+            "weights": locate_weights(config.model_config, config.load_config).fingerprint,
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "quantization": config.model_config.quantization,
+            "vllm": installed_vllm_version(),
+            "vllm_longmamba": __version__,
+            "filter": False,
+        }
+        options = options_from_config(config.additional_config)
+        if not options.filter:
+            return description
+        source: Any
+        if options.table is not None:
+            table = load_table(options.table)
+            source, thresholds = table.metadata, table.digest()
+        else:
+            # The engine will make the table at its start; the plan determines it.
+            source = plan_from_config(config.additional_config)
+            thresholds = source.key()
+        self.train_length = source.train_length
+        return description | {
+            "filter": True,
+            "table": thresholds,
+            "train_length": source.train_length,
+            "min_retention": options.min_retention if options.min_retention is not None else source.min_retention,
+            "clamp_percent": source.clamp_percent,
+        }
+
+    @contextmanager
+    def start(self, **engine_args: Any) -> Iterator["EngineRunner"]:
+        """Start the engine, with further arguments of `LLM`; it is shut down at the end."""
+        from vllm import LLM
+
+        llm = LLM(**(self._arguments | engine_args))
+        try:
+            yield EngineRunner(llm, self.encoder)
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+
+
+class EngineRunner:
+    """A started engine.
+
+    Attributes:
+        llm: vLLM's `LLM`.
+    """
+
+    def __init__(self, llm: Any, encoder: Encoder) -> None:
+        self.llm = llm
+        self._encoder = encoder
+
+    def complete(self, jobs: Iterable[tuple[Key, list[int], int]]) -> Iterator[tuple[Key, str]]:
+        """See `Runner`."""
+
+        def requests() -> Iterator[tuple[Key, list[int], Any]]:
+            for key, tokens, max_tokens in jobs:
+                yield key, tokens, _greedy(max_tokens)
+
+        for key, output in self._stream(requests()):
+            yield key, self._encoder.decode(list(output.outputs[0].token_ids))
+
+    def tail_logprobs(self, jobs: Iterable[tuple[Key, list[int]]], scored: int) -> Iterator[tuple[Key, Floats]]:
+        """See `Runner`. Logits of at most a chunk of the prompt exist at a time.
+
+        vLLM's model runner V2 computes them for the scored tokens only. V1, which runs on CPUs, has no such request:
+        there `prompt_logprobs` computes them for every token of the prompt, chunk by chunk (max_num_batched_tokens).
+        """
+        sampling, read = _tail_sampling(self.llm.llm_engine.vllm_config)
+
+        def requests() -> Iterator[tuple[Key, list[int], Any]]:
+            for key, tokens in jobs:
+                yield key, tokens, sampling(tokens, scored)
+
+        for key, output in self._stream(requests()):
+            yield key, read(output, scored)
+
+    def _stream(self, requests: Iterator[tuple[Key, list[int], Any]]) -> Iterator[tuple[Key, Any]]:
+        """Keep the engine busy, without handing it all prompts at once; keys and outputs as they are finished."""
+        from vllm.inputs import tokens_input
+
+        engine = self.llm.llm_engine
+        room = _AHEAD * engine.vllm_config.scheduler_config.max_num_seqs
+        waiting: dict[str, Key] = {}
+        names = count()
+        more = True
+        while more or waiting:
+            while more and len(waiting) < room:
+                request = next(requests, None)
+                if request is None:
+                    more = False
+                    break
+                key, tokens, sampling = request
+                name = str(next(names))
+                engine.add_request(name, tokens_input(tokens), sampling)
+                waiting[name] = key
+            if waiting:
+                for output in engine.step():
+                    if output.finished:
+                        yield waiting.pop(output.request_id), output
+
+
+def _tail_sampling(vllm_config: Any) -> tuple[Callable[[list[int], int], Any], Callable[[Any, int], Floats]]:
+    """How to ask for the log-probabilities of a prompt's last tokens, and how to read them from the output."""
+    from vllm import SamplingParams
+
+    def ask_for_the_tail(tokens: list[int], scored: int) -> Any:
+        ids = np.array(tokens[-scored:], dtype=np.int32)[:, None]
+        # vLLM insists on generating one token.
+        return _greedy(1, prompt_logprob_token_ids=ids, prompt_logprob_start=len(tokens) - 1 - scored)
+
+    def read_the_tail(output: Any, scored: int) -> Floats:
+        return np.asarray(output.prompt_token_id_logprobs, dtype=np.float64)[:, 0]
+
+    def ask_for_all(tokens: list[int], scored: int) -> Any:
+        return _greedy(1, prompt_logprobs=0, flat_logprobs=True)
+
+    def read_all(output: Any, scored: int) -> Floats:
+        tokens, entries = output.prompt_token_ids[-scored:], output.prompt_logprobs[-scored:]
+        return np.array([entry[token].logprob for token, entry in zip(tokens, entries, strict=True)])
+
+    if vllm_config.use_v2_model_runner and hasattr(SamplingParams, "prompt_logprob_token_ids"):
+        return ask_for_the_tail, read_the_tail
+    return ask_for_all, read_all
+
+
+def _greedy(max_tokens: int, **arguments: Any) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=max_tokens,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        **arguments,
+    )
+
+
+def _engine_config(arguments: dict[str, Any]) -> Any:
+    """vLLM's configuration as its `LLM` will make it, without an engine."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    return EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
+
+
+def _tokenizer(config: Any) -> Any:
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    return cached_tokenizer_from_config(config.model_config)

@@ -1,0 +1,194 @@
+"""The paper's search for theta (`min_retention`) and C (`clamp_percent`) on held-out text."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from vllm_longmamba.evaluate.comparison import Progress
+from vllm_longmamba.evaluate.engine import EngineRunner
+from vllm_longmamba.evaluate.needles import Question
+from vllm_longmamba.evaluate.perplexity import Loss, Window
+from vllm_longmamba.evaluate.records import Records, settings_key
+from vllm_longmamba.evaluate.report import difference, loss_of, share_of, summarize_perplexity, summarize_questions
+from vllm_longmamba.evaluate.runs import ask_questions, question_identity, score_windows, window_identity
+from vllm_longmamba.evaluate.texts import Encoder
+from vllm_longmamba.tables import ThresholdTable
+
+EXTENSION = "vllm_longmamba.evaluate.tuning_worker.TuningWorkerExtension"
+# Within this much of the most keys found, settings count as equally good at finding them.
+FOUND_TOLERANCE = 0.05
+_PLAIN = 1.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting to be tried.
+
+    Attributes:
+        clamp_percent: the paper's C, of the table.
+        min_retention: the paper's theta; 1 is the plain model.
+        global_channels: channels that it filters, in all layers.
+        thresholds: stands for the thresholds in force; settings that share it are the same model.
+    """
+
+    clamp_percent: float
+    min_retention: float
+    global_channels: int
+    thresholds: str
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is filtered by intention, for comparison."""
+        return self.min_retention == _PLAIN
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a candidate reached.
+
+    Attributes:
+        candidate: the setting.
+        found: share of the keys found, over all lengths: share, low, high; None where none were asked for.
+        loss: of all windows: loss in nats per token, low, high; None where no text was scored.
+        difference: loss less that of the plain model, window by window: loss, low, high; likewise.
+        by_length: the rows of the reports of `longmamba eval`, for each task.
+    """
+
+    candidate: Candidate
+    found: Mapping[str, float] | None
+    loss: Mapping[str, float] | None
+    difference: Mapping[str, float] | None
+    by_length: Mapping[str, Any]
+
+
+def candidate(table: ThresholdTable, min_retention: float) -> Candidate:
+    """The setting of a table and a theta."""
+    digest = blake3()
+    channels = 0
+    for layer in sorted(table.layers):
+        channels += int(table.is_global(layer, min_retention).sum())
+        digest.update(table.thresholds(layer, min_retention).numpy().tobytes())
+    return Candidate(table.metadata.clamp_percent, min_retention, channels, str(digest.hexdigest()[:32]))
+
+
+def plain(table: ThresholdTable) -> Candidate:
+    """The setting that filters nothing."""
+    return candidate(table, _PLAIN)
+
+
+@dataclass
+class Trial:
+    """Scores candidates on one engine.
+
+    Attributes:
+        runner: the engine, started with `EXTENSION`.
+        encoder: the model's tokenizer.
+        tables: clamp_percent -> file of its table.
+        plain: the setting that filters nothing.
+        questions: passkeys; none for perplexity alone.
+        haystack: tokens of the text that hides them.
+        windows: windows of text; none for passkeys alone.
+        books: tokens of the texts.
+        scored: tokens to score at a window's end.
+        settings: of model and tasks; with a candidate's thresholds they tell its results from others.
+        records: takes the results.
+        progress: shows it.
+    """
+
+    runner: EngineRunner
+    encoder: Encoder
+    tables: Mapping[float, Path]
+    plain: Candidate
+    questions: Sequence[Question]
+    haystack: list[int]
+    windows: Sequence[Window]
+    books: Mapping[str, list[int]]
+    scored: int
+    settings: Mapping[str, Any]
+    records: Records
+    progress: Progress
+
+    def score(self, setting: Candidate) -> Score:
+        """Score a setting, or take its score from the records. The plain model's is taken along for comparison."""
+        answers, losses = self._run(setting)
+        by_length: dict[str, Any] = {}
+        if answers:
+            by_length["passkey"] = summarize_questions({"tune": answers})["by_length"]
+        if losses:
+            by_length["perplexity"] = summarize_perplexity({"tune": losses})["by_length"]
+        return Score(
+            candidate=setting,
+            found=share_of([float(result["found"][0]) for _, result in answers]) if answers else None,
+            loss=loss_of(losses) if losses else None,
+            difference=difference(losses, self._run(self.plain)[1]) if losses else None,
+            by_length=by_length,
+        )
+
+    def _run(self, setting: Candidate) -> tuple[list[tuple[Question, dict[str, Any]]], list[tuple[Window, Loss]]]:
+        run = {"method": "tune", "settings": settings_key({**self.settings, "thresholds": setting.thresholds})}
+        questions = [one for one in self.questions if question_identity(one, run) not in self.records]
+        windows = [one for one in self.windows if window_identity(one, run) not in self.records]
+        if questions or windows:
+            table = self.tables[setting.clamp_percent]
+            self.runner.llm.collective_rpc("longmamba_set_filter", args=(str(table), setting.min_retention))
+            name = "plain" if setting.is_plain else f"C {setting.clamp_percent:g}, theta {setting.min_retention:.3g}"
+            advance = self.progress(name, len(questions) + len(windows))
+            ask_questions(self.runner, self.encoder, questions, self.haystack, self.records, run, advance)
+            score_windows(self.runner, self.encoder, windows, self.books, self.scored, self.records, run, advance)
+        answers = [(one, self.records.result(question_identity(one, run))) for one in self.questions]
+        losses = [(one, Loss(**self.records.result(window_identity(one, run)))) for one in self.windows]
+        return answers, losses
+
+
+def choose(scores: Sequence[Score]) -> Score:
+    """The best setting: of those that find about as many keys as the best one, that of the smallest loss.
+
+    About as many: at most `FOUND_TOLERANCE` less, which a few questions do not tell apart. Without keys it is the
+    smallest loss, and without text the most keys found, of several the largest theta (the fewest channels filtered).
+    """
+    most = max((score.found["share"] for score in scores if score.found is not None), default=0.0)
+    good = [score for score in scores if score.found is None or score.found["share"] >= most - FOUND_TOLERANCE]
+
+    def rank(score: Score) -> tuple[float, float, float]:
+        loss = score.loss["loss"] if score.loss is not None else 0.0
+        share = score.found["share"] if score.found is not None else 0.0
+        return loss, -share, -score.candidate.min_retention
+
+    return min(good, key=rank)
+
+
+def between_neighbours(best: float, tried: Sequence[float]) -> list[float]:
+    """Thetas half way, in the exponent, between the best one and its neighbours: the next, finer grid."""
+    below = max((theta for theta in tried if theta < best), default=None)
+    above = min((theta for theta in tried if best < theta < _PLAIN), default=None)
+    return [math.sqrt(best * other) for other in (below, above) if other is not None]
+
+
+def search(
+    score: Callable[[Candidate], Score], tables: Sequence[ThresholdTable], thetas: Sequence[float], refine: int
+) -> list[Score]:
+    """Score the plain model, a grid of theta and C, and then finer grids around the best so far.
+
+    Args:
+        score: scores a setting.
+        tables: one for each C.
+        thetas: the grid.
+        refine: finer grids, each of up to two thetas with the best C so far.
+
+    Returns:
+        All scores, the plain model's first.
+    """
+    scores = [score(plain(tables[0]))]
+    scores += [score(candidate(table, theta)) for table in tables for theta in thetas]
+    tried = sorted(thetas)
+    for _ in range(refine):
+        best = choose(scores[1:]).candidate
+        table = next(table for table in tables if table.metadata.clamp_percent == best.clamp_percent)
+        finer = between_neighbours(best.min_retention, tried)
+        scores += [score(candidate(table, theta)) for theta in finer]
+        tried = sorted({*tried, *finer})
+    return scores

@@ -1,0 +1,89 @@
+"""The report of `longmamba tune`: every setting tried, the best one marked."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm_longmamba.evaluate.markdown import conditions, images, interval, table
+from vllm_longmamba.evaluate.pictures import COLOURS, figure_with_panels, save
+from vllm_longmamba.evaluate.tuning import FOUND_TOLERANCE, Score
+
+
+def summarize_tuning(scores: Sequence[Score], best: Score) -> dict[str, Any]:
+    """The scores as plain values: "plain", "tried" (by C and theta) and "best"."""
+    ordered = sorted(scores[1:], key=lambda score: (score.candidate.clamp_percent, score.candidate.min_retention))
+    return {
+        "plain": asdict(scores[0]),
+        "tried": [asdict(score) for score in ordered],
+        "best": {name: asdict(best.candidate)[name] for name in ("clamp_percent", "min_retention")},
+    }
+
+
+def tuning_markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
+    """The report as Markdown.
+
+    Args:
+        report: as written to JSON.
+        pictures: file names of pictures beside it.
+    """
+    best = report["best"]
+    header = ["C (%)", "theta", "global channels"]
+    if report["plain"]["found"]:
+        header.append("keys found")
+    if report["plain"]["loss"]:
+        header += ["nats/token", "perplexity", "difference to plain"]
+    rows = [["plain", "", "0", *_scores(report["plain"])]]
+    for score in report["tried"]:
+        setting = score["candidate"]
+        mark = "**" if all(setting[name] == best[name] for name in best) else ""
+        names = [f"{setting['clamp_percent']:g}", f"{setting['min_retention']:.3g}"]
+        cells = [*(f"{mark}{name}{mark}" for name in names), str(setting["global_channels"]), *_scores(score)]
+        rows.append(cells)
+    text = (
+        f"Best: clamp_percent {best['clamp_percent']:g}, min_retention {best['min_retention']:.3g}. It has the "
+        f"smallest loss of the settings whose share of keys found is within {FOUND_TOLERANCE:g} of the largest. "
+        "Intervals: 95 %, Wilson for keys, bootstrap over texts for losses; they do not allow for the choice of the "
+        "best of many, so confirm it on other text (`longmamba eval`)."
+    )
+    return "\n\n".join(["# Tuning", text, table(header, rows), *images(pictures), conditions(report)]) + "\n"
+
+
+def draw_tuning(report: Mapping[str, Any], folder: Path) -> list[str]:
+    """Draw keys found and the loss less that of plain over theta, a curve for each C; returns the PNG file's name."""
+    kinds = [(name, of) for name, of in (("found", "share"), ("difference", "loss")) if report["plain"][name]]
+    labels = {"found": "keys found", "difference": "nats per token, difference to plain, same windows"}
+    clamps = sorted({score["candidate"]["clamp_percent"] for score in report["tried"]})
+    with figure_with_panels(5.2 * len(kinds), 3.8, len(kinds)) as (figure, panels):
+        for panel, (kind, of) in zip(panels, kinds, strict=True):
+            panel.axhline(report["plain"][kind][of], color=COLOURS[0], linestyle="--", label="plain")
+            for number, clamp in enumerate(clamps, start=1):
+                own = [score for score in report["tried"] if score["candidate"]["clamp_percent"] == clamp]
+                thetas = [score["candidate"]["min_retention"] for score in own]
+                values = [score[kind][of] for score in own]
+                colour = COLOURS[number % len(COLOURS)]
+                panel.plot(thetas, values, color=colour, marker="o", markersize=4, label=f"C = {clamp:g} %")
+                panel.fill_between(
+                    thetas, *([score[kind][end] for score in own] for end in ("low", "high")),
+                    color=colour, alpha=0.08, linewidth=0,
+                )  # fmt: skip
+                for theta, value in zip(thetas, values, strict=True):
+                    if report["best"] == {"clamp_percent": clamp, "min_retention": theta}:
+                        panel.plot(theta, value, marker="o", markersize=11, fillstyle="none", color="black")
+            panel.set_xscale("log")
+            panel.set_xlabel("theta (min_retention)")
+            panel.set_ylabel(labels[kind])
+            panel.grid(axis="y", color="#dddddd", linewidth=0.8)
+            panel.spines[["top", "right"]].set_visible(False)
+        panels[-1].legend(frameon=False)
+        return [save(figure, folder, "tuning")]
+
+
+def _scores(score: Mapping[str, Any]) -> list[str]:
+    cells = []
+    if score["found"]:
+        cells.append(interval(score["found"], "share", ".2f"))
+    if score["loss"]:
+        cells += [interval(score["loss"], "loss", ".3f"), f"{score['loss']['perplexity']:.2f}"]
+        cells.append(interval(score["difference"], "loss", "+.3f"))
+    return cells
