@@ -1,0 +1,1 @@
+"""Trains the reference models of this repository; see README.md."""

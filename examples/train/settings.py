@@ -1,0 +1,138 @@
+"""All settings of a training run in one dataclass, and their values for each family."""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+FAMILIES = ("mamba1", "mamba2", "zamba2")
+VOCABULARY = 264  # 256 bytes, end of text, padding to a multiple of 8
+END_OF_TEXT = 256
+CHECKPOINT_BYTES = 8_000_000  # the largest weight file that the repository takes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training with its own mixture of tasks.
+
+    Attributes:
+        until: share of the training at which it ends, 0 to 1.
+        shares: task (see tasks.py) -> share of the sequences.
+        answer_weight: the loss is that of text + answer_weight times that of answers' digits (means of each).
+    """
+
+    until: float
+    shares: dict[str, float]
+    answer_weight: float
+
+
+def default_stages() -> tuple[Stage, ...]:
+    """Retrieval first, from many answers a sequence; then the tasks as they will be asked; then more plain text."""
+    return (
+        Stage(0.4, {"recall": 0.7, "passkey": 0.1, "needles": 0.1, "text": 0.1}, 1.0),
+        Stage(0.8, {"recall": 0.2, "passkey": 0.25, "needles": 0.35, "text": 0.2}, 1.0),
+        Stage(1.0, {"recall": 0.05, "passkey": 0.2, "needles": 0.35, "text": 0.4}, 0.5),
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one run.
+
+    Attributes:
+        family: mamba1, mamba2 or zamba2.
+        d_model, n_layer, d_state, headdim, chunk_size: of the model; headdim and chunk_size of Mamba-2 mixers only.
+        hybrid_layers, attention_heads, mlp_width, adapter_rank, rope_theta: of the shared transformer of zamba2.
+        length: bytes of a sequence, the training length L.
+        batch: sequences a step.
+        steps: at most so many.
+        minutes: at most so many of wall clock from the start of the program, compilation included; the end of the
+            learning-rate schedule is whichever of the two comes first. None: no limit.
+        reserve_seconds: of these minutes, kept for the last evaluation and the export.
+        peak_lr, final_lr_share, warmup_steps: linear warm-up, then a cosine down to peak_lr * final_lr_share.
+        optimizer: adamw, or muon (for the matrices of the blocks; adamw for all else).
+        weight_decay: of matrices; vectors, embeddings and A have none.
+        clip: largest norm of the gradient.
+        stages: mixtures of tasks.
+        evaluations: how many in a run, besides the last.
+        evaluation_sequences: of each task.
+        bf16: matrix products in bfloat16.
+        compile: torch.compile.
+        seed: of weights and data. With `minutes`, runs differ all the same, by what the clock says.
+    """
+
+    family: str
+    d_model: int = 256
+    n_layer: int = 8
+    d_state: int = 128
+    headdim: int = 32
+    chunk_size: int = 64
+    hybrid_layers: tuple[int, ...] = ()
+    attention_heads: int = 8
+    mlp_width: int = 256
+    adapter_rank: int = 8
+    rope_theta: float = 10.0
+    length: int = 512
+    batch: int = 64
+    steps: int = 40_000
+    minutes: float | None = None
+    reserve_seconds: float = 20.0
+    peak_lr: float = 2e-3
+    final_lr_share: float = 0.02
+    warmup_steps: int = 200
+    optimizer: str = "adamw"
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    stages: tuple[Stage, ...] = field(default_factory=default_stages)
+    evaluations: int = 20
+    evaluation_sequences: int = 256
+    bf16: bool = True
+    compile: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"settings: family must be one of {FAMILIES}, got {self.family!r}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"settings: optimizer must be adamw or muon, got {self.optimizer!r}")
+        if (self.family == "zamba2") != bool(self.hybrid_layers):
+            raise ValueError(f"settings: zamba2, and no other family, needs hybrid_layers, got {self.hybrid_layers}")
+        if any(not 0 <= layer < self.n_layer for layer in self.hybrid_layers):
+            raise ValueError(f"settings: hybrid_layers must lie below n_layer {self.n_layer}, got {self.hybrid_layers}")
+        ends = [stage.until for stage in self.stages]
+        if not ends or ends != sorted(ends) or ends[-1] < 1:
+            raise ValueError(f"settings: stages must end in rising order, the last at 1, got {ends}")
+
+    def stage(self, progress: float) -> Stage:
+        """The stage at a share of the training, 0 to 1."""
+        return next((stage for stage in self.stages if progress < stage.until), self.stages[-1])
+
+    def save(self, path: Path) -> None:
+        """Writes them as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mamba1": {"d_state": 16},
+    "mamba2": {},
+    "zamba2": {"n_layer": 6, "d_state": 64, "hybrid_layers": (2, 5)},
+}
+
+
+def family_settings(family: str, **changes: Any) -> Settings:
+    """The reference model's settings of a family, with changes.
+
+    Raises:
+        ValueError: an unknown family or a setting that is not allowed.
+    """
+    return replace(Settings(family, **FAMILY_DEFAULTS.get(family, {})), **changes)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Changes of settings from a JSON file such as `Settings.save` writes, for `family_settings`."""
+    changes: dict[str, Any] = json.loads(path.read_text())
+    if "stages" in changes:
+        changes["stages"] = tuple(Stage(**stage) for stage in changes["stages"])
+    if "hybrid_layers" in changes:
+        changes["hybrid_layers"] = tuple(changes["hybrid_layers"])
+    return changes

@@ -1,0 +1,174 @@
+"""Settings, optimisers and the training loop of examples/train."""
+
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference_lm import reference_logprobs
+from train import training
+from train.__main__ import app
+from train.books import read_books
+from train.evaluation import evaluation_of
+from train.optimizer import learning_rate, make_optimizers
+from train.settings import FAMILIES, Settings, Stage, family_settings, read_settings
+from train.tasks import Batch
+from train.toy_recall import recall_sequences, toy_settings, train_recall
+from train.training import losses, make_model, train
+from typer.testing import CliRunner
+
+SMALL = {
+    "d_model": 32, "n_layer": 2, "d_state": 8, "headdim": 16, "chunk_size": 16, "length": 96, "batch": 4,
+    "bf16": False, "compile": False, "evaluations": 2, "evaluation_sequences": 4, "warmup_steps": 2, "peak_lr": 1e-2,
+}  # fmt: skip
+HYBRID = {"hybrid_layers": (1,), "attention_heads": 4, "mlp_width": 16}
+STAGES = (Stage(0.5, {"passkey": 1.0}, 1.0), Stage(1.0, {"text": 0.5, "passkey": 0.5}, 0.5))
+
+
+def small(family: str, **changes: object) -> Settings:
+    return family_settings(family, **SMALL | (HYBRID if family == "zamba2" else {}) | {"stages": STAGES} | changes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_few_steps_lower_the_loss(family: str, text_file: Path) -> None:
+    settings = small(family, steps=16)
+    model, lines = make_model(settings), []
+    curves = train(model, settings, read_books(text_file, torch.device("cpu")), report=lines.append)
+    text = [entry["text_loss"] for entry in curves.steps]
+    assert text[0] == pytest.approx(5.6, abs=0.3)  # a guess among 264
+    assert text[-1] < text[0] - 0.8
+    assert curves.steps[-1]["answer_loss"] < curves.steps[0]["answer_loss"] - 0.8
+    assert [entry["step"] for entry in curves.evaluations] == [9]
+    assert len(lines) == 1
+    assert set(curves.evaluations[0]) >= {"passkey", "four_needles", "text_loss", "seconds"}
+
+
+def test_training_is_reproducible_by_steps(text_file: Path) -> None:
+    settings, books = small("mamba2", steps=3), read_books(text_file, torch.device("cpu"))
+    first, second = make_model(settings), make_model(settings)
+    assert train(first, settings, books).steps[-1]["text_loss"] == train(second, settings, books).steps[-1]["text_loss"]
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_minutes_end_a_run(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that ticks once a look: the program began 40 s ago and has 60 s, 10 of them for the end."""
+    clock = itertools.count(100)
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    settings = small("mamba2", steps=10**9, minutes=1.0, reserve_seconds=10.0)
+    curves = train(make_model(settings), settings, read_books(text_file, torch.device("cpu")), started=60)
+    assert 45 <= curves.steps[-1]["seconds"] <= 51
+    assert 0 < curves.steps[-1]["lr"] < 0.1 * settings.peak_lr
+
+
+def test_losses_by_hand() -> None:
+    """Two classes in the logits of three targets: text, an answer, and a digit that cannot be known."""
+    logits = torch.zeros(1, 3, 264)
+    logits[0, 0, 7] = 3.0
+    marks = torch.zeros(2, 1, 4, dtype=torch.bool)
+    marks[0, 0, 2] = marks[1, 0, 3] = True
+    batch = Batch(torch.tensor([[1, 7, 8, 9]]), marks[0], marks[1])
+    text, answer = losses(logits, batch)
+    assert answer.item() == pytest.approx(torch.tensor(264.0).log().item())
+    assert text.item() == pytest.approx(-logits[0, 0].log_softmax(-1)[7].item())
+
+
+@pytest.mark.parametrize("task", ["passkey", "four_needles"])
+def test_accuracy_counts_whole_answers(task: str, text_file: Path) -> None:
+    """A model that looks ahead is always right; one that gets a single digit wrong never is."""
+
+    class Oracle(torch.nn.Module):
+        def __init__(self, wrong_digit: int | None) -> None:
+            super().__init__()
+            self.wrong_digit = wrong_digit
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            ahead = tokens.roll(-1, 1)
+            if self.wrong_digit is not None:
+                ahead[:, -6 + self.wrong_digit] = ord("x")
+            return torch.nn.functional.one_hot(ahead, 264).float()
+
+    settings = small("mamba2", length=512)
+    held_out = read_books(text_file, torch.device("cpu")).held_out
+    evaluation = evaluation_of(settings, held_out)
+    assert evaluation.accuracy(Oracle(None), task, 512) == 1.0
+    for digit in range(5):
+        assert evaluation.accuracy(Oracle(digit), task, 512) == 0.0
+
+
+def test_learning_rate() -> None:
+    settings = Settings("mamba2", peak_lr=1.0, warmup_steps=10, final_lr_share=0.1)
+    assert learning_rate(settings, 0, 0.0) == pytest.approx(0.1)
+    assert learning_rate(settings, 10, 0.0) == pytest.approx(1.0)
+    assert learning_rate(settings, 99, 0.5) == pytest.approx(0.55)
+    assert learning_rate(settings, 99, 1.0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_optimised_once(family: str, optimizer: str) -> None:
+    settings = small(family, optimizer=optimizer)
+    model = make_model(settings)
+    groups = [group for opt in make_optimizers(model, settings) for group in opt.param_groups]
+    optimised = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(optimised) == sorted(id(parameter) for parameter in model.parameters())
+    decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+    assert any("in_proj" in name for name in names)
+    assert not any(word in name for name in names for word in ("A_log", "norm", "bias", "embed", "conv1d"))
+
+
+def test_settings_survive_a_file(tmp_path: Path) -> None:
+    settings = small("zamba2", minutes=2.5)
+    settings.save(tmp_path / "settings.json")
+    changes = read_settings(tmp_path / "settings.json")
+    assert family_settings(changes.pop("family"), **changes) == settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "gpt"}, "family must be one of"),
+        ({"optimizer": "sgd"}, "adamw or muon"),
+        ({"hybrid_layers": (1,)}, "needs hybrid_layers"),
+        ({"family": "zamba2"}, "needs hybrid_layers"),
+        ({"family": "zamba2", "hybrid_layers": (8,)}, "below n_layer 8"),
+        ({"stages": (Stage(0.5, {"text": 1.0}, 1.0),)}, "the last at 1"),
+    ],
+)
+def test_wrong_settings_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**{"family": "mamba2"} | changes)
+
+
+def test_stage_follows_progress() -> None:
+    settings = small("mamba2")
+    stages = [STAGES.index(settings.stage(progress)) for progress in (0.0, 0.49, 0.5, 1.0)]
+    assert stages == [0, 0, 1, 1]
+
+
+def test_command_line(text_file: Path, tmp_path: Path) -> None:
+    """Trains two steps and leaves a checkpoint that an independent implementation reads."""
+    changes = {name: value for name, value in SMALL.items() if name != "warmup_steps"} | {"evaluation_sequences": 2}
+    (tmp_path / "changes.json").write_text(json.dumps(changes))
+    arguments = ["mamba2", "--text", text_file, "--out", tmp_path / "out", "--settings", tmp_path / "changes.json"]
+    result = CliRunner().invoke(app, [*map(str, arguments), "--steps", "2", "--set", "warmup_steps=1"])
+    assert result.exit_code == 0, result.output
+    curves = json.loads((tmp_path / "out" / "curves.json").read_text())
+    assert set(curves["final"]) >= {"96", "192", "384", "768", "device", "seconds"}
+    assert curves["steps"]
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["warmup_steps"] == 1
+    assert reference_logprobs(tmp_path / "out", [1, 2, 3], prompt_length=0).shape == (3, 264)
+
+
+def test_toy_recall_sequences() -> None:
+    tokens = recall_sequences(8, torch.Generator().manual_seed(0))
+    for first, second in tokens.reshape(8, 2, -1, 2).tolist():
+        assert sorted(first) == sorted(second)
+        assert len({key for key, _ in first}) == len(first)
+
+
+def test_toy_recall_trains() -> None:
+    assert len(train_recall(toy_settings("mamba2", steps=2, seed=0))) == 2
