@@ -51,10 +51,10 @@ SYMBOLS = [
     ("vllm.v1.core.sched.scheduler:Scheduler.has_unfinished_requests", "calibrate_at_start.py"),
     ("vllm.v1.core.sched.scheduler:Scheduler.shutdown", "calibrate_at_start.py"),
     ("vllm.config:ModelConfig.is_moe", "calibrate_at_start.py"),
+    ("vllm.config:VllmConfig.num_speculative_tokens", "mixers.py"),
     ("vllm.forward_context:get_forward_context", "mixers.py"),
     ("vllm.model_executor.layers.mamba.mamba_utils:is_conv_state_dim_first", "mixers.py"),
     (f"{MIXER1}._ssm_transform", "mixers.py"),
-    (f"{MIXER1}._time_proj_bias", "mixers.py"),
     ("vllm.model_executor.layers.mamba.abstract:MambaBase.get_attn_backend", "mixers.py"),
     (f"{MAMBA1}:Mamba1AttentionBackend.get_builder_cls", "metadata.py"),
     (f"{MAMBA2}:Mamba2AttentionBackend.get_builder_cls", "metadata.py"),
@@ -196,6 +196,8 @@ FIELDS = [
         "additional_config model_config cache_config load_config compilation_config speculative_config",
         "engine_config.py, models.py",
     ),
+    ("vllm.config:VllmConfig", "mamba_config", "mixers.py"),
+    ("vllm.config.mamba:MambaConfig", "backend enable_stochastic_rounding", "mixers.py"),
     (
         "vllm.config:CacheConfig",
         "mamba_ssm_cache_dtype enable_prefix_caching use_replayssm",
@@ -409,7 +411,7 @@ SOURCES = [
 ]
 
 # Every name that the plugin imports from vLLM, read from its sources, so that none is forgotten above.
-SOURCE_FILES = sorted((Path(__file__).resolve().parent.parent / "vllm_longmamba").glob("*.py"))
+SOURCE_FILES = sorted((Path(__file__).resolve().parent.parent / "vllm_longmamba").rglob("*.py"))
 IMPORTS = sorted(
     {
         (f"{node.module}:{alias.name}", path.name)
