@@ -5,7 +5,12 @@ from typing import Annotated
 import typer
 
 from vllm_longmamba import __version__
+from vllm_longmamba.commands import evaluate
 from vllm_longmamba.commands.calibrate import calibrate
+from vllm_longmamba.commands.import_table import import_table
+from vllm_longmamba.commands.inspect import inspect
+from vllm_longmamba.commands.summarize import summarize
+from vllm_longmamba.commands.tune import tune
 
 app = typer.Typer(
     help="Tools for serving Mamba models on long prompts with vLLM (vllm serve MODEL --model-impl longmamba).",
@@ -13,6 +18,11 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(calibrate)
+app.add_typer(evaluate.app, name="eval")
+app.command()(import_table)
+app.command()(inspect)
+app.command()(summarize)
+app.command()(tune)
 
 
 def _print_version(wanted: bool) -> None:

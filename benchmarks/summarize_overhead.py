@@ -1,0 +1,220 @@
+"""What `longmamba summarize` costs: tokens per second of the job against a bare `LLM.generate` over the same prompts.
+
+    python benchmarks/summarize_overhead.py
+
+On a CPU: the example model and 32 documents. On a GPU: dummy weights of the shape of mamba-1.4b, 200 documents of 4k to
+64k tokens.
+
+Both engines run at once, in processes of their own, and take turns. The job reads JSONL, tokenizes, answers, and writes
+JSONL with fsync; the bare call gets the same prompts as a list of strings. Starting the engines is not counted. The
+lengths of the documents are spread evenly over the logarithm. Prints each run, the medians, and the median of the
+ratios of neighbouring runs; --out writes them as JSON.
+"""
+
+import argparse
+import asyncio
+import io
+import json
+import math
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from support.environment import environment
+from support.shapes import CACHE_GIB, GIB, MODELS, write_model
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLE_MODEL = EXAMPLES / "passkey-mamba2-4m"
+# A byte-level tokenizer: a document of n ASCII characters has n tokens, whatever the shape.
+INSTRUCTION = "TL;DR:"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=MODELS, help="of dummy weights [CPU: the example model; GPU: mamba-1.4b]")
+    parser.add_argument("--tiny", action="store_true", help="two small layers, to try --shape out without a GPU")
+    parser.add_argument("--documents", type=int, help="[32; with --shape 200]")
+    parser.add_argument("--tokens", type=int, nargs=2, help="shortest and longest document [512 4096; 4096 65536]")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--max-num-seqs", type=int, help="[16; with --shape 64]")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    given = parser.parse_args()
+    if given.shape is None and torch.cuda.is_available():
+        given.shape = "mamba-1.4b"
+    given.documents = given.documents or (200 if given.shape else 32)
+    given.tokens = given.tokens or ([4096, 65536] if given.shape else [512, 4096])
+    given.max_num_seqs = given.max_num_seqs or (64 if given.shape else 16)
+    return given
+
+
+def make_documents(count: int, shortest: int, longest: int) -> list[str]:
+    """Pieces of a book, with an unlike beginning each, so that no two share a prefix."""
+    book = (EXAMPLES / "texts" / "haystack.txt").read_text(encoding="ascii")
+    rng = random.Random(0)
+    documents = []
+    for number in range(count):
+        length = round(shortest * (longest / shortest) ** (number / max(count - 1, 1)))
+        start = rng.randrange(len(book))
+        text = f"Document {number}. " + book[start:] + book * math.ceil(length / len(book))
+        documents.append(text[:length])
+    rng.shuffle(documents)
+    return documents
+
+
+def engine_options(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Arguments of both engines."""
+    options: dict[str, Any] = {
+        "model_impl": "longmamba",
+        "max_model_len": given.tokens[1] + given.max_tokens + len(INSTRUCTION) + 64,
+        "max_num_seqs": given.max_num_seqs,
+        "enable_prefix_caching": False,
+    }
+    if given.shape is None:
+        return options | {"model": str(EXAMPLE_MODEL), "dtype": "float32"}
+    model = write_model(given.shape, folder / "model", given.tiny)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EXAMPLE_MODEL / file, model)
+    return options | {
+        "model": str(model),
+        "dtype": "float32" if given.tiny else "bfloat16",
+        "enforce_eager": given.tiny,
+        "load_format": "dummy",
+        "kv_cache_memory_bytes": GIB if given.tiny else CACHE_GIB[given.shape] * GIB,
+        "additional_config": {"longmamba": {"table": str(model / "table.safetensors")}},
+    }
+
+
+class BareRun:
+    """`LLM.generate` over a list of strings."""
+
+    def __init__(self, options: dict[str, Any], documents: list[str], max_tokens: int) -> None:
+        from vllm import LLM, SamplingParams
+
+        self._llm = LLM(**options, disable_log_stats=True)
+        self._prompts = [f"{document}\n\n{INSTRUCTION}" for document in documents]
+        self._sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+
+    def run(self, count: int) -> tuple[float, int, list[str]]:
+        """(seconds, tokens, answers) of the first documents."""
+        begin = time.perf_counter()
+        outputs = self._llm.generate(self._prompts[:count], self._sampling, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        tokens = sum(len(output.prompt_token_ids or []) + len(output.outputs[0].token_ids) for output in outputs)
+        return seconds, tokens, [output.outputs[0].text for output in outputs]
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+class JobRun:
+    """The loop of `longmamba summarize`, over a JSONL file, with one engine for all runs."""
+
+    def __init__(self, options: dict[str, Any], folder: Path, documents: list[str], max_tokens: int) -> None:
+        from vllm_longmamba.summarize.backends import Sampling
+        from vllm_longmamba.summarize.engine import EngineBackend
+        from vllm_longmamba.summarize.settings import JobSettings
+
+        self._folder = folder
+        self._input = folder / "documents.jsonl"
+        with self._input.open("w") as lines:
+            for number, document in enumerate(documents):
+                lines.write(json.dumps({"id": str(number), "text": document}) + "\n")
+        self._sampling = Sampling(max_tokens=max_tokens)
+        self._settings = JobSettings
+        self._loop = asyncio.new_event_loop()
+        self._backend = self._loop.run_until_complete(self._start(EngineBackend, options))
+
+    async def _start(self, backend: Any, options: dict[str, Any]) -> Any:
+        return backend({**options, "enable_log_requests": False, "disable_log_stats": True}, self._sampling)
+
+    def run(self, count: int) -> tuple[float, int, list[str]]:
+        """(seconds, tokens, answers) of the first documents."""
+        output = self._folder / "out.jsonl"
+        settings = self._settings(
+            inputs=(str(self._input),),
+            output=output,
+            model="bench",
+            sampling=self._sampling,
+            limit=count,
+            overwrite=True,
+        )
+        begin = time.perf_counter()
+        self._loop.run_until_complete(self._run(settings))
+        seconds = time.perf_counter() - begin
+        rows = {row["id"]: row for row in map(json.loads, output.read_text().splitlines())}
+        tokens = sum(row["prompt_tokens"] + row["output_tokens"] for row in rows.values())
+        return seconds, tokens, [rows[str(number)]["summary"] for number in range(count)]
+
+    async def _run(self, settings: Any) -> None:
+        from rich.console import Console
+
+        from vllm_longmamba.summarize.index import Index
+        from vllm_longmamba.summarize.inputs import Inputs
+        from vllm_longmamba.summarize.job import admitted_records, make_runner
+        from vllm_longmamba.summarize.output import Output
+        from vllm_longmamba.summarize.progress import Progress
+
+        files = Output(settings.output)
+        inputs = Inputs(settings.inputs)
+        index = Index()
+        journal = files.open(settings.answer_settings(), index, overwrite=True, retry_errors=False)
+        progress = Progress(Console(file=io.StringIO()), inputs.total_bytes)
+        admitted = admitted_records(settings, inputs, index, progress)
+        progress.begin()
+        complete = await make_runner(settings, self._backend, admitted, journal, progress).run()
+        progress.end()
+        files.finish(journal, complete=complete)
+        index.close()
+        if not complete or progress.errors:
+            raise RuntimeError(f"the job did not answer everything: {progress.report()}")
+
+    def close(self) -> None:
+        self._loop.run_until_complete(self._backend.close())
+
+
+def main() -> None:
+    given = arguments()
+    documents = make_documents(given.documents, *given.tokens)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        options = engine_options(given, folder)
+        bare = BareRun(options, documents, given.max_tokens)
+        job = JobRun(options, folder, documents, given.max_tokens)
+        runs: dict[str, list[float]] = {"bare": [], "job": []}
+        warm_up = min(given.documents, given.max_num_seqs)
+        answers = [runner.run(warm_up)[2] for runner in (bare, job)]
+        for repeat in range(given.repeats):
+            order = (("bare", bare), ("job", job)) if repeat % 2 == 0 else (("job", job), ("bare", bare))
+            for kind, runner in order:
+                seconds, tokens, answers[kind == "job"] = runner.run(given.documents)
+                runs[kind].append(tokens / seconds)
+                print(f"{kind:4}  {seconds:8.2f} s  {tokens:,} tokens  {tokens / seconds:,.0f} tokens/s", flush=True)
+        job.close()
+        bare.close()
+    medians = {kind: statistics.median(values) for kind, values in runs.items()}
+    # Neighbouring runs: what else the machine does changes more slowly than that.
+    ratio = statistics.median(job / bare for bare, job in zip(runs["bare"], runs["job"], strict=True))
+    same = sum(first == second for first, second in zip(*answers, strict=True))
+    print(f"medians: bare {medians['bare']:,.0f}, job {medians['job']:,.0f} tokens/s; job / bare = {ratio:.3f}")
+    print(f"{same} of {given.documents} answers are the same")
+    if given.out is not None:
+        result = {
+            "environment": environment(),
+            "settings": vars(given) | {"out": str(given.out)},
+            "tokens_per_second": runs,
+        }
+        given.out.write_text(json.dumps(result | {"medians": medians, "ratio": ratio, "same": same}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""A stub server, the tokenizer of the example model, and jobs in this process."""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from vllm_longmamba.summarize.job import run_job
+from vllm_longmamba.summarize.settings import JobSettings
+
+from .stub_server import StubServer
+
+EXAMPLE_MODEL = Path(__file__).resolve().parent.parent.parent / "examples" / "passkey-mamba2-4m"
+
+
+@pytest.fixture
+def server() -> Iterator[StubServer]:
+    """A server that answers at once."""
+    with StubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """One token a byte."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(EXAMPLE_MODEL)
+
+
+class Job:
+    """Runs jobs against a server, in a folder; keyword arguments are those of `JobSettings`.
+
+    Attributes:
+        said: what the last one printed.
+    """
+
+    def __init__(self, folder: Path, server: StubServer) -> None:
+        self.folder = folder
+        self.server = server
+        self.said = ""
+
+    def __call__(self, *inputs: Path, output: str = "out.jsonl", **settings: Any) -> int:
+        """Run one job; its exit code."""
+        text = io.StringIO()
+        common = {"base_url": self.server.url, "prompt_kind": "base"}
+        given = tuple(map(str, inputs)) or (str(self.folder / "in"),)
+        try:
+            return run_job(
+                JobSettings(inputs=given, output=self.folder / output, **(common | settings)),
+                Console(file=text, width=200),
+            )
+        finally:
+            self.said = text.getvalue()
+
+    def rows(self, output: str = "out.jsonl") -> list[dict[str, Any]]:
+        """The rows of an output."""
+        path = self.folder / output
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            found: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+            return found
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def answers(self, output: str = "out.jsonl") -> dict[str, Any]:
+        """Summary or error of each id; no id may come twice."""
+        rows = self.rows(output)
+        found = {row["id"]: row["error"] or row["summary"] for row in rows}
+        assert len(found) == len(rows)
+        return found
+
+
+@pytest.fixture
+def job(tmp_path: Path, server: StubServer) -> Callable[..., int]:
+    """A `Job` in a folder of its own."""
+    return Job(tmp_path, server)

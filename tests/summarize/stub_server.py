@@ -1,0 +1,141 @@
+"""An OpenAI-compatible server that answers at once, and misbehaves on request. Runs in a thread, or as a script.
+
+The answer to a prompt is `answer(prompt)`: its first words and its length. Words of the document make it misbehave:
+see `_misbehave`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+from collections import Counter
+from typing import Any
+
+from aiohttp import web
+
+MODEL = "stub"
+
+
+def answer(prompt: str) -> str:
+    """What the server says to a prompt."""
+    return f"{' '.join(prompt.split()[:3])} ({len(prompt)} characters)"
+
+
+class StubServer:
+    """A server on a port of 127.0.0.1.
+
+    Args:
+        port: 0 takes a free one.
+        delay_s: time that every answer takes.
+        root: what it says the model's folder is.
+        max_model_len: what it says a prompt and its answer may have.
+
+    Attributes:
+        requests: how often each prompt came.
+        most_at_once: requests that were under way at a time, at most.
+    """
+
+    def __init__(
+        self, port: int = 0, delay_s: float = 0.0, root: str = MODEL, max_model_len: int | None = None
+    ) -> None:
+        self.port = port
+        self.delay_s = delay_s
+        self.requests: Counter[str] = Counter()
+        self.most_at_once = 0
+        self._model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "test", "root": root}
+        self._model |= {} if max_model_len is None else {"max_model_len": max_model_len}
+        self._at_once = 0
+        self._transports: set[Any] = set()
+        self._loop = asyncio.new_event_loop()
+        self._ended = asyncio.Event()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def start(self) -> StubServer:
+        self._thread.start()
+        assert self._ready.wait(20)
+        return self
+
+    def stop(self) -> None:
+        """End at once: requests under way are cut off."""
+        self._loop.call_soon_threadsafe(self._ended.set)
+        self._thread.join(20)
+
+    def __enter__(self) -> StubServer:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _run(self) -> None:
+        self._loop.run_until_complete(self._serve())
+
+    async def _serve(self) -> None:
+        app = web.Application(client_max_size=2**28)
+        app.router.add_get("/v1/models", self._list)
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post("/v1/chat/completions", self._complete)
+        runner = web.AppRunner(app, shutdown_timeout=0.0)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", self.port, reuse_address=True)
+        await site.start()
+        assert site._server is not None
+        self.port = site._server.sockets[0].getsockname()[1]
+        self._ready.set()
+        await self._ended.wait()
+        await site.stop()
+        # Whoever is connected is cut off.
+        for transport in self._transports:
+            transport.abort()
+        await runner.cleanup()
+
+    async def _list(self, _: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [self._model]})
+
+    async def _complete(self, request: web.Request) -> web.Response:
+        assert request.transport is not None
+        self._transports.add(request.transport)
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            body = json.loads(await request.read())
+            chat = "messages" in body
+            prompt = body["messages"][0]["content"] if chat else body["prompt"]
+            self.requests[prompt] += 1
+            await asyncio.sleep(self.delay_s)
+            return _misbehave(prompt, self.requests[prompt]) or web.json_response(_response(prompt, chat))
+        finally:
+            self._at_once -= 1
+
+
+def _misbehave(prompt: str, times: int) -> web.Response | None:
+    if "REFUSE" in prompt:
+        return web.json_response({"error": {"message": "this is refused"}}, status=400)
+    if "ALWAYS-500" in prompt:
+        return web.json_response({"error": {"message": "inside"}}, status=500)
+    if "BUSY-TWICE" in prompt and times <= 2:
+        return web.json_response({"error": {"message": "busy"}}, status=429)
+    if "ABORT-ONCE" in prompt and times == 1:
+        return web.json_response(_response(prompt, False, finish_reason="abort"))
+    return None
+
+
+def _response(prompt: str, chat: bool, finish_reason: str = "stop") -> dict[str, Any]:
+    text = answer(prompt)
+    said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+    usage = {"prompt_tokens": len(prompt), "completion_tokens": len(text), "total_tokens": len(prompt) + len(text)}
+    choice = {"index": 0, "finish_reason": finish_reason, "logprobs": None, **said}
+    kind = "chat.completion" if chat else "text_completion"
+    return {"id": "1", "object": kind, "created": 0, "model": MODEL, "choices": [choice], "usage": usage}
+
+
+if __name__ == "__main__":
+    with StubServer(int(sys.argv[1])) as server:
+        print(server.url, flush=True)
+        threading.Event().wait()

@@ -1,0 +1,280 @@
+"""Whole jobs against a stub server: resuming, bad records, formats, interrupts, a full disk."""
+
+import gzip
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from vllm_longmamba.summarize.backends import Sampling
+from vllm_longmamba.summarize.job import EXIT_DISK_FULL, EXIT_ERROR_ROWS, EXIT_INTERRUPTED, EXIT_STOPPED
+from vllm_longmamba.summarize.journal import Journal
+from vllm_longmamba.summarize.records import COLUMNS
+
+from .conftest import Job
+from .documents import pdf, write_jsonl
+from .stub_server import answer
+
+
+def rows(count: int, first: int = 0) -> list[dict[str, str]]:
+    return [{"id": f"r{number}", "text": f"text of row {number}"} for number in range(first, first + count)]
+
+
+def expected(count: int) -> dict[str, str]:
+    return {row["id"]: answer(f"{row['text']}\n\nTL;DR:") for row in rows(count)}
+
+
+def test_every_format(job: Job) -> None:
+    folder = job.folder / "in"
+    write_jsonl(folder / "rows.jsonl.zst", rows(3))
+    (folder / "a.txt").write_text("plain text here")
+    (folder / "b.md.gz").write_bytes(gzip.compress(b"# a heading"))
+    (folder / "c.html").write_text("<p>from a page</p>")
+    (folder / "d.pdf").write_bytes(pdf(["from a PDF"]))
+    assert job() == 0
+    files = {"a.txt": "plain text here", "b.md.gz": "# a heading", "c.html": "from a page", "d.pdf": "from a PDF"}
+    assert job.answers() == expected(3) | {
+        str(folder / name): answer(f"{text}\n\nTL;DR:") for name, text in files.items()
+    }
+    row = job.rows()[0]
+    assert tuple(row) == COLUMNS
+    assert (row["prompt_tokens"], row["output_tokens"]) != (0, 0)
+    assert (row["finish_reason"], row["error"], row["steps"]) == ("stop", None, None)
+    assert row["seconds"] > 0
+
+
+def test_bad_records_are_error_rows(job: Job) -> None:
+    folder = job.folder / "in"
+    write_jsonl(
+        folder / "rows.jsonl", [*rows(2), b"{torn\n", {"id": "no text"}, {"id": "r0", "text": "other"}, *rows(1)]
+    )
+    (folder / "a.txt").write_bytes(b"\xff\xff")
+    (folder / "b.pdf").write_bytes(b"%PDF-1.4 broken")
+    (folder / "c.txt").write_text("REFUSE this")
+    (folder / "d.txt.gz").write_bytes(gzip.compress(os.urandom(5000))[:3000])
+    assert job() == EXIT_ERROR_ROWS
+    found = job.answers()
+    rows_file = folder / "rows.jsonl"
+    kinds = {name: error.partition(":")[0] for name, error in found.items() if name not in ("r0", "r1")}
+    assert kinds == {
+        f"{rows_file}#3": "bad row",
+        "no text": "bad row",
+        f"r0 ({rows_file}#5)": "duplicate id",
+        str(folder / "a.txt"): "unreadable",
+        str(folder / "b.pdf"): "unreadable",
+        str(folder / "c.txt"): "refused",
+        str(folder / "d.txt.gz"): "unreadable",
+    }
+    assert {name: found[name] for name in ("r0", "r1")} == expected(2)
+    assert "7 error rows: 3 unreadable, 2 bad row, 1 " in job.said
+    assert "1 left out: the same id and text once more" in job.said
+
+
+def test_resume_skips_what_is_done(job: Job) -> None:
+    write_jsonl(job.folder / "in" / "rows.jsonl", rows(5))
+    assert job(limit=3) == 0
+    assert job.answers() == expected(3)
+    assert job() == 0
+    assert "2 rows written" in job.said
+    assert "3 done before" in job.said
+    assert job.answers() == expected(5)
+    assert max(job.server.requests.values()) == 1
+    job.server.stop()
+    # Nothing to do: the server is not even asked.
+    assert job() == 0
+    assert "0 rows written" in job.said
+
+
+def test_changed_content_is_answered_anew(job: Job) -> None:
+    path = job.folder / "in" / "rows.jsonl"
+    write_jsonl(path, rows(4))
+    job()
+    changed = {"id": "r1", "text": "a new text"}
+    write_jsonl(path, [rows(4)[0], changed, *rows(2, first=2)])
+    assert job() == 0
+    assert "1 rows written" in job.said
+    assert job.answers() == expected(4) | {"r1": answer("a new text\n\nTL;DR:")}
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out.parquet"])
+def test_error_rows_stay_until_asked_for(job: Job, output: str) -> None:
+    (job.folder / "in").mkdir()
+    document = job.folder / "in" / "a.txt"
+    document.write_text("fine")
+    broken = job.folder / "in" / "b.txt"
+    broken.write_bytes(b"\xff")
+    assert job(output=output) == EXIT_ERROR_ROWS
+    assert job(output=output) == EXIT_ERROR_ROWS
+    assert "0 rows written" in job.said
+    assert "it has 1 error rows; --retry-errors tries them again" in job.said
+    assert job(output=output, retry_errors=True) == EXIT_ERROR_ROWS
+    assert "1 rows written" in job.said
+    broken.write_text("repaired")
+    assert job(output=output) == 0
+    assert job.answers(output) == {
+        str(document): answer("fine\n\nTL;DR:"),
+        str(broken): answer("repaired\n\nTL;DR:"),
+    }
+
+
+def test_other_settings_are_refused(job: Job) -> None:
+    write_jsonl(job.folder / "in" / "rows.jsonl", rows(2))
+    job()
+    before = (job.folder / "out.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"begun with other settings \(max_tokens was 256, is 7\); resume with"):
+        job(sampling=Sampling(max_tokens=7))
+    (job.folder / "out.jsonl.job.json").unlink()
+    with pytest.raises(ValueError, match=r"out.jsonl.job.json is not there or damaged"):
+        job()
+    assert (job.folder / "out.jsonl").read_bytes() == before
+    assert job(instruction="Who?", overwrite=True) == 0
+    assert job.answers()["r0"] == answer("text of row 0\n\nWho?")
+
+
+def test_the_way_of_running_may_change(job: Job) -> None:
+    write_jsonl(job.folder / "in" / "rows.jsonl", rows(4))
+    assert job(limit=2, concurrency=3) == 0
+    assert job(concurrency=1, engine_args={"max_num_seqs": 4}, retry_for_s=3.0) == 0
+    assert job.answers() == expected(4)
+
+
+def test_parquet(job: Job) -> None:
+    write_jsonl(job.folder / "in" / "rows.jsonl", rows(300))
+    assert job(output="out.parquet", limit=100) == 0
+    assert job.answers("out.parquet") == expected(100)
+    assert job(output="out.parquet") == 0
+    assert job.answers("out.parquet") == expected(300)
+    assert pq.read_schema(job.folder / "out.parquet").names == list(COLUMNS)
+    left = sorted(path.name for path in job.folder.iterdir())
+    assert left == ["in", "out.parquet", "out.parquet.job.json"]
+
+
+def test_no_output_of_ours(job: Job) -> None:
+    write_jsonl(job.folder / "in" / "rows.jsonl", rows(2))
+    shutil.copy(job.folder / "in" / "rows.jsonl", job.folder / "out.jsonl")
+    with pytest.raises(ValueError, match="not a row of `longmamba summarize`"):
+        job()
+    (job.folder / "out.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="is no output of `longmamba summarize`"):
+        job(output="out.parquet")
+    with pytest.raises(ValueError, match=r"must end with \.jsonl"):
+        job(output="out.csv")
+    for output in ("out.jsonl", "out.parquet"):
+        assert job(output=output, overwrite=True) == 0
+        assert job.answers(output) == expected(2)
+
+
+def test_the_server_goes_away_for_good(job: Job) -> None:
+    job.server.delay_s = 0.02
+    write_jsonl(job.folder / "in" / "rows.jsonl", rows(60))
+    stopper = threading.Thread(target=lambda: (wait_for(job, 20), job.server.stop()))
+    stopper.start()
+    assert job(concurrency=4, retry_for_s=0.3) == EXIT_STOPPED
+    stopper.join()
+    assert "The same command goes on from here." in job.said
+    done = job.answers()
+    assert 10 < len(done) < 60
+    assert done.items() <= expected(60).items()
+
+
+def wait_for(job: Job, requests: int) -> None:
+    deadline = time.monotonic() + 30
+    while sum(job.server.requests.values()) < requests and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("interrupts", [1, 2])
+def test_interrupts(job: Job, interrupts: int) -> None:
+    """The first finishes what is under way, the second drops it."""
+    count, concurrency = 40, 6
+    job.server.delay_s = 0.3
+    write_jsonl(job.folder / "in" / "rows.jsonl", rows(count))
+
+    def interrupt() -> None:
+        wait_for(job, 2 * concurrency)
+        for _ in range(interrupts):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert job(concurrency=concurrency, output="out.parquet") == EXIT_INTERRUPTED
+    thread.join()
+    done = job.answers("out.parquet.partial.jsonl")
+    asked = len(job.server.requests)
+    assert len(done) == asked if interrupts == 1 else len(done) < asked
+    assert ("given up while under way" in job.said) == (interrupts == 2)
+    assert not (job.folder / "out.parquet").exists()
+    job.server.delay_s = 0.0
+    assert job(output="out.parquet") == 0
+    assert job.answers("out.parquet") == expected(count)
+    again = sum(job.server.requests.values()) - count
+    assert again == 0 if interrupts == 1 else 0 < again <= concurrency
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("output", ["disk/out.jsonl", "disk/out.parquet"])
+def test_disk_full(job: Job, small_disk: Path, output: str) -> None:
+    count = 300
+    write_jsonl(job.folder / "in" / "rows.jsonl", rows(count))
+    assert job(output=output, concurrency=4) == EXIT_DISK_FULL
+    assert "No space left on device" in job.said
+    assert "Make room; then the same command goes on from here." in job.said
+    journal = output if output.endswith("jsonl") else f"{output}.partial.jsonl"
+    done = job.answers(journal)
+    assert 50 < len(done) < count
+    assert done.items() <= expected(count).items()
+    # Still full: nothing is lost by trying.
+    assert job(output=output, concurrency=4) == EXIT_DISK_FULL
+    assert job.answers(journal).items() >= done.items()
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    assert job(output=output) == 0
+    assert job.answers(output) == expected(count)
+
+
+def test_disk_full_at_the_end(job: Job, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows have room, but not the parquet file beside them."""
+    count = 60
+    write_jsonl(job.folder / "in" / "rows.jsonl", rows(count))
+    compact = Journal.compact
+
+    def fill_the_disk(journal: Journal) -> None:
+        compact(journal)
+        with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+
+    monkeypatch.setattr(Journal, "compact", fill_the_disk)
+    assert job(output="disk/out.parquet") == EXIT_DISK_FULL
+    monkeypatch.undo()
+    assert len(job.answers("disk/out.parquet.partial.jsonl")) == count
+    assert sorted(path.name for path in small_disk.iterdir()) == [
+        "filler",
+        "out.parquet.job.json",
+        "out.parquet.partial.jsonl",
+    ]
+    (small_disk / "filler").unlink()
+    assert job(output="disk/out.parquet") == 0
+    assert max(job.server.requests.values()) == 1
+    assert job.answers("disk/out.parquet") == expected(count)

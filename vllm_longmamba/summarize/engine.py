@@ -1,0 +1,199 @@
+"""The engine inside the job: vLLM's `AsyncLLM`, kept full by more requests than it runs at a time."""
+
+import contextlib
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from typing import Any
+
+from vllm_longmamba.summarize.backends import Sampling
+from vllm_longmamba.summarize.prompts import Prompt
+from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError
+
+# Requests waiting in the engine beside those that run, so that a place that comes free is taken in the next step.
+_WAITING_SHARE = 1.1
+_WAITING_MIN = 2
+
+_JOB_VARIABLE = "LONGMAMBA_SUMMARIZE_JOB"
+# Runs without the project, in a session of its own: waits for the end of its input, which is the end of the job,
+# however that came, and then ends every process that was started with the job's mark.
+_WATCHDOG = """
+import os, signal, sys
+sys.stdin.read()
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as environment:
+            if sys.argv[1].encode() in environment.read().split(b"\\0") and int(pid) != os.getpid():
+                os.kill(int(pid), signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+
+def engine_arguments(
+    model: str,
+    longmamba: dict[str, Any],
+    max_model_len: int | None,
+    dtype: str,
+    tensor_parallel_size: int,
+    tokenizer: str | None,
+    more: dict[str, Any],
+) -> dict[str, Any]:
+    """Keyword arguments of vLLM's `AsyncEngineArgs`.
+
+    Args:
+        model: name or folder.
+        longmamba: options of LongMamba; those that are None are left out.
+        max_model_len: tokens of prompt and answer; None takes the model's.
+        dtype: as for vllm serve.
+        tensor_parallel_size: GPUs of one engine.
+        tokenizer: as for vllm serve; None takes the model's.
+        more: any other arguments; they win.
+
+    Raises:
+        ValueError: vLLM has no such argument.
+    """
+    arguments: dict[str, Any] = {
+        "model": model,
+        "model_impl": "longmamba",
+        "dtype": dtype,
+        "tensor_parallel_size": tensor_parallel_size,
+        "additional_config": {"longmamba": {name: value for name, value in longmamba.items() if value is not None}},
+        "enable_log_requests": False,
+        "disable_log_stats": True,
+    }
+    if max_model_len is not None:
+        arguments["max_model_len"] = max_model_len
+    if tokenizer is not None:
+        arguments["tokenizer"] = tokenizer
+    arguments |= more
+    if arguments["model_impl"] != "longmamba" and not any(arguments["additional_config"].get("longmamba", {}).values()):
+        arguments["additional_config"].pop("longmamba", None)
+    return arguments
+
+
+def engine_args(arguments: dict[str, Any]) -> Any:
+    """vLLM's `AsyncEngineArgs`.
+
+    Raises:
+        ValueError: vLLM has no such argument.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    try:
+        return AsyncEngineArgs(**arguments)
+    except TypeError as error:
+        raise ValueError(f"--engine-args: {error}") from None
+
+
+def model_config_tokenizer(model_config: Any) -> Any:
+    """The tokenizer of a vLLM model config."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    return cached_tokenizer_from_config(model_config)
+
+
+class EngineBackend:
+    """A vLLM engine of this job's own. Starting it takes from half a minute to some minutes.
+
+    Args:
+        arguments: of `AsyncEngineArgs`.
+        sampling: how answers are sampled.
+        concurrency: requests in the engine at a time; None takes what keeps it full.
+    """
+
+    def __init__(self, arguments: dict[str, Any], sampling: Sampling, concurrency: int | None = None) -> None:
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        prepared = engine_args(arguments)
+        self._watchdog = _start_watchdog()
+        try:
+            with _interrupts_held_back():
+                self._engine: Any = AsyncLLM.from_engine_args(prepared)
+        except BaseException:
+            self._end_watchdog()
+            raise
+        self.chat = False
+        self.tokenizer = self._engine.get_tokenizer()
+        self.max_model_len: int | None = self._engine.model_config.max_model_len
+        running = self._engine.vllm_config.scheduler_config.max_num_seqs
+        self.concurrency = concurrency or max(math.ceil(running * _WAITING_SHARE), running + _WAITING_MIN)
+        self._params = sampling_params(sampling)
+        self._ids = itertools.count()
+
+    async def complete(self, prompt: Prompt) -> Completion:
+        """Answer one prompt; see `Backend`."""
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        assert prompt.token_ids is not None
+        request = tokens_input(prompt.token_ids)
+        output: Any = None
+        try:
+            async for last in self._engine.generate(request, self._params, f"summarize-{next(self._ids)}"):
+                output = last
+        except EngineDeadError as error:
+            raise JobStoppedError(f"the engine died ({error}); its messages above say why") from None
+        except (VLLMClientError, ValueError) as error:
+            raise RecordError("refused", str(error)) from None
+        answer = output.outputs[0]
+        if answer.finish_reason not in ("stop", "length"):
+            raise JobStoppedError(f"the engine ended an answer with {answer.finish_reason!r}: it is being shut down")
+        return Completion(answer.text, len(prompt.token_ids), len(answer.token_ids), str(answer.finish_reason))
+
+    async def close(self) -> None:
+        """End the engine."""
+        self._engine.shutdown()
+        # Its finalizer shuts it down once more, which fails once Python has begun to take modules apart.
+        self._engine = None
+        self._end_watchdog()
+
+    def _end_watchdog(self) -> None:
+        if self._watchdog is not None:
+            # Not by closing its input: nothing is left for it to do.
+            self._watchdog.kill()
+            self._watchdog.wait()
+
+
+def sampling_params(sampling: Sampling) -> Any:
+    """vLLM's `SamplingParams`; only finished answers are reported."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed if sampling.temperature > 0 else None,
+        stop=list(sampling.stop),
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C reaches every process of the terminal; those started here never see it, and finish what they run."""
+    # It would be started among the others, and lets interrupts through again when it is.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_watchdog() -> subprocess.Popen[bytes] | None:
+    """Ends the engine's processes if this one is killed: they would keep their memory for ever."""
+    if not os.path.isdir("/proc/self"):
+        return None
+    os.environ[_JOB_VARIABLE] = uuid.uuid4().hex
+    mark = f"{_JOB_VARIABLE}={os.environ[_JOB_VARIABLE]}"
+    command = [sys.executable, "-S", "-E", "-c", _WATCHDOG, mark]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

@@ -1,0 +1,161 @@
+"""Counts what a job does, shows it while it runs, and reports it in the end."""
+
+import time
+from collections import Counter
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+from vllm_longmamba.summarize.records import Row
+
+_LINE_INTERVAL_S = 60.0
+
+
+class Progress:
+    """Counters of a job, and the bar or lines that show them.
+
+    Args:
+        console: where to show.
+        total_bytes: size of all input files; 0 where nobody knows.
+
+    Attributes:
+        documents: rows written, error rows included.
+        errors: error rows by kind.
+        prompt_tokens: of all prompts answered.
+        output_tokens: of all answers.
+        done_before: records that had a row already.
+        repetitions: records that came again, with the same id and content.
+        dropped: records under way that were given up.
+        truncated: documents that were cut off.
+        reduced: documents that took map-reduce.
+    """
+
+    def __init__(self, console: Console, total_bytes: int) -> None:
+        self.documents = self.prompt_tokens = self.output_tokens = 0
+        self.done_before = self.repetitions = self.dropped = self.truncated = self.reduced = 0
+        self.errors: Counter[str] = Counter()
+        self._console = console
+        self._total_bytes = total_bytes
+        self._answered_bytes = self._passed_bytes = 0.0
+        self._started: float | None = None
+        self._ended: float | None = None
+        self._line_due = time.monotonic() + _LINE_INTERVAL_S
+        self._bar: RichProgress | None = None
+
+    def begin(self) -> None:
+        """Start the clock, and show the bar where there is a terminal."""
+        self._started = time.monotonic()
+        if self._console.is_terminal:
+            bar = [BarColumn()] if self._total_bytes else []
+            self._bar = RichProgress(
+                SpinnerColumn(), *bar, _StateColumn(self), console=self._console, refresh_per_second=2
+            )
+            self._bar.add_task("", total=self._total_bytes or None)
+            self._bar.start()
+
+    def end(self) -> None:
+        """Stop the clock, and take the bar away."""
+        self._ended = time.monotonic()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def answered(self, row: Row, weight: float) -> None:
+        """Count a row that was written.
+
+        Args:
+            row: the row.
+            weight: bytes of the input that it stands for.
+        """
+        self.documents += 1
+        self.prompt_tokens += row.prompt_tokens
+        self.output_tokens += row.output_tokens
+        self.truncated += row.dropped_tokens > 0
+        self.reduced += row.steps is not None
+        if row.error is not None:
+            self.errors[row.error.partition(":")[0]] += 1
+        self._answered_bytes += weight
+        self._show()
+
+    def skipped(self, weight: float) -> None:
+        """Count a record that has a row already."""
+        self.done_before += 1
+        self._passed_bytes += weight
+
+    def repeated(self, weight: float) -> None:
+        """Count a record that came again."""
+        self.repetitions += 1
+        self._passed_bytes += weight
+
+    @property
+    def seconds(self) -> float:
+        """Time between `begin` and now or `end`."""
+        if self._started is None:
+            return 0.0
+        return (self._ended or time.monotonic()) - self._started
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Prompt and output tokens of the answered documents, by the time."""
+        return (self.prompt_tokens + self.output_tokens) / max(self.seconds, 1e-9)
+
+    def state(self) -> str:
+        """One line: how much is done, how fast, and how long it will take."""
+        rate = self.documents / max(self.seconds, 1e-9)
+        parts = [f"{self.documents:,} documents", f"{rate:.3g}/s", f"{self.tokens_per_second:,.0f} tokens/s"]
+        if self.errors:
+            parts.append(f"{self.errors.total():,} errors")
+        if self.done_before:
+            parts.append(f"{self.done_before:,} done before")
+        left = self._total_bytes - self._answered_bytes - self._passed_bytes
+        if self._total_bytes and self._answered_bytes:
+            parts.append(f"ETA {duration(max(left, 0.0) / self._answered_bytes * self.seconds)}")
+        return ", ".join(parts)
+
+    def report(self) -> list[str]:
+        """Closing lines: counts, and errors by kind."""
+        lines = [
+            f"{self.documents:,} rows written in {duration(self.seconds)}: {self.prompt_tokens:,} prompt and "
+            f"{self.output_tokens:,} output tokens, {self.tokens_per_second:,.0f} tokens/s"
+        ]
+        for count, what in (
+            (self.done_before, "done before"),
+            (self.repetitions, "left out: the same id and text once more"),
+            (self.truncated, "cut off to fit"),
+            (self.reduced, "answered by map-reduce"),
+            (self.dropped, "given up while under way"),
+        ):
+            if count:
+                lines.append(f"{count:,} {what}")
+        if self.errors:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.errors.most_common())
+            lines.append(f"{self.errors.total():,} error rows: {kinds}")
+        return lines
+
+    def _show(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self._answered_bytes + self._passed_bytes)
+        elif time.monotonic() > self._line_due:
+            self._line_due = time.monotonic() + _LINE_INTERVAL_S
+            self._console.print(self.state(), highlight=False)
+
+
+class _StateColumn(ProgressColumn):
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def render(self, task: Task) -> Text:
+        return Text(self._progress.state())
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "1 h 02 min", "3 min 04 s" or "5.6 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min"

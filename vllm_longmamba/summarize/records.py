@@ -1,0 +1,109 @@
+"""What goes through a job: records of the input, completions of the model, rows of the output, and what goes wrong."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+class RecordError(Exception):
+    """One record cannot be answered: it becomes an error row, and the job goes on.
+
+    Args:
+        kind: a few words by which the closing report groups errors, without a colon.
+        detail: what is wrong with this record, and what to do.
+    """
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(f"{kind}: {detail}")
+
+
+class JobStoppedError(Exception):
+    """Nothing more can be answered (no server, a dead engine): the job ends, and can be resumed."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One document of the input, unread or as its bytes.
+
+    Attributes:
+        id: what the output calls it; unique within a job.
+        where: the file, or `file#row` (rows count from 1), for messages.
+        kind: how `content` becomes text: "text", "html" or "pdf".
+        content: bytes of a file, or text of a row.
+        digest: 16 bytes, hash of `content`, or of the error.
+        weight: bytes of the input files that it stands for; adds up to their sizes.
+        error: why there is no content, as "kind: detail".
+    """
+
+    id: str
+    where: str
+    kind: str
+    content: bytes | str
+    digest: bytes
+    weight: float
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model answered to one prompt.
+
+    Attributes:
+        text: the answer.
+        prompt_tokens: tokens of the prompt.
+        output_tokens: tokens of the answer.
+        finish_reason: "stop" or "length".
+    """
+
+    text: str
+    prompt_tokens: int
+    output_tokens: int
+    finish_reason: str
+
+
+@dataclass
+class Row:
+    """One line of the output, and the place of its record in the input.
+
+    Attributes:
+        id: of the record.
+        summary: the answer; None with an error.
+        prompt_tokens: tokens of all prompts that the answer took.
+        output_tokens: tokens of all answers that the answer took.
+        finish_reason: "stop" or "length", of the last answer.
+        seconds: from reading the record to its answer, waiting included.
+        error: "kind: detail", or None.
+        dropped_tokens: tokens of the document that were cut off to make it fit.
+        steps: map-reduce: the answers to the sections, in order, level by level; None otherwise.
+        hash: of the content and of every setting that changes the answer, in hexadecimal digits.
+        number: of the record among those to answer; not written.
+    """
+
+    id: str
+    hash: str
+    summary: str | None = None
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    finish_reason: str | None = None
+    seconds: float = 0.0
+    error: str | None = None
+    dropped_tokens: int = 0
+    steps: list[dict[str, Any]] | None = None
+    number: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as it is written, keys in the order of the documentation."""
+        return {name: getattr(self, name) for name in COLUMNS}
+
+
+COLUMNS = (
+    "id",
+    "summary",
+    "prompt_tokens",
+    "output_tokens",
+    "finish_reason",
+    "seconds",
+    "error",
+    "dropped_tokens",
+    "steps",
+    "hash",
+)
