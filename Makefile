@@ -12,6 +12,9 @@ DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || ech
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
 
+# Two test processes on a CPU with two cores or more (an engine takes up to 3 GB); on a GPU the engines would share its memory.
+WORKERS ?= $(shell [ "$(DEVICE)" = cpu ] && [ "$$(nproc)" -ge 2 ] && echo --numprocesses 2 --dist loadfile)
+
 # PyTorch's own site has its CPU wheels. Where it does not answer, pip must find them through its configuration.
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 PROBE := import signal, urllib.request; signal.alarm(6); urllib.request.urlopen("$(TORCH_CPU)/torch/", timeout=5)
@@ -24,7 +27,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@echo "== ruff check" && $(BIN)/ruff check
 	@echo "== mypy" && $(BIN)/mypy
-	@echo "== pytest" && $(BIN)/python -m pytest
+	@echo "== pytest" && $(BIN)/python -m pytest $(WORKERS)
 
 bench: $(INSTALLED)
 	@if [ "$(DEVICE)" != cuda ]; then echo "make bench: the benchmarks need a CUDA GPU, and nvidia-smi lists none" >&2; exit 1; fi
