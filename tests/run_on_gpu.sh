@@ -34,6 +34,9 @@ done
 wanted prefix_cache && tests prefix_cache engine/test_prefix_cache.py
 wanted preemption && tests preemption engine/test_preemption.py
 wanted calibrate && tests calibrate engine/test_calibrate.py
+wanted calibrate_at_start && tests calibrate_at_start engine/test_calibrate_at_start.py
+wanted evaluate && tests evaluate evaluate/test_eval_engine.py
+wanted inspect && tests inspect engine/test_inspect.py
 wanted kernels && tests kernels kernels tables
 export VLLM_USE_V2_MODEL_RUNNER=0
 wanted runner_v1 && tests runner_v1 engine/test_gpu.py engine/test_preemption.py -k "cuda_graphs or resumed"

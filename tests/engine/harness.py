@@ -24,6 +24,12 @@ ROW_LENGTHS = [TRAIN_LENGTH, 128, 192, 256, 400, 800]
 LOGPROB_TOLERANCE = 3e-3 if torch.cuda.is_available() else 1e-3
 
 
+# Given a size, vLLM does not measure the memory, which other tests on the same GPU would disturb.
+MEMORY: dict[str, Any] = {"gpu_memory_utilization": 0.3}
+if torch.cuda.is_available():
+    MEMORY["kv_cache_memory_bytes"] = 2**30
+
+
 @dataclass(frozen=True)
 class Completion:
     """What the engine generated for one prompt: the tokens, and (tokens, vocabulary) log-probabilities."""
@@ -48,11 +54,9 @@ class Engine:
             "num_gpu_blocks_override": 256,
             "max_logprobs": -1,
             "skip_tokenizer_init": True,
+            **MEMORY,
             "gpu_memory_utilization": 0.1,
         }
-        if torch.cuda.is_available():
-            # Given a size, vLLM does not measure the memory, which other tests on the same GPU would disturb.
-            arguments["kv_cache_memory_bytes"] = 2**30
         self.model = model
         self.llm = LLM(str(model), **(arguments | engine_args))
 

@@ -18,7 +18,7 @@ from vllm_longmamba.calibrate import (
 )
 from vllm_longmamba.tables import LayerCalibration, table_to_bytes
 
-from .harness import TRAIN_LENGTH
+from .harness import MEMORY, TRAIN_LENGTH
 
 pytestmark = pytest.mark.engine
 
@@ -37,8 +37,8 @@ def test_calibrate(family: str, tiny_model: Callable[[str], Path], tmp_path: Pat
         seen.extend(sequences)
         return sequences
 
-    table = calibrate(str(model), [text], settings, progress=progress, dtype="float32", gpu_memory_utilization=0.3)
-    again, other = calibrate_groups(2, str(model), [text], settings, dtype="float32", gpu_memory_utilization=0.3)
+    table = calibrate(str(model), [text], settings, progress=progress, dtype="float32", **MEMORY)
+    again, other = calibrate_groups(2, str(model), [text], settings, dtype="float32", **MEMORY)
     assert table_to_bytes(again) == table_to_bytes(table)
     assert (other.metadata.seed, other.row_lengths.tolist()) == (6, table.row_lengths.tolist())
     assert other.digest() != table.digest()

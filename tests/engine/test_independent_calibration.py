@@ -16,7 +16,7 @@ from reference_lm import _read_weights, reference_dt
 
 from vllm_longmamba.calibrate import CalibrationSettings, calibrate
 
-from .harness import TRAIN_LENGTH
+from .harness import MEMORY, TRAIN_LENGTH
 
 pytestmark = pytest.mark.engine
 
@@ -39,7 +39,7 @@ def test_same_table(family: str, tiny_model: Callable[[str], Path]) -> None:
         sequences.extend(chosen)
         return chosen
 
-    table = calibrate(str(model), [TEXT], settings, progress=progress, dtype="float32", gpu_memory_utilization=0.3)
+    table = calibrate(str(model), [TEXT], settings, progress=progress, dtype="float32", **MEMORY)
 
     assert [len(sequence) for sequence in sequences] == [train_length] * 3
     dts = [{layer: dt.numpy() for layer, dt in reference_dt(model, tokens).items()} for tokens in sequences]

@@ -19,7 +19,7 @@ from vllm_longmamba.inspect.recording import _convolve, layer_inputs
 from vllm_longmamba.models import long_mixers
 
 from .conftest import longmamba
-from .harness import TRAIN_LENGTH
+from .harness import MEMORY, TRAIN_LENGTH
 
 pytestmark = pytest.mark.engine
 
@@ -104,7 +104,7 @@ def test_measure(tiny_model: Callable[[str], Path], tiny_table: Callable[[str], 
         seen.extend(passes)
         return passes
 
-    engine_args: dict[str, Any] = {"dtype": "float32", "gpu_memory_utilization": 0.3}
+    engine_args: dict[str, Any] = {"dtype": "float32", **MEMORY}
     measured = measure(str(model), table, path, text, None, [(1, 5)], progress=progress, **engine_args)
     assert seen == [(96, False), (192, False), (192, True), (384, False), (384, True)]
     assert sorted(measured.plain) == [TRAIN_LENGTH, 192, 384]
