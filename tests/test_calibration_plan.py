@@ -108,6 +108,12 @@ def test_empty_table() -> None:
         assert bool((thresholds == -1.0).all())
 
 
+def test_empty_table_lies_in_host_memory_while_vllm_builds_a_model_on_its_device() -> None:
+    with torch.device("meta"):
+        table = PLAN.empty_table({0: 2})
+    assert table.layers[0].retention.device.type == table.layers[0].dt_threshold.device.type == "cpu"
+
+
 @pytest.mark.parametrize(("max_model_len", "expected"), [(96, False), (100, False), (120, False), (121, True)])
 def test_can_filter(max_model_len: int, expected: bool) -> None:
     # Rows at 96 and 144 tokens: the nearest to 120 is still the first.

@@ -89,8 +89,12 @@ class CalibrationPlan:
             channels: layer index -> channels of the whole layer.
         """
         rows = len(self.row_lengths)
+        # vLLM builds models with the GPU as torch's default device; tables live in host memory
         layers = {
-            index: LayerThresholds(torch.zeros(count, dtype=torch.float64), torch.tensor([[-1.0]]).expand(rows, count))
+            index: LayerThresholds(
+                torch.zeros(count, dtype=torch.float64, device="cpu"),
+                torch.tensor([[-1.0]], device="cpu").expand(rows, count),
+            )
             for index, count in channels.items()
         }
         return ThresholdTable(metadata=self.metadata(), row_lengths=self.row_lengths, layers=layers)

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+from vllm.model_executor.layers.mamba.ops.ssd_checkpoint import store_prefill_checkpoint
+from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
 
-from vllm_longmamba.kernels import filter_dt_
+from vllm_longmamba.kernels import filter_dt_, filtered_state_update
 from vllm_longmamba.metadata import FilterRows, LongMamba2Backend
 from vllm_longmamba.mixers import LongMixer
 
@@ -28,23 +30,98 @@ class LongMambaMixer2(LongMixer, MambaMixer2):  # type: ignore[misc]
         return super().get_kv_cache_spec(vllm_config)
 
     def conv_ssm_forward(self, projected_states: torch.Tensor, output: torch.Tensor) -> Any:
-        """Filter, then run vLLM's convolution and SSM on a batch of decode tokens followed by prefill tokens.
+        """Run the convolution and the SSM on a batch of decode tokens followed by prefill tokens.
 
         Args:
-            projected_states: (tokens, gate + x + B + C + dt), whose last columns, the raw dt, are changed in place;
-                nothing reads them afterwards.
+            projected_states: (tokens, gate + x + B + C + dt), changed in place except for the gate; nothing reads the
+                rest afterwards.
             output: (tokens, d_inner), written in place.
         """
         metadata = (get_forward_context().attn_metadata or {}).get(self.prefix)
         if metadata is None:
             return super().conv_ssm_forward(projected_states, output)
         decodes, tokens = metadata.num_decode_tokens, metadata.num_decode_tokens + metadata.num_prefill_tokens
-        dt = projected_states[:tokens, -self.tped_dt_size :]
+        sizes = [self.tped_intermediate_size, self.tped_conv_size, self.tped_dt_size]
+        _, x_B_C, dt = torch.split(projected_states[:tokens], sizes, dim=-1)
         rows = metadata.filter_rows or FilterRows()
         self._record_dt(dt[decodes:], self.dt_bias)
+        if dt.is_cuda and self._updates_state and not self.use_replayssm:
+            if decodes > 0:
+                self._decode(x_B_C[:decodes], dt[:decodes], metadata, rows, output[:decodes])
+            if tokens > decodes:
+                self._prefill(x_B_C[decodes:], dt[decodes:], metadata, rows, output[decodes:tokens])
+            return None
         # softplus(-inf) is exactly 0 in vLLM's kernels.
         if rows.decode is not None:
             filter_dt_(dt[:decodes], self.dt_bias, self.dt_threshold, rows.decode)
         if rows.prefill_tokens is not None:
             filter_dt_(dt[decodes:], self.dt_bias, self.dt_threshold, rows.prefill_tokens)
         return super().conv_ssm_forward(projected_states, output)
+
+    def _decode(
+        self, x_B_C: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
+    ) -> None:
+        x, B, C = self.split_hidden_states_B_C_fn(self._convolve_decodes(x_B_C, metadata))
+        filtered_state_update(
+            self.kv_cache[1].view(len(self.kv_cache[1]), -1, self.ssm_state_size),
+            x,
+            dt,
+            self.A,
+            B,
+            C,
+            self.D,
+            None,
+            self.dt_bias,
+            metadata.state_indices_tensor_d[:, 0],
+            dt_threshold=self.dt_threshold if rows.decode is not None else None,
+            token_rows=rows.decode,
+            out=out,
+        )
+
+    def _prefill(
+        self, x_B_C: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
+    ) -> None:
+        """Convolution and filter in one launch, then vLLM's SSD kernels, as in its `conv_ssm_forward`."""
+        state, slots = self.kv_cache[1], metadata.state_indices_tensor_p
+        filters: dict[str, torch.Tensor | None] = {}
+        if rows.prefill_rows is not None:
+            filters = {"dt": dt, "dt_bias": self.dt_bias, "dt_threshold": self.dt_threshold}
+            filters |= {"seq_rows": rows.prefill_rows, "seq_prompt_tokens": rows.prefill_prompt_tokens}
+        convolved = self._convolve_prompts(x_B_C, metadata, **filters)
+        x, B, C = self.split_hidden_states_B_C_fn(convolved)
+        initial_states = None
+        if metadata.has_initial_states_p is not None and metadata.prep_initial_states:
+            initial_states = torch.where(metadata.has_initial_states_p[:, None, None, None], state[slots], 0)
+        has_checkpoints = metadata.checkpoint_chunk_idx is not None
+        states = mamba_chunk_scan_combined_varlen(
+            x.view(len(dt), -1, self.head_dim),
+            dt,
+            self.A,
+            B.view(len(dt), -1, self.ssm_state_size),
+            C.view(len(dt), -1, self.ssm_state_size),
+            chunk_size=metadata.chunk_size,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            seq_idx=metadata.seq_idx_p,
+            cu_seqlens=metadata.query_start_loc_p,
+            cu_chunk_seqlens=metadata.cu_chunk_seqlen_p,
+            last_chunk_indices=metadata.last_chunk_indices_p,
+            initial_states=initial_states,
+            return_intermediate_states=has_checkpoints,
+            dt_softplus=True,
+            out=out.view(len(dt), -1, self.head_dim),
+            state_dtype=state.dtype,
+        )
+        if has_checkpoints:
+            store_prefill_checkpoint(
+                metadata.checkpoint_meta,
+                metadata.checkpoint_chunk_idx,
+                x_B_C.transpose(0, 1),
+                self._conv_state(),
+                states,
+                state,
+                metadata.query_start_loc_p,
+                state_len=self.conv_kernel_size - 1,
+            )
+            states = states[metadata.last_chunk_indices_p]
+        state[slots] = states
