@@ -47,7 +47,6 @@ class StubServer:
         self._model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "test", "root": root}
         self._model |= {} if max_model_len is None else {"max_model_len": max_model_len}
         self._at_once = 0
-        self._transports: set[Any] = set()
         self._loop = asyncio.new_event_loop()
         self._ended = asyncio.Event()
         self._ready = threading.Event()
@@ -90,17 +89,19 @@ class StubServer:
         self._ready.set()
         await self._ended.wait()
         await site.stop()
-        # Whoever is connected is cut off.
-        for transport in self._transports:
-            transport.abort()
+        assert runner.server is not None
+        # Whoever is connected is cut off, also where the connection is so new that its request was not read yet.
+        for _ in range(20):
+            for connection in runner.server.connections:
+                if connection.transport is not None:
+                    connection.transport.abort()
+            await asyncio.sleep(0.005)
         await runner.cleanup()
 
     async def _list(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [self._model]})
 
     async def _complete(self, request: web.Request) -> web.Response:
-        assert request.transport is not None
-        self._transports.add(request.transport)
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
         try:
