@@ -2,7 +2,8 @@
 
     python benchmarks/whole_models.py [--models NAME ...] [--quick] [--out FOLDER] [--profile]
 
-For each model both engines are started, then they take turns, each in a process of its own while the other waits.
+For each model both engines are started, one after the other, then they take turns, each in a process of its own
+while the other waits.
 Prefill: the time to the first token of one prompt, or of a batch. Decode: the time of one step, from the difference
 between runs of different length. Writes whole_models.json as it goes, and at the end whole_models.md (and a plot where
 matplotlib is installed); `support/report.py` makes these from the JSON alone.
@@ -36,9 +37,8 @@ MODES = ("stock", "on", "off")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--at-once", type=int, default=2, help="models whose engines are started together")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each kind; 3 more up to 16k tokens")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind; 4 more up to 16k tokens")
     parser.add_argument("--budget", type=int, default=16384, help="max_num_batched_tokens; vLLM's default for LLM()")
     parser.add_argument("--state-dtype", default="float32", help="of the SSM state, in both engines")
     parser.add_argument("--quick", action="store_true", help="three prompt lengths, no batch of prompts")
@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
 
 
 class Pair:
-    """The two engines of one model.
+    """The two engines of one model, started one after the other: vLLM's autotuner times kernels while one starts.
 
     Attributes:
         start_seconds: what the start of both took.
@@ -68,10 +68,14 @@ class Pair:
         options = {"tiny": given.tiny, "budget": given.budget, "state_dtype": given.state_dtype}
         options["batches"] = DECODE_BATCHES
         path = write_model(name, folder / name, given.tiny)
-        self.engines = {is_ours: EngineProcess(name, path, is_ours, options) for is_ours in (False, True)}
+        self.engines: dict[bool, EngineProcess] = {}
+        self.start_seconds: list[float] = []
+        self._start = lambda is_ours: EngineProcess(name, path, is_ours, options)
 
-    def wait(self) -> None:
-        self.start_seconds = [round(engine.wait(), 1) for engine in self.engines.values()]
+    def start(self) -> None:
+        for is_ours in (False, True):
+            self.engines[is_ours] = self._start(is_ours)
+            self.start_seconds.append(round(self.engines[is_ours].wait(), 1))
 
     def run(self, mode: str, method: str, *args: Any) -> float:
         """Call a method of the engine that has this mode."""
@@ -107,18 +111,18 @@ def measure(pair: Pair, given: argparse.Namespace, result: dict[str, Any]) -> An
     result["prefill"] = {}
     for length in [] if given.no_prefill else given.lengths:
         modes = MODES if given.tiny or length in OFF_LENGTHS else MODES[:2]
-        repeats = given.repeats + 3 if length <= SHORT else given.repeats
+        repeats = given.repeats + 4 if length <= SHORT else given.repeats
         result["prefill"][str(length)] = take_turns(pair, repeats, modes, "generate", 1, length, 1)
         yield f"prefill {length}", result["prefill"][str(length)]
     if not (given.quick or given.tiny or given.no_prefill):
-        result["batch"] = take_turns(pair, 1, MODES[:2], "generate", *BATCH, 1)
+        result["batch"] = take_turns(pair, 3, MODES[:2], "generate", *BATCH, 1)
         yield f"prefill {BATCH[0]} x {BATCH[1]}", result["batch"]
     result["decode"] = {}
     for batch in [] if given.no_decode else DECODE_BATCHES:
         steps = 8 if given.tiny else {1: 192, 64: 128}.get(batch, 64)
         pair.run("stock", "decode", batch, 8)
         pair.run("on", "decode", batch, 8)
-        result["decode"][str(batch)] = take_turns(pair, 5, ("stock", "on"), "decode", batch, steps)
+        result["decode"][str(batch)] = take_turns(pair, 7, ("stock", "on"), "decode", batch, steps)
         yield f"decode {batch}", result["decode"][str(batch)]
     if not given.tiny:
         result["peak_gib"] = {}
@@ -164,25 +168,22 @@ def main() -> None:
     }
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        for first in range(0, len(given.models), given.at_once):
-            pairs = [Pair(name, Path(folder), given) for name in given.models[first : first + given.at_once]]
+        for name in given.models:
+            pair = Pair(name, Path(folder), given)
             try:
-                for pair in pairs:
-                    pair.wait()
-                for pair in pairs:
-                    print(f"{pair.name}: engines started in {pair.start_seconds} s", flush=True)
-                    result = document["models"].setdefault(pair.name, {})
-                    for what, figure in measure(pair, given, result):
-                        print(f"{pair.name:16} {what:18} {describe(figure)}", flush=True)
-                        file.write_text(json.dumps(document, indent=1) + "\n")
-                    if given.profile:
-                        profile(pair, DECODE_BATCHES)
+                pair.start()
+                print(f"{name}: engines started in {pair.start_seconds} s", flush=True)
+                result = document["models"].setdefault(name, {})
+                for what, figure in measure(pair, given, result):
+                    print(f"{name:16} {what:18} {describe(figure)}", flush=True)
+                    file.write_text(json.dumps(document, indent=1) + "\n")
+                if given.profile:
+                    profile(pair, DECODE_BATCHES)
             except (RuntimeError, TimeoutError, EOFError) as error:
-                failures.append(f"{', '.join(pair.name for pair in pairs)}: {error!r}")
+                failures.append(f"{name}: {error!r}")
                 print(failures[-1], flush=True)
             finally:
-                for pair in pairs:
-                    pair.close()
+                pair.close()
     if file.exists():
         write_report(file)
     if failures:

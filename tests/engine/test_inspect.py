@@ -30,7 +30,7 @@ TOLERANCE = 1e-4
 def output_of(mixer: Any, hidden: torch.Tensor, mup_vector: torch.Tensor | None) -> torch.Tensor:
     """A mixer's output, from the hidden attention of its channels instead of a scan."""
     inputs = layer_inputs(mixer, hidden, mup_vector)
-    queries = torch.arange(len(hidden))
+    queries = torch.arange(len(hidden), device=hidden.device)
     alpha = torch.stack([attention(inputs, channel, queries) for channel in range(inputs.channels)])
     projected = mixer.in_proj(hidden)[0] * (1.0 if mup_vector is None else mup_vector)
     D = mixer.D.double()

@@ -152,5 +152,7 @@ def _convolve(x: torch.Tensor, mixer: Any) -> torch.Tensor:
     weight = mixer.conv1d.weight
     weight = weight.view(weight.shape[0], 1, weight.shape[-1])
     padded = functional.pad(x.transpose(0, 1), (weight.shape[-1] - 1, 0))
-    convolved = functional.conv1d(padded[None], weight, mixer.conv1d.bias, groups=len(weight))[0]
+    # cuDNN's default for float32 is TF32, which has ten bits of precision
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        convolved = functional.conv1d(padded[None], weight, mixer.conv1d.bias, groups=len(weight))[0]
     return functional.silu(convolved).transpose(0, 1).contiguous()
