@@ -9,6 +9,7 @@ from vllm_longmamba.commands import evaluate
 from vllm_longmamba.commands.calibrate import calibrate
 from vllm_longmamba.commands.import_table import import_table
 from vllm_longmamba.commands.inspect import inspect
+from vllm_longmamba.commands.lm_eval import longbench_e, ruler
 from vllm_longmamba.commands.summarize import summarize
 from vllm_longmamba.commands.tune import tune
 
@@ -18,6 +19,8 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(calibrate)
+evaluate.app.command()(ruler)
+evaluate.app.command("longbench-e")(longbench_e)
 app.add_typer(evaluate.app, name="eval")
 app.command()(import_table)
 app.command()(inspect)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from example_modules import EXAMPLES
+from tiny_models import write_mamba1_original
 from typer.testing import CliRunner
 
 from vllm_longmamba.cli import app
@@ -50,6 +51,8 @@ def test_numbers() -> None:
     ("arguments", "message"),
     [
         (["passkey", MODEL, "--haystack", HAYSTACK, "--method", "magic"], "known are plain, longmamba"),
+        (["passkey", MODEL, "--haystack", HAYSTACK, "--method", "plain,decimamba"], "needs settings: --decimamba"),
+        (["passkey", MODEL, "--haystack", HAYSTACK, "--decimamba", "[3]"], "--decimamba must be JSON, a file of it"),
         (["passkey", MODEL, "--haystack", HAYSTACK, "--lengths", "long"], "whole numbers separated by commas"),
         (["needles", MODEL, "--haystack", HAYSTACK, "--ask", "some"], "--ask must be one or all, got 'some'"),
         (["needles", MODEL, "--haystack", HAYSTACK, "--needles", "99"], "must lie between 1 and"),
@@ -67,23 +70,47 @@ def test_mistakes_are_said_without_a_traceback(arguments: list[str], message: st
 @pytest.mark.engine
 def test_passkey(tmp_path: Path) -> None:
     arguments = ["eval", "passkey", MODEL, "--haystack", HAYSTACK, "--depths", "4", "--seeds", "1", *ENGINE]
+    arguments += ["--method", "plain,decimamba,longmamba", "--decimamba", '{"layers": [6], "L_base": 1024}']
     arguments += ["-o", str(tmp_path)]
     shown = run(*arguments, "--lengths", "512,2048")
     assert "numbers found" in shown
     report = json.loads((tmp_path / "report.json").read_text())
     shares = {(row["method"], row["length"]): row["share"] for row in report["by_length"]}
-    assert shares["plain", 512] == shares["longmamba", 512] == 1.0
+    # DeciMamba keeps all of a prompt of 512 tokens.
+    assert shares["plain", 512] == shares["decimamba", 512] == shares["longmamba", 512] == 1.0
     assert shares["plain", 2048] <= 0.5
     assert shares["longmamba", 2048] == 1.0
     assert report["methods"]["longmamba"]["train_length"] == 512
+    assert report["methods"]["decimamba"]["decimamba"]["layers"] == [6]
+    assert report["settings"]["seeds"] == [1]
     assert (tmp_path / "report.md").read_text().count("![") == 2
     records = (tmp_path / "records.jsonl").read_text()
-    assert records.count("\n") == 16
+    assert records.count("\n") == 24
     # Nothing is left to do, so that this starts no engine.
     run(*arguments, "--lengths", "2048")
     assert (tmp_path / "records.jsonl").read_text() == records
     again = json.loads((tmp_path / "report.json").read_text())
     assert again["by_length"] == [row for row in report["by_length"] if row["length"] == 2048]
+
+
+@pytest.mark.parametrize("task", ["passkey", "perplexity"])
+def test_searching_for_decimamba(task: str, tmp_path: Path) -> None:
+    model = str(write_mamba1_original(tmp_path / "mamba1"))
+    arguments = ["eval", task, model, "--method", "torch-plain,decimamba", "--decimamba", "search", "--lengths", "150"]
+    of_task = {
+        "passkey": ["--haystack", HAYSTACK, "--depths", "1", "--seeds", "4"],
+        "perplexity": ["--text", HAYSTACK, "--windows", "1", "--scored-tokens", "20"],
+    }
+    run(*arguments, *of_task[task], "-o", str(tmp_path / "out"))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = json.loads((tmp_path / "out" / "decimamba.json").read_text())
+    assert report["methods"]["decimamba"]["decimamba"] == found["settings"]
+    assert [row["method"] for row in report["by_length"]] == ["torch-plain", "decimamba"]
+    # Given as a file, the settings are the same, and nothing has to be computed again.
+    records = (tmp_path / "out" / "records.jsonl").read_text()
+    arguments[arguments.index("search")] = str(tmp_path / "out" / "decimamba.json")
+    run(*arguments, *of_task[task], "-o", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "records.jsonl").read_text() == records
 
 
 @pytest.mark.engine

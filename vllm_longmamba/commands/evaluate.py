@@ -1,13 +1,15 @@
-"""The `longmamba eval` commands: passkey, needles and perplexity, plain and LongMamba side by side."""
+"""The `longmamba eval` commands: passkey, needles and perplexity, several methods side by side."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vllm_longmamba.evaluate.command_line import (
+    console,
     drawn,
     engine_arguments,
     longmamba_options,
@@ -19,17 +21,37 @@ from vllm_longmamba.evaluate.command_line import (
 
 if TYPE_CHECKING:
     from vllm_longmamba.evaluate.comparison import Comparison
+    from vllm_longmamba.evaluate.decimamba_settings import SearchTask
+    from vllm_longmamba.evaluate.methods import ModelSettings
     from vllm_longmamba.evaluate.needles import Question
 
 app = typer.Typer(
     help="Measure what LongMamba does for a model, with real text, through the real engine.", no_args_is_help=True
 )
 
+# A search for DeciMamba's settings asks fewer questions than a report.
+_SEARCH_DEPTHS, _SEARCH_WINDOWS = 4, 2
+
 Model = Annotated[str, typer.Argument(help="Name or folder of the model, as for vllm serve.")]
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="Folder of the results. A run that was interrupted goes on from there.")
 ]
-Method = Annotated[str, typer.Option("--method", help="Methods to compare, separated by commas: plain, longmamba.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        help="Methods to compare, separated by commas: plain and longmamba (in the engine); decimamba, torch-plain and "
+        "torch-longmamba (in the torch reference, float32, Mamba-1, Mamba-2 and FalconMamba in a folder).",
+    ),
+]
+Decimamba = Annotated[
+    str | None,
+    typer.Option(
+        "--decimamba",
+        help="Settings of DeciMamba: JSON, a file of it, or search.",
+        show_default=False,
+    ),
+]
 Haystack = Annotated[
     list[Path], typer.Option(exists=True, help="Text to hide the numbers in, a file or a folder; repeatable.")
 ]
@@ -59,6 +81,7 @@ def passkey(
     depths: Depths = 12,
     seeds: Seeds = "0,1,2",
     method: Method = "plain,longmamba",
+    decimamba: Decimamba = None,
     table: TableFile = None,
     min_retention: MinRetention = None,
     dtype: Dtype = "auto",
@@ -71,11 +94,13 @@ def passkey(
     with user_errors("eval passkey"):
         from vllm_longmamba.evaluate.needles import PASSKEY_NEEDLE, PASSKEY_QUESTION, middles, passkey_questions
 
-        questions = list(passkey_questions(numbers(lengths), middles(depths), numbers(seeds)))
+        def questions(places: list[float], seeds: list[int]) -> list["Question"]:
+            return list(passkey_questions(numbers(lengths), places, seeds))
+
         engine_args = engine_arguments(dtype, tokenizer, tensor_parallel_size, max_model_len, engine_arg)
+        compared = _compared(model, method, longmamba_options(table, min_retention), engine_args, decimamba)
         settings = {"wording": [PASSKEY_NEEDLE, PASSKEY_QUESTION]}
-        options = longmamba_options(table, min_retention)
-        _ask(model, method, options, engine_args, questions, haystack, settings, output, "Passkey")
+        _ask(compared, questions, middles(depths), numbers(seeds), haystack, settings, output, "Passkey")
 
 
 @app.command()
@@ -89,6 +114,7 @@ def needles(
     count: Annotated[int, typer.Option("--needles", min=1, help="Numbers in each text.")] = 4,
     ask: Annotated[str, typer.Option(help="one: ask for one of them; all: ask for all in one question.")] = "one",
     method: Method = "plain,longmamba",
+    decimamba: Decimamba = None,
     table: TableFile = None,
     min_retention: MinRetention = None,
     dtype: Dtype = "auto",
@@ -103,12 +129,16 @@ def needles(
 
         if ask not in ("one", "all"):
             raise ValueError(f"--ask must be one or all, got {ask!r}")
-        places, ask_all = middles(depths), ask == "all"
-        questions = list(needle_questions(numbers(lengths), places, numbers(seeds), count, ask_all))
+        ask_all = ask == "all"
+
+        def questions(places: list[float], seeds: list[int]) -> list["Question"]:
+            return list(needle_questions(numbers(lengths), places, seeds, count, ask_all))
+
         engine_args = engine_arguments(dtype, tokenizer, tensor_parallel_size, max_model_len, engine_arg)
+        compared = _compared(model, method, longmamba_options(table, min_retention), engine_args, decimamba)
         settings = {"needles": count, "ask": ask, "wording": [NEEDLE, ALL_QUESTION if ask_all else ONE_QUESTION]}
-        options = longmamba_options(table, min_retention)
-        _ask(model, method, options, engine_args, questions, haystack, settings, output, f"{count} needles, ask {ask}")
+        title = f"{count} needles, ask {ask}"
+        _ask(compared, questions, middles(depths), numbers(seeds), haystack, settings, output, title)
 
 
 @app.command()
@@ -120,6 +150,7 @@ def perplexity(
     windows: Annotated[int, typer.Option(min=1, help="At most so many windows of each length in each text.")] = 10,
     scored_tokens: Annotated[int, typer.Option(min=1, help="Tokens scored at the end of each window.")] = 100,
     method: Method = "plain,longmamba",
+    decimamba: Decimamba = None,
     table: TableFile = None,
     min_retention: MinRetention = None,
     dtype: Dtype = "auto",
@@ -131,6 +162,7 @@ def perplexity(
     """Score the last tokens of growing windows of text."""
     with user_errors("eval perplexity"):
         from vllm_longmamba.evaluate import perplexity
+        from vllm_longmamba.evaluate.decimamba_settings import WindowsTask
         from vllm_longmamba.evaluate.markdown import perplexity_markdown
         from vllm_longmamba.evaluate.pictures import draw_perplexity
         from vllm_longmamba.evaluate.report import provenance, summarize_perplexity
@@ -139,13 +171,15 @@ def perplexity(
         books = read_books(text)
         wanted = numbers(lengths)
         engine_args = engine_arguments(dtype, tokenizer, tensor_parallel_size, max_model_len, engine_arg)
+        compared = _compared(model, method, longmamba_options(table, min_retention), engine_args, decimamba)
         settings = {"scored_tokens": scored_tokens, "texts": {book.name: book.digest for book in books}}
 
         def choose(book_tokens: Mapping[str, int]) -> Iterator[perplexity.Window]:
             return perplexity.windows(book_tokens, wanted, windows, scored_tokens)
 
-        options = longmamba_options(table, min_retention)
-        with _comparison(model, method, options, engine_args, settings, output, max(wanted) + 1) as comparison:
+        if compared.searches:
+            compared = _with_search(compared, WindowsTask(wanted, _SEARCH_WINDOWS, scored_tokens), output)
+        with _comparison(compared, settings, output, max(wanted) + 1) as comparison:
             losses = comparison.score(books, choose, scored_tokens)
             report = {
                 "task": "perplexity",
@@ -156,54 +190,88 @@ def perplexity(
         write_report(output, report, perplexity_markdown(report, pictures))
 
 
+@dataclass(frozen=True)
+class _Compared:
+    """What a command compares.
+
+    Attributes:
+        methods: names, in order.
+        settings: of the model.
+        searches: whether DeciMamba's settings have to be searched for first.
+    """
+
+    methods: list[str]
+    settings: "ModelSettings"
+    searches: bool
+
+
+def _compared(
+    model: str, method: str, options: dict[str, Any], engine_args: dict[str, Any], decimamba: str | None
+) -> _Compared:
+    from vllm_longmamba.evaluate.decimamba_settings import SEARCH, read_decimamba
+    from vllm_longmamba.evaluate.methods import ModelSettings, parse_methods
+
+    methods = parse_methods(method)
+    settings = ModelSettings(model, options, engine_args, read_decimamba(decimamba))
+    return _Compared(methods, settings, searches=decimamba == SEARCH and "decimamba" in methods)
+
+
+def _with_search(compared: _Compared, task: "SearchTask", output: Path) -> _Compared:
+    from vllm_longmamba.evaluate.decimamba_settings import search_settings
+
+    found = search_settings(compared.settings, task, output, console)
+    return replace(compared, settings=replace(compared.settings, decimamba=found), searches=False)
+
+
 def _ask(
-    model: str,
-    method: str,
-    options: dict[str, Any],
-    engine_args: dict[str, Any],
-    questions: Sequence["Question"],
+    compared: _Compared,
+    questions_for: Callable[[list[float], list[int]], list["Question"]],
+    places: list[float],
+    seeds: list[int],
     haystack: list[Path],
     settings: dict[str, Any],
     output: Path,
     title: str,
 ) -> None:
+    from vllm_longmamba.evaluate.decimamba_settings import QuestionsTask
     from vllm_longmamba.evaluate.markdown import questions_markdown
+    from vllm_longmamba.evaluate.needles import middles
     from vllm_longmamba.evaluate.pictures import draw_questions
     from vllm_longmamba.evaluate.report import provenance, summarize_questions
     from vllm_longmamba.evaluate.texts import read_books
 
     books = read_books(haystack)
+    questions = questions_for(places, seeds)
+    if compared.searches:
+        # Other questions than those that are reported.
+        others = questions_for(middles(_SEARCH_DEPTHS), [max(seeds) + 1])
+        compared = _with_search(compared, QuestionsTask(others), output)
     settings = {**settings, "haystack": {book.name: book.digest for book in books}}
     longest = max(question.length + question.max_answer_tokens() for question in questions)
-    with _comparison(model, method, options, engine_args, settings, output, longest) as comparison:
+    with _comparison(compared, settings, output, longest) as comparison:
         answers = comparison.ask(questions, books)
         report = {
             "task": questions[0].task,
-            **provenance(model, comparison.contestants, settings),
+            **provenance(
+                compared.settings.model,
+                comparison.contestants,
+                {"depths": len(places), "seeds": seeds, **settings},
+            ),
             **summarize_questions(answers),
         }
-    title = f"{title}: {Path(model).name}"
+    title = f"{title}: {Path(compared.settings.model).name}"
     write_report(
         output, report, questions_markdown(report, title, drawn(lambda: draw_questions(report, output, title)))
     )
 
 
 @contextmanager
-def _comparison(
-    model: str,
-    method: str,
-    options: dict[str, Any],
-    engine_args: dict[str, Any],
-    settings: dict[str, Any],
-    output: Path,
-    longest: int,
-) -> Iterator["Comparison"]:
+def _comparison(compared: _Compared, settings: dict[str, Any], output: Path, longest: int) -> Iterator["Comparison"]:
     from vllm_longmamba.evaluate.comparison import Comparison, contestants
-    from vllm_longmamba.evaluate.methods import ModelSettings, parse_methods
     from vllm_longmamba.evaluate.records import Records
 
-    engine_args = {"max_model_len": longest, **engine_args}
-    prepared = contestants(parse_methods(method), ModelSettings(model, options, engine_args))
+    engine_args = {"max_model_len": longest, **compared.settings.engine_args}
+    prepared = contestants(compared.methods, replace(compared.settings, engine_args=engine_args))
     records = Records(output / "records.jsonl")
     try:
         with progress_bars() as progress:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from vllm_longmamba.evaluate.statistics import Floats
 from vllm_longmamba.evaluate.texts import Encoder
@@ -66,11 +66,13 @@ class ModelSettings:
         model: name or folder, as for `vllm serve`.
         options: options of LongMamba, as in `additional_config`.
         engine_args: further arguments of vLLM's `LLM`.
+        decimamba: settings of DeciMamba; None where nobody gave any.
     """
 
     model: str
     options: Mapping[str, Any]
     engine_args: Mapping[str, Any]
+    decimamba: Mapping[str, Any] | None = None
 
 
 def _plain(settings: ModelSettings) -> Contestant:
@@ -85,8 +87,29 @@ def _longmamba(settings: ModelSettings) -> Contestant:
     return EngineContestant(settings.model, settings.options, settings.engine_args)
 
 
-METHODS: dict[str, Callable[[ModelSettings], Contestant]] = {"plain": _plain, "longmamba": _longmamba}
-LABELS = {"plain": "plain", "longmamba": "LongMamba"}
+def _torch(method: Literal["plain", "longmamba", "decimamba"]) -> Callable[[ModelSettings], Contestant]:
+    def prepare(settings: ModelSettings) -> Contestant:
+        from vllm_longmamba.evaluate.torch_contestant import TorchContestant
+
+        return TorchContestant(settings, method)
+
+    return prepare
+
+
+METHODS: dict[str, Callable[[ModelSettings], Contestant]] = {
+    "plain": _plain,
+    "longmamba": _longmamba,
+    "decimamba": _torch("decimamba"),
+    "torch-plain": _torch("plain"),
+    "torch-longmamba": _torch("longmamba"),
+}
+LABELS = {
+    "plain": "plain",
+    "longmamba": "LongMamba",
+    "decimamba": "DeciMamba",
+    "torch-plain": "plain (torch)",
+    "torch-longmamba": "LongMamba (torch)",
+}
 
 
 def parse_methods(names: str) -> list[str]:

@@ -63,12 +63,14 @@ class Encoder:
 
     Attributes:
         prefix: tokens that the tokenizer puts in front of every text: the one of its beginning, or none.
+        end_of_text: the token that ends a text, None where there is none.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         of_nothing = list(tokenizer.encode(""))
         self.prefix: list[int] = of_nothing if of_nothing == [getattr(tokenizer, "bos_token_id", None)] else []
+        self.end_of_text: int | None = getattr(tokenizer, "eos_token_id", None)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text alone, without any that the tokenizer adds."""

@@ -39,19 +39,29 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         ValueError: no config or no weights, another family of models, or an option that is not implemented here.
     """
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise ValueError(f"{folder}: there is no config.json; name the folder of a checkpoint")
-    config = json.loads(config_file.read_text())
-    if is_original_format(config):
-        config = translate_original_config(config)
-    _check_config(folder, config)
+    config = read_config(folder)
     files = weight_files(folder)
     weights: dict[str, torch.Tensor] = {}
     for file in files:
         for name, tensor in _read_tensors(file).items():
             weights[name.replace("backbone.embeddings.", "backbone.embedding.", 1)] = tensor
     return Checkpoint(config, weights, files)
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """A checkpoint's config under transformers' names.
+
+    Raises:
+        ValueError: there is none, another family of models, or an option that is not implemented here.
+    """
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"{folder}: there is no config.json; name the folder of a checkpoint")
+    config: dict[str, Any] = json.loads(config_file.read_text())
+    if is_original_format(config):
+        config = translate_original_config(config)
+    _check_config(folder, config)
+    return config
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:

@@ -170,7 +170,7 @@ class TorchModel:
         tail = self.embedding.new_empty(len(prompts), 0, self.embedding.shape[1])
         for part in torch.split(ids, window, dim=1):
             tail = torch.cat([tail, self._run(part, states, prompt)], dim=1)[:, -outputs:]
-        return Reading(self, states, self._logits(tail))
+        return Reading(self, states, self._logits(tail), prompt)
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Places of prompts that are read together: of one length, and as many as fill a segment."""
@@ -243,23 +243,27 @@ class Reading:
         model: what read them.
         states: of each layer; `append` moves them on.
         logits: (batch, outputs, vocabulary) after the last tokens of the prompts.
+        prompt: the prompts.
     """
 
     model: TorchModel
     states: list[MixerState]
     logits: torch.Tensor
+    prompt: Prompt
 
     @torch.inference_mode()
-    def append(self, ids: torch.Tensor) -> torch.Tensor:
-        """Run generated tokens, on which no method acts.
+    def append(self, ids: torch.Tensor, method_acts: bool = False) -> torch.Tensor:
+        """Run generated tokens.
 
         Args:
             ids: (batch, tokens) int64 on the model's device.
+            method_acts: whether the method acts on them as on the prompt, whose length it goes by. No method is meant
+                to; this is for measuring what it would do. Not for one that needs the whole prompt.
 
         Returns:
             (batch, tokens, vocabulary) logits after each.
         """
-        return self.model._logits(self.model._run(ids, self.states, None))
+        return self.model._logits(self.model._run(ids, self.states, self.prompt if method_acts else None))
 
 
 def _named_method(method: str | ReadingMethod, folder: Path) -> ReadingMethod:

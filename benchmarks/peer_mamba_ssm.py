@@ -1,0 +1,123 @@
+"""The torch reference and the engine, both plain, against mamba_ssm's MambaLMHeadModel with causal-conv1d, in float32.
+
+    python benchmarks/peer_mamba_ssm.py [FOLDER ...]
+
+Needs a CUDA GPU, and mamba-ssm with causal-conv1d, which must be compiled for the torch that is installed:
+
+    MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation causal-conv1d mamba-ssm
+
+compiles nine architectures. benchmarks/support/build_mamba_ssm.sh compiles what is needed here for one, offline.
+
+The folders are checkpoints in the original state-spaces format with a pytorch_model.bin, Mamba-1 or Mamba-2. Without
+one it takes the example model. Compared are the log-probabilities of the last tokens of random prompts. Where vLLM is
+missing, or --no-engine is given, the engine is left out. Writes JSON and Markdown.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "passkey-mamba2-4m"
+
+# float32 products as float32: Triton's default is tf32, good to about 1e-3.
+os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+# mamba_ssm then takes one launch size for each kernel, instead of compiling them all to choose the fastest.
+os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def main() -> None:
+    """Compare, and write the report; fails where a difference exceeds the tolerance."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folders", nargs="*", type=Path, default=[EXAMPLE], metavar="FOLDER")
+    parser.add_argument("--prompts", type=int, default=20, help="for each model [%(default)s]")
+    parser.add_argument("--shortest", type=int, default=120, help="tokens [%(default)s]")
+    parser.add_argument("--longest", type=int, default=8192, help="tokens [%(default)s]")
+    parser.add_argument("--scored", type=int, default=100, help="last tokens that are compared [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-engine", action="store_true", help="leave the engine out")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "peer_mamba_ssm.json")
+    options = parser.parse_args()
+    if importlib.util.find_spec("mamba_ssm") is None:
+        print("peer_mamba_ssm: mamba_ssm is not installed, nothing is compared; see the top of this file")
+        return
+    from support.agreement import PEER, TITLES, document_markdown
+
+    with_engine = not options.no_engine and importlib.util.find_spec("vllm") is not None
+    models = {folder.name: _compare(folder, options, with_engine) for folder in options.folders}
+    document = {"environment": _environment(with_engine), "settings": _settings(options), "models": models}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(document, indent=1) + "\n")
+    options.output.with_suffix(".md").write_text(document_markdown(document, TITLES[PEER]))
+    print(options.output.with_suffix(".md").read_text())
+    from support.logprobs import TOLERANCE
+
+    worst = max(pair["largest"] for pairs in models.values() for pair in pairs.values())
+    if worst > TOLERANCE:
+        sys.exit(f"the largest difference, {worst:.1e}, exceeds {TOLERANCE:g}")
+
+
+def _compare(folder: Path, options: argparse.Namespace, with_engine: bool) -> dict[str, dict[str, float]]:
+    from support.logprobs import difference, engine_logprobs, random_prompts, torch_logprobs
+
+    from vllm_longmamba.torch_reference import TorchModel
+
+    prompts = random_prompts(folder, options.prompts, options.shortest, options.longest, options.seed)
+    results = {}
+    # First, while this process has not touched the GPU.
+    if with_engine:
+        results["engine"] = engine_logprobs(folder, {"filter": False}, prompts, options.scored)
+    results["mamba_ssm"] = _peer_logprobs(folder, prompts, options.scored)
+    results["torch reference"] = torch_logprobs(TorchModel(folder, device="cuda"), prompts, options.scored)
+    pairs = [("torch reference", "mamba_ssm"), ("engine", "mamba_ssm"), ("engine", "torch reference")]
+    return {
+        f"{ours} - {theirs}": difference(results[ours], results[theirs])
+        for ours, theirs in pairs
+        if ours in results and theirs in results
+    }
+
+
+def _peer_logprobs(folder: Path, prompts: Sequence[list[int]], scored: int) -> list[Any]:
+    import torch
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+    model = MambaLMHeadModel.from_pretrained(str(folder), device="cuda", dtype=torch.float32).eval()
+    results = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device="cuda")
+            logits = model(ids, num_last_tokens=scored + 1).logits[0, :-1]
+            logprobs = logits.double().log_softmax(-1).gather(1, ids[0, -scored:, None])[:, 0]
+            results.append(logprobs.cpu().numpy())
+    return results
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("prompts", "shortest", "longest", "scored", "seed")
+    return {name: getattr(options, name) for name in names} | {"tf32": os.environ["TRITON_F32_DEFAULT"] != "ieee"}
+
+
+def _environment(with_engine: bool) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    import torch
+
+    packages = ["torch", "triton", "mamba_ssm", "causal_conv1d"] + (["vllm"] if with_engine else [])
+    return {
+        "device": torch.cuda.get_device_name(),
+        "versions": {name: version(name) for name in packages},
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+if __name__ == "__main__":
+    main()

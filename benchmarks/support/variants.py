@@ -1,0 +1,226 @@
+"""Variants of LongMamba as contestants of `longmamba eval`, on one model in the torch reference; and their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from vllm_longmamba.calibrate import draw_sequences, tokenize
+from vllm_longmamba.calibration_text import read_corpus
+from vllm_longmamba.evaluate.methods import ModelSettings
+from vllm_longmamba.evaluate.statistics import Floats
+from vllm_longmamba.evaluate.torch_contestant import TorchContestant, TorchRunner
+from vllm_longmamba.options import LongMambaOptions
+from vllm_longmamba.table_lookup import Weights, find_table
+from vllm_longmamba.tables import LayerCalibration, ThresholdTable, load_table
+from vllm_longmamba.torch_reference import (
+    LayerPlan,
+    LayerView,
+    LongMamba,
+    Plain,
+    Prompt,
+    Reading,
+    ReadingMethod,
+    TorchModel,
+)
+from vllm_longmamba.torch_reference.checkpoint import weight_files
+
+# Tokens that are run at a time where they count as generated.
+_SEGMENT = 256
+Generated = Literal["not filtered", "filtered", "growing"]
+
+
+class Subject:
+    """The model whose variants are compared. What is not asked for is not loaded.
+
+    Args:
+        folder: its checkpoint, of a family that the torch reference runs.
+        table: its threshold table; None searches for it as serving does.
+        max_length: the longest prompt.
+    """
+
+    def __init__(self, folder: Path, table: str | None, max_length: int) -> None:
+        self.folder = folder
+        self._table, self._max_length = table, max_length
+
+    @cached_property
+    def contestant(self) -> TorchContestant:
+        """The plain model."""
+        return TorchContestant(ModelSettings(str(self.folder), {}, {"max_model_len": self._max_length}), "plain")
+
+    @cached_property
+    def table(self) -> ThresholdTable:
+        """Its table."""
+        weights = Weights(self.folder, [str(file) for file in weight_files(self.folder)])
+        return load_table(find_table(str(self.folder), weights, LongMambaOptions(table=self._table)))
+
+    @cached_property
+    def model(self) -> TorchModel:
+        """The model itself."""
+        return TorchModel(self.folder)
+
+    def plain(self) -> Variant:
+        """The model without a filter."""
+        return Variant(self, Plain(), {"filter": False})
+
+    def filtered(self, table: ThresholdTable, min_retention: float | None = None) -> Variant:
+        """The model with a table and a theta."""
+        method = LongMamba.from_table(table, min_retention)
+        theta = table.metadata.min_retention if min_retention is None else min_retention
+        channels = sum(int(table.is_global(layer, theta).sum()) for layer in table.layers)
+        return Variant(self, method, {"table": table.digest(), "min_retention": theta, "global_channels": channels})
+
+    def calibrated(
+        self, texts: Sequence[Path], row_lengths: Sequence[int], clamp_percent: float, seed: int = 0
+    ) -> ThresholdTable:
+        """A table from plain dt's of this model, with the number of sequences, L and theta of its own table.
+
+        Args:
+            texts: to calibrate on; none stands for the package's sample.
+            row_lengths: prompt lengths of the rows, the first is L.
+            clamp_percent: C.
+            seed: chooses the sequences.
+        """
+        corpus, metadata = read_corpus(list(texts)), self.table.metadata
+        tokens = tokenize(_Tokenizer(self.contestant.encoder), corpus)
+        recording = _Recording()
+        model = self.model.with_method(recording)
+        layers = {
+            layer.index: LayerCalibration(layer.mixer.A, metadata.train_length, list(row_lengths), clamp_percent)
+            for layer in model.layers
+        }
+        for sequence in draw_sequences(tokens, metadata.train_length, metadata.num_sequences, seed):
+            model.read([sequence])
+            for index, dt in recording.take().items():
+                layers[index].add(dt)
+        return ThresholdTable(
+            metadata=replace(metadata, corpus=corpus.name, clamp_percent=float(clamp_percent), seed=seed),
+            row_lengths=np.array(row_lengths),
+            layers={index: calibration.result() for index, calibration in layers.items()},
+        )
+
+
+class Variant:
+    """A contestant; see `Contestant`.
+
+    Args:
+        subject: the model.
+        method: what acts on it.
+        description: what tells it from other variants.
+        generated: None, or how the second half of every prompt is run, which then counts as generated.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        method: ReadingMethod,
+        description: Mapping[str, Any],
+        generated: Generated | None = None,
+    ) -> None:
+        self._subject, self._method, self._generated = subject, method, generated
+        self.encoder = subject.contestant.encoder
+        self.train_length = subject.table.metadata.train_length
+        of_model = {**subject.contestant.description, "train_length": self.train_length}
+        self.description: dict[str, Any] = {**of_model, **description}
+        if generated is not None:
+            self.description |= {"second_half": f"generated, {generated}"}
+
+    @contextmanager
+    def start(self) -> Iterator[TorchRunner]:
+        """The model is shared: nothing is freed."""
+        model = self._subject.model.with_method(self._method)
+        if self._generated is None:
+            yield TorchRunner(model, self.encoder)
+        else:
+            yield HalfGenerated(model, self.encoder, self._generated)
+
+
+class HalfGenerated(TorchRunner):
+    """The first half of a prompt is the prompt; the rest is run as if the model had generated it.
+
+    Args:
+        generated: how generated tokens are run: "not filtered", "filtered" as the prompt is, by the prompt's length, or
+            "growing", filtered by the length of prompt and generated text so far.
+    """
+
+    def __init__(self, model: TorchModel, encoder: Any, generated: Generated) -> None:
+        super().__init__(model, encoder)
+        self._generated = generated
+
+    def complete(self, jobs: Iterable[tuple[Any, list[int], int]]) -> Iterator[tuple[Any, str]]:
+        """See `Runner`."""
+        for key, tokens, max_tokens in jobs:
+            logits, reading = self._run(tokens, 1)
+            answer: list[int] = []
+            for _ in range(max_tokens):
+                answer.append(int(logits[-1].argmax()))
+                step = torch.tensor([[answer[-1]]], device=self.model.device)
+                logits = self._append(reading, step, len(tokens) + len(answer))
+            yield key, self._encoder.decode(answer)
+
+    def tail_logprobs(self, jobs: Iterable[tuple[Any, list[int]]], scored: int) -> Iterator[tuple[Any, Floats]]:
+        """See `Runner`."""
+        for key, tokens in jobs:
+            logits, _ = self._run(tokens, scored + 1)
+            ids = torch.tensor(tokens[-scored:], device=self.model.device)
+            logprobs = logits[:-1].log_softmax(-1).gather(1, ids[:, None])[:, 0]
+            yield key, logprobs.double().cpu().numpy()
+
+    def _run(self, tokens: list[int], outputs: int) -> tuple[torch.Tensor, Reading]:
+        """(outputs, vocabulary) logits after the last tokens, and the reading to go on from."""
+        half = len(tokens) // 2
+        reading = self.model.read([tokens[:half]])
+        logits = reading.logits[0, :0]
+        done = half
+        for part in torch.tensor([tokens[half:]], device=self.model.device).split(_SEGMENT, dim=1):
+            done += part.shape[1]
+            logits = torch.cat([logits, self._append(reading, part, done)])[-outputs:]
+        return logits, reading
+
+    def _append(self, reading: Reading, part: torch.Tensor, length: int) -> torch.Tensor:
+        """Run (1, tokens) generated tokens, with which the text has `length` tokens: (tokens, vocabulary) logits."""
+        if self._generated == "growing":
+            reading = replace(reading, prompt=Prompt(length, outputs=1))
+        return reading.append(part, method_acts=self._generated != "not filtered")[0]
+
+
+class _Recording:
+    """A method that keeps the dt's of what is read."""
+
+    name = "recording"
+    needs_whole_prompt = False
+
+    def __init__(self) -> None:
+        self._dt: dict[int, list[torch.Tensor]] = {}
+
+    def check(self, channels: Mapping[int, int]) -> None:
+        """Fits every model."""
+
+    def plan(self, layer: LayerView, prompt: Prompt) -> LayerPlan:
+        """Keeps, and changes nothing."""
+        self._dt.setdefault(layer.index, []).extend(part.dt[0] for part in layer.projections())
+        return LayerPlan()
+
+    def take(self) -> dict[int, torch.Tensor]:
+        """Layer -> (tokens, channels) of one text; forgotten afterwards."""
+        recorded = {index: torch.cat(parts) for index, parts in self._dt.items()}
+        self._dt.clear()
+        return recorded
+
+
+class _Tokenizer:
+    """An `Encoder` for `tokenize`."""
+
+    def __init__(self, encoder: Any) -> None:
+        self._encoder = encoder
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Tokens of a text alone."""
+        return list(self._encoder.encode(text))

@@ -1,0 +1,117 @@
+"""The scripts of benchmarks/ that compare variants and write the page of results, on a tiny model."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from engine.harness import TRAIN_LENGTH, write_table
+from reference_lm import reference_dt
+from tiny_models import random_token_ids, write_mamba1_original
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+HAYSTACK = BENCHMARKS.parent / "examples" / "texts" / "haystack.txt"
+
+Script = Callable[..., None]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Script:
+    """script("name", *arguments) runs benchmarks/name.py in this process."""
+    import importlib
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def run(name: str, *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        module: ModuleType = importlib.import_module(name)
+        module.main()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its table beside the weights."""
+    folder = write_mamba1_original(tmp_path_factory.mktemp("models") / "tiny")
+    write_table(folder, folder / "longmamba.safetensors")
+    return folder
+
+
+def test_ablations_go_on_and_appear_on_the_page(script: Script, folder: Path, tmp_path: Path) -> None:
+    def ablate(*names: str) -> None:
+        script(
+            "ablations", *names, "--model", folder, "--text", HAYSTACK, "--lengths", "300,400", "--depths", 1,
+            "--windows", 1, "--scored", 20, "--thetas", "1e-9,1e-2", "--clamps", "5,20", "--groups", 2,
+            "--records", tmp_path / "records", "-o", tmp_path / "results",
+        )  # fmt: skip
+
+    ablate("theta", "clamp", "groups", "rows", "decode")
+    reports = {
+        path.parent.name.removeprefix("ablation-"): json.loads(path.read_text())
+        for path in (tmp_path / "results" / "tiny").glob("*/report.json")
+    }
+    assert set(reports) == {"theta", "clamp", "groups", "rows", "decode"}
+    assert list(reports["theta"]["methods"]) == ["plain", "1e-09", "0.01"]
+    losses = {
+        name: {row["method"]: row["loss"] for row in report["perplexity"] if row["length"] == 400}
+        for name, report in reports.items()
+        if name != "rows"
+    }
+    for name, of_variants in losses.items():
+        assert len(set(of_variants.values())) == len(of_variants), name
+    # Equal prompts, whether their second half counts as generated or not.
+    assert losses["decode"]["plain"] == pytest.approx(losses["theta"]["plain"], abs=1e-4)
+    lengths = {row["length"] for row in reports["rows"]["perplexity"]}
+    # The last two of harness.ROW_LENGTHS are 400 apart.
+    assert lengths == {300 * 3 // 4 + 200, 400 * 3 // 4 + 200}
+
+    records = tmp_path / "records" / "tiny" / "theta" / "records.jsonl"
+    before = records.read_text()
+    ablate("theta")
+    assert records.read_text() == before
+
+    page = tmp_path / "docs" / "results.md"
+    gap = {"largest": 1.5e-5, "mean": 2e-6}
+    document = {
+        "environment": {"device": "a CPU", "versions": {"torch": "2"}, "date": "today", "command": "it"},
+        "settings": {"scored": 100, "prompts": 20, "shortest": 120, "longest": 4096, "seed": 0},
+        "models": {"tiny": {"plain": gap}},
+    }
+    (tmp_path / "results" / "engine_vs_torch.json").write_text(json.dumps(document))
+    script("results_page", "--results", tmp_path / "results", "-o", page)
+    text = page.read_text()
+    for heading in (
+        "## tiny",
+        "### Theta (min_retention)",
+        "### Filtering generated text",
+        "## What this does not show",
+    ):
+        assert f"\n{heading}\n" in text
+    assert "| tiny | plain | 1.5e-05 | 2.0e-06 |" in text
+    assert f"{losses['theta']['0.01']:.3f}" in text
+
+
+def test_calibration_in_the_reference(script: Script, folder: Path, tmp_path: Path) -> None:
+    script  # noqa: B018 - puts benchmarks/ on the path
+    from support.variants import Subject
+
+    from vllm_longmamba.calibrate import draw_sequences
+    from vllm_longmamba.tables import LayerCalibration
+
+    text = "".join(chr(token % 96 + 32) for token in random_token_ids(2000, seed=1))
+    (tmp_path / "text.txt").write_text(text)
+    subject = Subject(folder, None, 512)
+    rows = [TRAIN_LENGTH, 200, 400]
+    table = subject.calibrated([tmp_path / "text.txt"], rows, 10.0, seed=5)
+    [sequence] = draw_sequences([list(text.encode())], TRAIN_LENGTH, 1, 5)
+    for layer, dt in reference_dt(folder, sequence).items():
+        calibration = LayerCalibration(subject.model.layers[layer].mixer.A, TRAIN_LENGTH, rows, 10.0)
+        calibration.add(dt.float())
+        expected = calibration.result()
+        np.testing.assert_allclose(table.layers[layer].dt_threshold, expected.dt_threshold, rtol=1e-3)
+        torch.testing.assert_close(table.layers[layer].retention, expected.retention, rtol=1e-3, atol=1e-12)

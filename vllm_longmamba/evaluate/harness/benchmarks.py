@@ -1,0 +1,103 @@
+"""What is run of lm-eval: the tasks of the paper's tables (LongMamba, arXiv 2504.16053), and how they are scored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark of lm-eval.
+
+    Attributes:
+        name: the command, "ruler" or "longbench-e".
+        title: in reports.
+        folder: of its tasks in lm-eval (lm_eval/tasks/).
+        tasks: short name -> lm-eval's name; the first `in_tables` of them are those of the paper's tables.
+        in_tables: how many.
+        modules: what its tasks import, besides lm-eval itself.
+        has_lengths: whether its prompts are made for a length in tokens.
+    """
+
+    name: str
+    title: str
+    folder: str
+    tasks: Mapping[str, str]
+    in_tables: int
+    modules: tuple[str, ...]
+    has_lengths: bool
+
+    def chosen(self, names: str | None) -> list[str]:
+        """Short names of the tasks the user asked for; those of the paper's tables where nothing was asked.
+
+        Args:
+            names: short names or lm-eval's, separated by commas, or None.
+
+        Raises:
+            ValueError: an unknown name, or one that comes twice.
+        """
+        if names is None:
+            return list(self.tasks)[: self.in_tables]
+        short = {full: name for name, full in self.tasks.items()}
+        wanted = [short.get(name.strip(), name.strip()) for name in names.split(",")]
+        if unknown := [name for name in wanted if name not in self.tasks]:
+            known = ", ".join(self.tasks)
+            raise ValueError(f"--tasks: unknown are {', '.join(unknown) or 'empty names'}; known are {known}")
+        if len(set(wanted)) < len(wanted):
+            raise ValueError(f"--tasks: every task may be named once, got {names}")
+        return wanted
+
+    def metric(self, length: int | None) -> str:
+        """The metric of a task for prompts of a length: RULER names it after the length."""
+        return str(length) if self.has_lengths else "score"
+
+
+# Names as in the paper's table; MK2 and MK3 are RULER's, but not in that table.
+RULER = Benchmark(
+    name="ruler",
+    title="RULER",
+    folder="ruler",
+    tasks={
+        "S1": "niah_single_1",
+        "S2": "niah_single_2",
+        "S3": "niah_single_3",
+        "MK1": "niah_multikey_1",
+        "MV": "niah_multivalue",
+        "MQ": "niah_multiquery",
+        "VT": "ruler_vt",
+        "CWE": "ruler_cwe",
+        "FWE": "ruler_fwe",
+        "QA1": "ruler_qa_squad",
+        "QA2": "ruler_qa_hotpot",
+        "MK2": "niah_multikey_2",
+        "MK3": "niah_multikey_3",
+    },
+    in_tables=11,
+    modules=("nltk", "wonderwords", "scipy"),
+    has_lengths=True,
+)
+
+# The 13 sets of the E split. lm-eval's own group longbench_e leaves out summarization and the synthetic tasks.
+_LONGBENCH_E = (
+    "qasper",
+    "multifieldqa_en",
+    "hotpotqa",
+    "2wikimqa",
+    "gov_report",
+    "multi_news",
+    "trec",
+    "triviaqa",
+    "samsum",
+    "passage_count",
+    "passage_retrieval_en",
+    "lcc",
+    "repobench-p",
+)
+LONGBENCH_E = Benchmark(
+    name="longbench-e",
+    title="LongBench-E",
+    folder="longbench",
+    tasks={name: f"longbench_{name}_e" for name in _LONGBENCH_E},
+    in_tables=len(_LONGBENCH_E),
+    modules=("jieba", "fuzzywuzzy", "rouge"),
+    has_lengths=False,
+)

@@ -1,0 +1,146 @@
+"""Runs the tasks through the torch reference: DeciMamba, and plain and LongMamba on the same terms, in float32."""
+
+import gc
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from vllm_longmamba import __version__
+from vllm_longmamba.evaluate.engine import EngineContestant
+from vllm_longmamba.evaluate.methods import Key, ModelSettings
+from vllm_longmamba.evaluate.statistics import Floats
+from vllm_longmamba.evaluate.texts import Encoder
+from vllm_longmamba.options import KEY, options_from_config
+
+if TYPE_CHECKING:
+    from vllm_longmamba.torch_reference import ReadingMethod, TorchModel
+
+# Prompts of one length that are handed to the model together. It reads as many at once as its memory is meant for.
+_TOGETHER = 8
+
+
+class TorchContestant:
+    """A model in the torch reference.
+
+    Args:
+        settings: the model must be a folder. Of the engine's arguments the tokenizer counts only.
+        method: what acts on it.
+
+    Attributes:
+        description: weights, method and its settings, versions.
+        encoder: the model's tokenizer, the same as in the engine.
+        train_length: from the table, None for other methods.
+
+    Raises:
+        ValueError: no folder of a family that the reference runs, no table, no or wrong settings of DeciMamba.
+    """
+
+    def __init__(self, settings: ModelSettings, method: Literal["plain", "longmamba", "decimamba"]) -> None:
+        import torch
+
+        from vllm_longmamba.torch_reference.checkpoint import read_config
+
+        self._folder = Path(settings.model)
+        if not self._folder.is_dir():
+            raise ValueError(
+                f"--method: {method} runs in the torch reference, which takes the folder of a checkpoint, but there is "
+                f"no folder {settings.model}; download the model into one"
+            )
+        try:
+            config = read_config(self._folder)
+        except ValueError as error:
+            raise ValueError(f"--method: {method} runs in the torch reference: {error}") from error
+        engine = EngineContestant(settings.model, {"filter": False}, settings.engine_args)
+        self.encoder: Encoder = engine.encoder
+        self.train_length: int | None = None
+        self.description: dict[str, Any] = {
+            "weights": engine.description["weights"],
+            "dtype": "float32",
+            "torch_reference": method,
+            "torch": torch.__version__,
+            "vllm_longmamba": __version__,
+        }
+        self._method: ReadingMethod | None = None
+        if method == "longmamba":
+            self._use_table(settings.options)
+        elif method == "decimamba":
+            self._use_decimamba(settings.decimamba, config["num_hidden_layers"])
+
+    def _use_table(self, given: Mapping[str, Any]) -> None:
+        from vllm_longmamba.table_lookup import Weights, find_table
+        from vllm_longmamba.tables import load_table
+        from vllm_longmamba.torch_reference import LongMamba
+        from vllm_longmamba.torch_reference.checkpoint import weight_files
+
+        options = options_from_config({KEY: given})
+        weights = Weights(self._folder, [str(file) for file in weight_files(self._folder)])
+        table = load_table(find_table(str(self._folder), weights, options))
+        self._method = LongMamba.from_table(table, options.min_retention)
+        self.train_length = table.metadata.train_length
+        self.description |= {
+            "table": table.digest(),
+            "train_length": table.metadata.train_length,
+            "min_retention": (
+                options.min_retention if options.min_retention is not None else table.metadata.min_retention
+            ),
+            "clamp_percent": table.metadata.clamp_percent,
+        }
+
+    def _use_decimamba(self, given: Mapping[str, Any] | None, layers: int) -> None:
+        from vllm_longmamba.evaluate.decimamba_settings import decimamba_from
+
+        method = decimamba_from(given)
+        method.check(dict.fromkeys(range(layers), 0))
+        self._method = method
+        self.description["decimamba"] = method.to_dict()
+
+    @contextmanager
+    def start(self) -> Iterator["TorchRunner"]:
+        """Load the model, on the GPU where there is one; its memory is given back at the end."""
+        # An engine that is forked from a process whose torch has run on several threads hangs.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        import torch
+
+        from vllm_longmamba.torch_reference import TorchModel
+
+        runner = TorchRunner(TorchModel(self._folder, self._method or "plain"), self.encoder)
+        try:
+            yield runner
+        finally:
+            runner.close()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+class TorchRunner:
+    """A loaded model.
+
+    Attributes:
+        model: the reference, with its method.
+    """
+
+    def __init__(self, model: "TorchModel", encoder: Encoder) -> None:
+        self.model = model
+        self._encoder = encoder
+
+    def complete(self, jobs: Iterable[tuple[Key, list[int], int]]) -> Iterator[tuple[Key, str]]:
+        """See `Runner`. Answers end before the token that ends a text."""
+        stop = () if self._encoder.end_of_text is None else (self._encoder.end_of_text,)
+        for (_, max_tokens), alike in groupby(jobs, key=lambda job: (len(job[1]), job[2])):
+            while batch := list(islice(alike, _TOGETHER)):
+                answers = self.model.generate([tokens for _, tokens, _ in batch], max_tokens, stop)
+                for (key, *_), answer in zip(batch, answers, strict=True):
+                    yield key, self._encoder.decode(answer)
+
+    def tail_logprobs(self, jobs: Iterable[tuple[Key, list[int]]], scored: int) -> Iterator[tuple[Key, Floats]]:
+        """See `Runner`."""
+        for key, tokens in jobs:
+            yield key, self.model.last_logprobs(tokens, scored).double().numpy()
+
+    def close(self) -> None:
+        """Forget the model; whoever still holds the runner does not hold its memory then."""
+        del self.model
