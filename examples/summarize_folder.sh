@@ -7,16 +7,17 @@
 set -euo pipefail
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
 model=(--model examples/passkey-mamba2-4m --dtype float32 --max-model-len 16384 --engine-args '{"max_num_seqs": 16}')
+books='examples/texts/*.txt'
 mkdir -p out
 
 # What is there, and what will not fit? Starts no engine.
-longmamba summarize examples/texts -o out/summaries.jsonl "${model[@]}" --dry-run --sample 0
+longmamba summarize "$books" -o out/summaries.jsonl "${model[@]}" --dry-run --sample 0
 
 # The first document only: longer than 16384 tokens, so its sections are summarized, and then their summaries.
-longmamba summarize examples/texts -o out/summaries.jsonl "${model[@]}" --fit map-reduce --max-tokens 64 --limit 1
+longmamba summarize "$books" -o out/summaries.jsonl "${model[@]}" --fit map-reduce --max-tokens 64 --limit 1
 
 # The same command without the limit goes on where that ended.
-longmamba summarize examples/texts -o out/summaries.jsonl "${model[@]}" --fit map-reduce --max-tokens 64
+longmamba summarize "$books" -o out/summaries.jsonl "${model[@]}" --fit map-reduce --max-tokens 64
 
 # Not a summary but an answer, from documents in JSON lines on standard input.
 python - <<'PYTHON' | longmamba summarize - -o out/keys.jsonl "${model[@]}" --max-tokens 5 \

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from example_modules import load_example
 from rich.console import Console
 
 from vllm_longmamba.summarize.job import run_job
 from vllm_longmamba.summarize.settings import JobSettings
 
+from .documents import write_jsonl
 from .stub_server import StubServer
 
 EXAMPLE_MODEL = Path(__file__).resolve().parent.parent.parent / "examples" / "passkey-mamba2-4m"
@@ -79,3 +81,15 @@ class Job:
 def job(tmp_path: Path, server: StubServer) -> Callable[..., int]:
     """A `Job` in a folder of its own."""
     return Job(tmp_path, server)
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> dict[str, str]:
+    """Keys of documents in the folder's inputs that hide a pass key; one more is longer than 4096 tokens."""
+    passkey = load_example("passkey")
+    tasks = passkey.passkey_tasks(passkey.read_haystack(), [500, 1500], [0.5], trials=12, seed=1)
+    rows = [
+        {"id": str(number), "text": task.prompt.removesuffix(passkey.QUESTION)} for number, task in enumerate(tasks)
+    ]
+    write_jsonl(tmp_path / "in" / "rows.jsonl", [*rows, {"id": "long", "text": passkey.read_haystack()[:9000]}])
+    return {str(number): task.key for number, task in enumerate(tasks)}

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from vllm_longmamba.chat_templates import PASS_THROUGH
 from vllm_longmamba.cli import app
-from vllm_longmamba.summarize.engine import engine_args, engine_arguments
+from vllm_longmamba.summarize.backends import Sampling
+from vllm_longmamba.summarize.engine import EngineBackend, engine_args, engine_arguments
 from vllm_longmamba.summarize.ray_plugin import plugin_modules
 from vllm_longmamba.summarize.settings import JobSettings
 
@@ -120,6 +121,27 @@ def test_engine_arguments() -> None:
     assert (made.tensor_parallel_size, made.tokenizer, made.max_num_seqs) == (2, model, 4)
     stock = engine_arguments(model, {}, None, "auto", 1, None, {"model_impl": "auto"})
     assert stock["additional_config"] == {}
+
+
+def test_steps_as_large_as_those_of_llm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless told otherwise, the engine takes a bare `LLM`'s tokens for a step and sequences at a time."""
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    class Asked(Exception):  # noqa: N818
+        """Carries the configuration that the engine would be started with."""
+
+    def config_only(arguments: Any, usage_context: Any) -> None:
+        raise Asked(arguments.create_engine_config(usage_context).scheduler_config)
+
+    monkeypatch.setattr(AsyncLLM, "from_engine_args", config_only)
+    arguments = engine_arguments(str(EXAMPLE_MODEL), {}, 16384, "float32", 1, None, {})
+    with pytest.raises(Asked) as asked:
+        EngineBackend(arguments, Sampling())
+    expected = engine_args(arguments).create_engine_config(UsageContext.LLM_CLASS).scheduler_config
+    scheduler = asked.value.args[0]
+    assert scheduler.max_num_batched_tokens == expected.max_num_batched_tokens
+    assert scheduler.max_num_seqs == expected.max_num_seqs
 
 
 def test_pass_through_template() -> None:

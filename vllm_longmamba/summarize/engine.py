@@ -20,6 +20,9 @@ from vllm_longmamba.summarize.records import Completion, JobStoppedError, Record
 _WAITING_SHARE = 1.1
 _WAITING_MIN = 2
 
+# vLLM's own 5 s are too few for its processes on a busy CPU; killed ones leave warnings and shared memory behind.
+_END_TIMEOUT_S = 30.0
+
 _JOB_VARIABLE = "LONGMAMBA_SUMMARIZE_JOB"
 # Runs without the project, in a session of its own: waits for the end of its input, which is the end of the job,
 # however that came, and then ends every process that was started with the job's mark.
@@ -109,13 +112,15 @@ class EngineBackend:
     """
 
     def __init__(self, arguments: dict[str, Any], sampling: Sampling, concurrency: int | None = None) -> None:
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         prepared = engine_args(arguments)
         self._watchdog = _start_watchdog()
         try:
             with _interrupts_held_back():
-                self._engine: Any = AsyncLLM.from_engine_args(prepared)
+                # As large steps and batches as `LLM` takes; the default for a server is a half or an eighth.
+                self._engine: Any = AsyncLLM.from_engine_args(prepared, usage_context=UsageContext.LLM_CLASS)
         except BaseException:
             self._end_watchdog()
             raise
@@ -150,7 +155,7 @@ class EngineBackend:
 
     async def close(self) -> None:
         """End the engine."""
-        self._engine.shutdown()
+        self._engine.shutdown(timeout=_END_TIMEOUT_S)
         # Its finalizer shuts it down once more, which fails once Python has begun to take modules apart.
         self._engine = None
         self._end_watchdog()

@@ -171,6 +171,8 @@ def _connect(options: RayOptions, runtime_env: dict[str, Any]) -> None:
         # The stages around the engines are counted as processors too.
         more["num_cpus"] = max(os.cpu_count() or 1, options.replicas + 3)
         more["include_dashboard"] = False
+        # Ray lets workers run behind everything else on a machine; these are all that the cluster is for.
+        more["_system_config"] = {"worker_niceness": 0}
     try:
         ray.init(address=options.address, runtime_env=runtime_env, log_to_driver=False, **more)
     except (ConnectionError, ValueError, RuntimeError) as error:

@@ -1,0 +1,83 @@
+"""What a job shows of its progress, and what it reports at the end."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from vllm_longmamba.summarize import progress as progress_module
+from vllm_longmamba.summarize.progress import Progress, duration
+from vllm_longmamba.summarize.records import Row
+
+
+class Clock:
+    """Takes the place of the module `time`."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress_module, "time", clock)
+    return clock
+
+
+def a_row(**more: object) -> Row:
+    return Row("a", "hash", prompt_tokens=900, output_tokens=100, **more)  # type: ignore[arg-type]
+
+
+def test_state(clock: Clock) -> None:
+    """Documents/s, tokens/s, and the time left by the bytes that this run has answered, not those of earlier ones."""
+    progress = Progress(Console(file=io.StringIO()), total_bytes=1000)
+    progress.begin()
+    assert progress.state() == "0 documents, 0/s, 0 tokens/s"
+    progress.skipped(weight=500)
+    clock.now = 10.0
+    for _ in range(4):
+        progress.answered(a_row(), weight=25)
+    progress.answered(a_row(error="too long: by far"), weight=0)
+    assert progress.state() == "5 documents, 0.5/s, 500 tokens/s, 1 errors, 1 done before, ETA 40.0 s"
+
+
+def test_report(clock: Clock) -> None:
+    progress = Progress(Console(file=io.StringIO()), total_bytes=0)
+    progress.begin()
+    progress.answered(a_row(dropped_tokens=7), weight=1)
+    progress.answered(a_row(steps=[{}]), weight=1)
+    progress.answered(a_row(error="refused: no"), weight=1)
+    progress.repeated(weight=1)
+    clock.now = 100.0
+    progress.end()
+    clock.now = 900.0
+    assert progress.report() == [
+        "3 rows written in 1 min 40 s: 2,700 prompt and 300 output tokens, 30 tokens/s",
+        "1 left out: the same id and text once more",
+        "1 cut off to fit",
+        "1 answered by map-reduce",
+        "1 error rows: 1 refused",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["bar", "lines"])
+def test_what_is_shown(clock: Clock, terminal: bool) -> None:
+    """A bar on a terminal, a line a minute in a log."""
+    shown = io.StringIO()
+    progress = Progress(Console(file=shown, force_terminal=terminal, width=150), total_bytes=100)
+    progress.begin()
+    clock.now = 30.0
+    progress.answered(a_row(), weight=10)
+    clock.now = 61.0
+    progress.answered(a_row(), weight=10)
+    progress.end()
+    assert "2 documents, 0.0328/s, 33 tokens/s, ETA 4 min 04 s" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5.62, "5.6 s"), (59.9, "59.9 s"), (184.2, "3 min 04 s"), (3720, "1 h 02 min")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
