@@ -19,6 +19,9 @@ WORKERS ?= $(shell [ "$(DEVICE)" = cpu ] && [ "$$(nproc)" -ge 2 ] && echo --nump
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 PROBE := import signal, urllib.request; signal.alarm(6); urllib.request.urlopen("$(TORCH_CPU)/torch/", timeout=5)
 
+# speed against stock vLLM
+BENCHMARKS := scan_kernels ssd_kernels whole_models summarize_overhead calibration_time
+
 .PHONY: demo test bench format clean install
 
 demo: $(INSTALLED)
@@ -31,7 +34,7 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@if [ "$(DEVICE)" != cuda ]; then echo "make bench: the benchmarks need a CUDA GPU, and nvidia-smi lists none" >&2; exit 1; fi
-	@for script in benchmarks/*.py; do echo "== $$script" && $(BIN)/python $$script || exit 1; done
+	@for name in $(BENCHMARKS); do echo "== $$name" && $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix

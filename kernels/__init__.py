@@ -15,6 +15,7 @@ from .reference import (
     filtered_ssd_reference,
     filtered_state_update_reference,
 )
+from .ssd_prefill import ssd_prefill, ssd_prefill_supports
 
 __all__ = [
     "causal_conv1d",
@@ -26,4 +27,6 @@ __all__ = [
     "filtered_ssd_reference",
     "filtered_state_update",
     "filtered_state_update_reference",
+    "ssd_prefill",
+    "ssd_prefill_supports",
 ]
