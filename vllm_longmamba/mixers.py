@@ -23,8 +23,12 @@ from vllm_longmamba.prompt_filter import PromptFilter
 class DtRecorder(Protocol):
     """Receives the steps of a layer while the model is calibrated."""
 
-    def record(self, layer_index: int, dt: torch.Tensor) -> None:
-        """Take dt (tokens, channels) float32 of one prompt: softplus(dt_raw + dt_bias)."""
+    def record(self, layer_index: int, dt: torch.Tensor) -> torch.Tensor | None:
+        """Take dt (tokens, channels) float32 of one prompt: softplus(dt_raw + dt_bias).
+
+        Returns:
+            (channels,) float32 thresholds by which the layer is to filter these very tokens, or None.
+        """
 
 
 class LongMixer:
@@ -94,9 +98,18 @@ class LongMixer:
             self.dt_threshold.copy_(mine)
         self.prompt_filter = prompt_filter
 
+    def _runs_own_kernels(self) -> bool:
+        """Whether this layer runs the kernels of this project; vLLM's elsewhere, as far as it has some."""
+        return bool(self.A.is_cuda)
+
     def _record_dt(self, dt: torch.Tensor, dt_bias: torch.Tensor) -> None:
-        if self.dt_recorder is not None:
-            self.dt_recorder.record(self.layer_index, torch.nn.functional.softplus(dt.float() + dt_bias.float()))
+        if self.dt_recorder is None:
+            return
+        step = torch.nn.functional.softplus(dt.float() + dt_bias.float())
+        threshold = self.dt_recorder.record(self.layer_index, step)
+        if threshold is not None:
+            # As filter_dt_ does: softplus(-inf) is exactly 0.
+            dt.masked_fill_(step <= threshold, -torch.inf)
 
     def _convolve_prompts(self, x: torch.Tensor, metadata: Any, **filter_arguments: Any) -> torch.Tensor:
         convolved: torch.Tensor = causal_conv1d(
@@ -173,7 +186,7 @@ class LongMambaMixer(LongMixer, MambaMixer):  # type: ignore[misc]
             output.copy_(layer(scanned)[0])
 
     def _prefill(self, x: torch.Tensor, z: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor) -> None:
-        if x.is_cuda:
+        if self._runs_own_kernels():
             x = self._convolve_prompts(x, metadata)
         else:
             x = causal_conv1d_fn(
@@ -226,7 +239,7 @@ class LongMambaMixer(LongMixer, MambaMixer):  # type: ignore[misc]
         dt, B, C = self._dt_B_C(x)
         states, state, dt_bias = metadata.state_indices_tensor_d, self.kv_cache[1], self.dt_proj.bias
         threshold = self.dt_threshold if rows.decode is not None else None
-        if x.device.type == "cpu":
+        if not self._runs_own_kernels():
             # Sequences of one token: vLLM's CPU update is for Mamba-2's heads only.
             starts = torch.arange(x.shape[0] + 1, dtype=torch.int32)
             where = (starts, states.flatten(), torch.ones(x.shape[0], dtype=torch.bool))

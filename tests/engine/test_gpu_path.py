@@ -1,0 +1,44 @@
+"""What the mixers do on a GPU, run on the CPU: the same calls, each kernel's own fallback behind them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import random_token_ids
+
+from vllm_longmamba.mixers import LongMixer
+
+from .conftest import longmamba
+from .harness import assert_exact
+
+pytestmark = pytest.mark.engine
+
+LENGTHS = (5, 65, 129, 300, 500)
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "zamba2"])
+@pytest.mark.parametrize("is_filtered", [False, True])
+def test_gpu_path(
+    family: str,
+    is_filtered: bool,
+    engine: Callable[..., Any],
+    tiny_model: Callable[[str], Path],
+    tiny_table: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, table = tiny_table(family)
+    options = longmamba(path) if is_filtered else longmamba()
+    # In chunks of 64: initial states, and last tokens that run through the decode path.
+    running = engine(family, **options, max_num_batched_tokens=64)
+    asked = []
+
+    def runs_own_kernels(mixer: Any) -> bool:
+        asked.append(mixer.layer_index)
+        return True
+
+    monkeypatch.setattr(LongMixer, "_runs_own_kernels", runs_own_kernels)
+    prompts = [random_token_ids(length, seed=length) for length in LENGTHS]
+    for prompt, result in zip(prompts, running.generate(prompts), strict=True):
+        assert_exact(tiny_model(family), prompt, result, table if is_filtered else None)
+    assert asked
