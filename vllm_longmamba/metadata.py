@@ -27,7 +27,7 @@ class FilterRows:
     Attributes:
         decode: (num_decodes,) int32, the row of each decode token. Prompts can end in one: vLLM runs a last prompt
             chunk of one token through the decode path.
-        prefill_tokens: (num_prefill_tokens,) int32, the row of each prefill token; for Mamba-2 on a CPU.
+        prefill_tokens: (num_prefill_tokens,) int32, the row of each prefill token; for layers that run vLLM's kernels.
         prefill_rows: (num_prefills,) int32, the row of each sequence.
         prefill_prompt_tokens: (num_prefills,) int32, how many tokens of each sequence are prompt tokens.
         step: the same on the host.
@@ -60,7 +60,8 @@ class _FilterRowsBuilder:
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         layers = vllm_config.compilation_config.static_forward_context
-        self.prompt_filter: PromptFilter | None = layers[layer_names[0]].prompt_filter
+        self._mixer = layers[layer_names[0]]
+        self.prompt_filter: PromptFilter | None = self._mixer.prompt_filter
         # Full CUDA graphs read this buffer at each replay.
         self._graph_rows = torch.zeros(self.decode_cudagraph_max_bs, dtype=torch.int32, device=device)  # type: ignore[attr-defined]
         self._graph_rows_are_zero = True
@@ -88,7 +89,7 @@ class _FilterRowsBuilder:
             # Also where all are 0: the kernels that filter are then compiled while the engine starts.
             rows.prefill_rows = self._to_device(prefills.rows)
             rows.prefill_prompt_tokens = self._to_device(prefills.prompt_tokens)
-            if prefills.any() and self._graph_rows.device.type == "cpu":
+            if prefills.any() and not self._mixer.runs_own_kernels():
                 rows.prefill_tokens = self._to_device(prefills.per_token())
         return rows
 

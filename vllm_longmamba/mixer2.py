@@ -45,7 +45,7 @@ class LongMambaMixer2(LongMixer, MambaMixer2):  # type: ignore[misc]
         _, x_B_C, dt = torch.split(projected_states[:tokens], sizes, dim=-1)
         rows = metadata.filter_rows or FilterRows()
         self._record_dt(dt[decodes:], self.dt_bias)
-        if self._runs_own_kernels():
+        if self.runs_own_kernels():
             if decodes > 0:
                 self._decode(x_B_C[:decodes], dt[:decodes], metadata, rows, output[:decodes])
             if tokens > decodes:
@@ -58,8 +58,9 @@ class LongMambaMixer2(LongMixer, MambaMixer2):  # type: ignore[misc]
             filter_dt_(dt[decodes:], self.dt_bias, self.dt_threshold, rows.prefill_tokens)
         return super().conv_ssm_forward(projected_states, output)
 
-    def _runs_own_kernels(self) -> bool:
-        return super()._runs_own_kernels() and self._updates_state and not self.use_replayssm
+    def runs_own_kernels(self) -> bool:
+        """See `LongMixer`. With another backend of the state update, vLLM runs the whole layer."""
+        return super().runs_own_kernels() and self._updates_state and not self.use_replayssm
 
     def _decode(
         self, x_B_C: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor

@@ -98,7 +98,7 @@ class LongMixer:
             self.dt_threshold.copy_(mine)
         self.prompt_filter = prompt_filter
 
-    def _runs_own_kernels(self) -> bool:
+    def runs_own_kernels(self) -> bool:
         """Whether this layer runs the kernels of this project; vLLM's elsewhere, as far as it has some."""
         return bool(self.A.is_cuda)
 
@@ -186,7 +186,7 @@ class LongMambaMixer(LongMixer, MambaMixer):  # type: ignore[misc]
             output.copy_(layer(scanned)[0])
 
     def _prefill(self, x: torch.Tensor, z: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor) -> None:
-        if self._runs_own_kernels():
+        if self.runs_own_kernels():
             x = self._convolve_prompts(x, metadata)
         else:
             x = causal_conv1d_fn(
@@ -239,7 +239,7 @@ class LongMambaMixer(LongMixer, MambaMixer):  # type: ignore[misc]
         dt, B, C = self._dt_B_C(x)
         states, state, dt_bias = metadata.state_indices_tensor_d, self.kv_cache[1], self.dt_proj.bias
         threshold = self.dt_threshold if rows.decode is not None else None
-        if not self._runs_own_kernels():
+        if not self.runs_own_kernels():
             # Sequences of one token: vLLM's CPU update is for Mamba-2's heads only.
             starts = torch.arange(x.shape[0] + 1, dtype=torch.int32)
             where = (starts, states.flatten(), torch.ones(x.shape[0], dtype=torch.bool))
