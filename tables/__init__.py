@@ -4,22 +4,45 @@ Knows neither vLLM nor the kernels: torch, numpy, safetensors and the standard l
 """
 
 from .calibrate import LayerCalibration, merge_channel_shards
-from .metadata import FORMAT_VERSION, TableMetadata
+from .closed_loop import budget_thresholds, combine_thresholds, interpolate_thresholds, measured_lengths
+from .metadata import (
+    CLOSED_LOOP,
+    COMBINE,
+    FORMAT_VERSION,
+    METHODS,
+    PAPER,
+    ClosedLoop,
+    TableMetadata,
+    check_budget,
+    check_combine,
+)
 from .row_lengths import default_row_lengths
 from .stability import LayerStability, table_stability
 from .storage import TableError, load_table, read_metadata, save_table, table_from_bytes, table_to_bytes
-from .table import LayerThresholds, ThresholdTable
+from .table import NO_FILTER, LayerThresholds, ThresholdTable
 
 __all__ = [
+    "CLOSED_LOOP",
+    "COMBINE",
     "FORMAT_VERSION",
+    "METHODS",
+    "NO_FILTER",
+    "PAPER",
+    "ClosedLoop",
     "LayerCalibration",
     "LayerStability",
     "LayerThresholds",
     "TableError",
     "TableMetadata",
     "ThresholdTable",
+    "budget_thresholds",
+    "check_budget",
+    "check_combine",
+    "combine_thresholds",
     "default_row_lengths",
+    "interpolate_thresholds",
     "load_table",
+    "measured_lengths",
     "merge_channel_shards",
     "read_metadata",
     "save_table",

@@ -46,6 +46,7 @@ class LayerCalibration:
         # (channels, d_state), d_state 1 for Mamba-2.
         self._A = A.detach().to("cpu", torch.float64).reshape(A.shape[0], -1)
         self._lengths: tuple[int, ...] = tuple(lengths[1:].tolist())
+        self._dt_sum = torch.zeros(A.shape[0], dtype=torch.float64)
         self._retention_sum = torch.zeros(A.shape[0], dtype=torch.float64)
         self._threshold_sum = torch.zeros(len(self._lengths), A.shape[0], dtype=torch.float64)
 
@@ -71,6 +72,7 @@ class LayerCalibration:
             )
         dt = dt.detach()
         dt_sum = dt.sum(dim=0, dtype=torch.float64).cpu()
+        self._dt_sum += dt_sum
         self._retention_sum += torch.exp(self._A * dt_sum.unsqueeze(1)).mean(dim=1)
         chunk = max(1, _SORT_ELEMENTS // self.train_length)
         with _one_thread():
@@ -82,6 +84,15 @@ class LayerCalibration:
                 self._threshold_sum[:, begin : begin + chunk] += thresholds.t().cpu()
         self.num_sequences += 1
 
+    def budget(self) -> Tensor:
+        """Returns the mean over the sequences of the sum of dt, (channels,) float64, unclamped.
+
+        Raises:
+            ValueError: no sequence was added.
+        """
+        self._check_added("budget")
+        return self._dt_sum / self.num_sequences
+
     def result(self) -> LayerThresholds:
         """Returns the means over the sequences; row 0 is -1.0, "no filter".
 
@@ -91,16 +102,19 @@ class LayerCalibration:
         Raises:
             ValueError: no sequence was added.
         """
-        if self.num_sequences == 0:
-            raise ValueError(
-                "LayerCalibration.result: at least one sequence must have been added, got none; call add first"
-            )
+        self._check_added("result")
         mean = self._threshold_sum / self.num_sequences
         thresholds = torch.full((len(self._lengths) + 1, mean.shape[1]), NO_FILTER, dtype=torch.float32)
         thresholds[1:] = torch.where(self._threshold_sum > 0, mean, NO_FILTER)
         # exp of a tiny negative number may round to 1, and so may the mean of ones.
         retention = (self._retention_sum / self.num_sequences).clamp_(max=1.0)
         return LayerThresholds(retention=retention, dt_threshold=thresholds)
+
+    def _check_added(self, place: str) -> None:
+        if self.num_sequences == 0:
+            raise ValueError(
+                f"LayerCalibration.{place}: at least one sequence must have been added, got none; call add first"
+            )
 
 
 @contextmanager

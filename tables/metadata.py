@@ -1,8 +1,16 @@
 """Where a table comes from, and the ranges of its numbers."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 FORMAT_VERSION = 1
+
+PAPER = "paper"
+CLOSED_LOOP = "closed-loop"
+METHODS = (PAPER, CLOSED_LOOP)
+
+# How the thresholds of several sequences become one.
+COMBINE = ("median", "min", "mean")
 
 _METADATA_TYPES: dict[str, type] = {
     "format_version": int,
@@ -20,6 +28,37 @@ _METADATA_TYPES: dict[str, type] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClosedLoop:
+    """How a closed-loop table was measured.
+
+    Attributes:
+        combine: how the thresholds of several sequences became one, see COMBINE.
+        lengths: the prompt lengths that were measured, in tokens, ascending.
+        text_tokens: tokens of the calibration text; longer sequences repeat it.
+        budget: what a channel may keep, as a factor of its sum of dt over the training length.
+
+    Raises:
+        ValueError: a field of another type, or outside its range.
+    """
+
+    combine: str
+    lengths: tuple[int, ...]
+    text_tokens: int
+    budget: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_combine(self.combine, "ClosedLoop")
+        numbers = (*self.lengths, self.text_tokens)
+        if any(isinstance(number, bool) or not isinstance(number, int) or number < 1 for number in numbers):
+            raise ValueError(f"ClosedLoop: lengths and text_tokens must be integers above 0, got {numbers}")
+        object.__setattr__(self, "lengths", tuple(self.lengths))
+        check_budget(self.budget, "ClosedLoop")
+        object.__setattr__(self, "budget", float(self.budget))
+        if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
+            raise ValueError(f"ClosedLoop.lengths must ascend, and be at least one, got {list(self.lengths)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TableMetadata:
     """Where a table comes from.
 
@@ -33,7 +72,9 @@ class TableMetadata:
         num_sequences: calibration sequences averaged.
         seed: seed that chose the sequences.
         tool_version: version of the program that calibrated.
-        method: "paper", the rule of arXiv 2504.16053 section 4.
+        method: "paper", the rule of arXiv 2504.16053 section 4; "closed-loop", see closed_loop.py; or another name for
+            thresholds from elsewhere.
+        closed_loop: how a closed-loop table was measured, None for others.
         format_version: version of the file format.
 
     Raises:
@@ -49,7 +90,8 @@ class TableMetadata:
     num_sequences: int
     seed: int
     tool_version: str
-    method: str = "paper"
+    method: str = PAPER
+    closed_loop: ClosedLoop | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -67,6 +109,11 @@ class TableMetadata:
                 f"TableMetadata.format_version must be {FORMAT_VERSION}, got {self.format_version}; "
                 "leave it out to get this release's"
             )
+        if (self.method == CLOSED_LOOP) != isinstance(self.closed_loop, ClosedLoop):
+            raise ValueError(
+                f"TableMetadata.closed_loop must be given with the method {CLOSED_LOOP!r} and no other, got "
+                f"{self.closed_loop!r} with {self.method!r}; pass how the thresholds were measured"
+            )
         check_train_length(self.train_length, "TableMetadata")
         check_clamp_percent(self.clamp_percent, "TableMetadata")
         check_min_retention(self.min_retention, "TableMetadata")
@@ -75,6 +122,40 @@ class TableMetadata:
                 f"TableMetadata.num_sequences must be at least 1, got {self.num_sequences}; "
                 "pass the number of calibrated sequences"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, from which `from_dict` makes the same; without `closed_loop` where there is none."""
+        values = asdict(self)
+        if self.closed_loop is None:
+            del values["closed_loop"]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TableMetadata":
+        """What `to_dict` was made of, also after JSON.
+
+        Raises:
+            ValueError: a missing or unknown field, one of another type, or one outside its range.
+        """
+        try:
+            given = values.get("closed_loop")
+            return cls(**{**values, "closed_loop": None if given is None else ClosedLoop(**given)})
+        except TypeError as error:
+            raise ValueError(f"TableMetadata: {error}") from error
+
+
+def check_combine(combine: str, place: str) -> None:
+    """Raises ValueError unless combine is one of COMBINE."""
+    if combine not in COMBINE:
+        raise ValueError(f"{place}: combine must be one of {', '.join(COMBINE)}, got {combine!r}")
+
+
+def check_budget(budget: float, place: str) -> None:
+    """Raises ValueError unless budget is a number above 0."""
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < float("inf"):
+        raise ValueError(
+            f"{place}: budget must be a factor above 0, got {budget!r}; 1 keeps what the training length has"
+        )
 
 
 def check_train_length(train_length: int, place: str) -> None:

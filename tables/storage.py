@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def _error(place: Path | str, problem: str, model_id: str = "MODEL") -> TableErr
 
 def table_to_bytes(table: ThresholdTable) -> bytes:
     """Returns the content of the file that `save_table` writes; the same table always gives the same bytes."""
-    metadata = {_METADATA_KEY: json.dumps(asdict(table.metadata), sort_keys=True, allow_nan=False)}
+    metadata = {_METADATA_KEY: json.dumps(table.metadata.to_dict(), sort_keys=True, allow_nan=False)}
     tensors: dict[str, np.ndarray] = {"longmamba.row_lengths": table.row_lengths}
     raw: dict[str, np.ndarray] = {}
     for layer, thresholds in sorted(table.layers.items()):
@@ -156,13 +156,14 @@ def _metadata_from(path: Path | str, header: dict[str, str] | None) -> TableMeta
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise _error(path, f"written by format version {version}, this release reads {FORMAT_VERSION}")
-    expected = {entry.name for entry in fields(TableMetadata)}
+    # Tables are older than the closed loop.
+    expected = {entry.name for entry in fields(TableMetadata)} - {"closed_loop"} | (set(content) & {"closed_loop"})
     if set(content) != expected:
         raise _error(
             path, f"metadata missing: {sorted(expected - set(content))}, unknown: {sorted(set(content) - expected)}"
         )
     try:
-        return TableMetadata(**content)
+        return TableMetadata.from_dict(content)
     except ValueError as error:
         raise _error(path, f"the metadata is wrong ({error})") from error
 

@@ -12,10 +12,25 @@ from vllm_longmamba import __version__
 from vllm_longmamba.architectures import MODEL_IMPL
 from vllm_longmamba.calibration_plan import default_clamp_percent
 from vllm_longmamba.calibration_text import Corpus, read_corpus
+from vllm_longmamba.closed_loop import closed_loop_sequences
 from vllm_longmamba.model_length import DEFAULT_MAX_MODEL_LEN, train_length
 from vllm_longmamba.options import KEY, LongMambaOptions
-from vllm_longmamba.tables import TableMetadata, ThresholdTable, default_row_lengths
+from vllm_longmamba.tables import (
+    CLOSED_LOOP,
+    METHODS,
+    PAPER,
+    ClosedLoop,
+    LayerThresholds,
+    TableMetadata,
+    ThresholdTable,
+    check_budget,
+    check_combine,
+    default_row_lengths,
+    measured_lengths,
+)
 
+# Share of a GPU's memory for vLLM where long sequences are measured.
+_MEMORY_BESIDE_DT = 0.7
 _EXTENSION = "vllm_longmamba.calibration_worker.CalibrationWorkerExtension"
 
 
@@ -31,6 +46,14 @@ class CalibrationSettings:
         train_length: the paper's L; by default what is known of the model.
         max_length: the longest prompt the table is made for, in tokens.
         seed: chooses the sequences.
+        method: "paper", or "closed-loop", whose thresholds come from sequences of the prompts' length.
+        combine: how the closed-loop thresholds of several sequences become one: "median", "min" or "mean".
+        measure_to: the longest closed-loop sequences, in tokens; thresholds of longer prompts are extrapolated. By
+            default max_length.
+        budget: closed loop: what a channel may keep, as a factor of its sum of dt over the training length.
+
+    Raises:
+        ValueError: an unknown method or way to combine, or a budget that is not above 0.
     """
 
     num_sequences: int = 5
@@ -39,6 +62,19 @@ class CalibrationSettings:
     train_length: int | None = None
     max_length: int = DEFAULT_MAX_MODEL_LEN
     seed: int = 0
+    method: str = PAPER
+    combine: str = "median"
+    measure_to: int | None = None
+    budget: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_combine(self.combine, "CalibrationSettings")
+        check_budget(self.budget, "CalibrationSettings")
+        if self.method not in METHODS:
+            raise ValueError(
+                f"CalibrationSettings: method must be one of {', '.join(METHODS)}, got {self.method!r}; "
+                "the paper's is the default"
+            )
 
 
 def calibrate(
@@ -97,13 +133,20 @@ def calibrate_groups(
     settings = settings or CalibrationSettings()
     corpus = read_corpus(texts or [], text_column)
     length = _train_length(model, settings, engine_args)
+    row_lengths = default_row_lengths(length, settings.max_length)
+    lengths = measured_lengths(row_lengths, settings.measure_to) if settings.method == CLOSED_LOOP else []
+    longest = max(length, *lengths, 0)
+    if lengths:
+        # The measured dt lie beside the memory that vLLM takes for itself.
+        engine_args = {"gpu_memory_utilization": _MEMORY_BESIDE_DT, **engine_args}
     llm = LLM(
         model,
         model_impl=MODEL_IMPL,
         additional_config={KEY: {"filter": False}},
         worker_extension_cls=_EXTENSION,
-        max_model_len=length + 1,
-        max_num_batched_tokens=length + 1,
+        # A sequence runs in one step.
+        max_model_len=longest + 1,
+        max_num_batched_tokens=longest + 1,
         max_num_seqs=1,
         enable_prefix_caching=False,
         enforce_eager=True,
@@ -124,11 +167,14 @@ def calibrate_groups(
         num_sequences=settings.num_sequences,
         seed=settings.seed,
         tool_version=f"vllm_longmamba {__version__}",
+        method=settings.method,
+        closed_loop=_closed_loop(settings, lengths, texts_in_tokens),
     )
-    row_lengths = default_row_lengths(length, settings.max_length)
     for seed in range(settings.seed, settings.seed + groups):
         sequences = draw_sequences(texts_in_tokens, length, settings.num_sequences, seed)
-        layers = _run(llm, progress(sequences), len(sequences), (length, row_lengths.tolist(), clamp_percent))
+        sequences += closed_loop_sequences(texts_in_tokens, lengths, settings.num_sequences, seed)
+        llm.collective_rpc("longmamba_start_calibration", args=(length, row_lengths.tolist(), clamp_percent))
+        layers = _run(llm, progress(sequences), settings, lengths)
         yield ThresholdTable(metadata=replace(metadata, seed=seed), row_lengths=row_lengths, layers=layers)
 
 
@@ -208,14 +254,29 @@ def _fingerprint(vllm_config: Any) -> str:
     return locate_weights(vllm_config.model_config, vllm_config.load_config).fingerprint
 
 
-def _run(llm: Any, sequences: Iterable[list[int]], number: int, recorder_args: tuple[Any, ...]) -> Any:
+def _closed_loop(settings: CalibrationSettings, lengths: list[int], texts: list[list[int]]) -> ClosedLoop | None:
+    if settings.method != CLOSED_LOOP:
+        return None
+    tokens = sum(map(len, texts))
+    return ClosedLoop(combine=settings.combine, lengths=tuple(lengths), text_tokens=tokens, budget=settings.budget)
+
+
+def _run(
+    llm: Any, sequences: Iterable[list[int]], settings: CalibrationSettings, lengths: list[int]
+) -> dict[int, LayerThresholds]:
+    """Run sequences, those of the training length first, then those of `lengths`."""
     from vllm import SamplingParams
 
     from vllm_longmamba.calibration_worker import merge_shards
 
-    llm.collective_rpc("longmamba_start_calibration", args=recorder_args)
     once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-    for sequence in sequences:
+    number = settings.num_sequences
+    for place, sequence in enumerate(sequences):
+        if place == number:
+            arguments = (number, settings.min_retention, lengths, settings.combine, settings.budget)
+            llm.collective_rpc("longmamba_close_loop", args=arguments)
+        if place >= number:
+            llm.collective_rpc("longmamba_start_length", args=(len(sequence),))
         llm.generate({"prompt_token_ids": sequence}, once, use_tqdm=False)
     with tempfile.TemporaryDirectory(prefix="longmamba-") as folder:
         llm.collective_rpc("longmamba_save_shard", args=(folder, number))

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vllm_longmamba.calibration_plan import CalibrationPlan, plan_from_config
+from vllm_longmamba.calibration_plan import COMBINE_AT_START, CalibrationPlan, plan_from_config
 from vllm_longmamba.fingerprint import DUMMY
 from vllm_longmamba.options import options_from_config
 from vllm_longmamba.tables import (
@@ -109,9 +109,30 @@ def _calibrate(plan: CalibrationPlan, executor: Any, vllm_config: Any, kv_cache_
     sequences = draw_sequences(texts, plan.train_length, plan.num_sequences, plan.seed)
     settings = (plan.train_length, plan.row_lengths.tolist(), plan.clamp_percent, plan.weights_fingerprint == DUMMY)
     executor.collective_rpc(start_calibration, args=settings)
-    _run(executor, vllm_config, kv_cache_config, sequences)
+    run = _Runner(executor, vllm_config, kv_cache_config)
+    for sequence in sequences:
+        run(sequence)
+    if plan.measured_lengths:
+        _close_loop(plan, executor, texts, run)
+    run.end()
     layers = merge_workers(executor.collective_rpc(finish_calibration, args=(len(sequences),)))
-    return ThresholdTable(metadata=plan.metadata(), row_lengths=plan.row_lengths, layers=layers)
+    metadata = plan.metadata(sum(map(len, texts)))
+    return ThresholdTable(metadata=metadata, row_lengths=plan.row_lengths, layers=layers)
+
+
+def _close_loop(plan: CalibrationPlan, executor: Any, texts: list[list[int]], run: "_Runner") -> None:
+    from vllm_longmamba.closed_loop import close_loop, closed_loop_sequences, start_length
+
+    lengths = list(plan.measured_lengths)
+    if lengths[-1] + 2 > run.max_model_len:
+        raise ValueError(
+            f"closed-loop calibration needs a max_model_len of {lengths[-1] + 2} at the start, but the cache has "
+            f"room for {run.max_model_len} tokens; give --max-model-len {run.max_model_len}"
+        )
+    executor.collective_rpc(close_loop, args=(plan.num_sequences, plan.min_retention, lengths, COMBINE_AT_START))
+    for sequence in closed_loop_sequences(texts, lengths, plan.num_sequences, plan.seed):
+        executor.collective_rpc(start_length, args=(len(sequence),))
+        run(sequence)
 
 
 def _tokenizer(model_config: Any) -> Any:
@@ -129,38 +150,51 @@ def _tokenizer(model_config: Any) -> Any:
         ) from error
 
 
-def _run(executor: Any, vllm_config: Any, kv_cache_config: Any, sequences: list[list[int]]) -> None:
-    """Run the sequences through the model, one after the other, by a scheduler that is thrown away afterwards.
+class _Runner:
+    """Runs sequences through the model, one after the other, by a scheduler that is thrown away afterwards.
 
     The engine's own scheduler, which does not exist yet, keeps its statistics, its prefix cache and its events.
     """
-    from vllm import SamplingParams
-    from vllm.utils.hashing import get_hash_fn_by_name
-    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, resolve_kv_cache_block_sizes
-    from vllm.v1.request import Request
-    from vllm.v1.structured_output import StructuredOutputManager
 
-    config = copy.copy(vllm_config)
-    config.kv_events_config = None
-    block_size, hash_block_size = resolve_kv_cache_block_sizes(kv_cache_config, config)
-    hash_function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
-    init_none_hash(hash_function)
-    scheduler = config.scheduler_config.get_scheduler_cls()(
-        vllm_config=config,
-        kv_cache_config=kv_cache_config,
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=block_size,
-        hash_block_size=hash_block_size,
-    )
-    params = SamplingParams(max_tokens=1, temperature=0.0, skip_reading_prefix_cache=True)
-    hasher = get_request_block_hasher(hash_block_size, hash_function)
-    for number, sequence in enumerate(sequences):
+    def __init__(self, executor: Any, vllm_config: Any, kv_cache_config: Any) -> None:
+        from vllm import SamplingParams
+        from vllm.utils.hashing import get_hash_fn_by_name
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, resolve_kv_cache_block_sizes
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        self.max_model_len: int = vllm_config.model_config.max_model_len
+        self._executor = executor
+        self._number = 0
+        config = copy.copy(vllm_config)
+        config.kv_events_config = None
+        block_size, hash_block_size = resolve_kv_cache_block_sizes(kv_cache_config, config)
+        hash_function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
+        init_none_hash(hash_function)
+        self._scheduler = config.scheduler_config.get_scheduler_cls()(
+            vllm_config=config,
+            kv_cache_config=kv_cache_config,
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=block_size,
+            hash_block_size=hash_block_size,
+        )
+        self._params = SamplingParams(max_tokens=1, temperature=0.0, skip_reading_prefix_cache=True)
+        self._hasher = get_request_block_hasher(hash_block_size, hash_function)
+
+    def __call__(self, sequence: list[int]) -> None:
+        """Run one sequence to its end."""
+        from vllm.v1.request import Request
+
         # One token more than is recorded: a last chunk of one token would be a decode step, which records nothing.
         prompt = [*sequence, sequence[-1]]
-        scheduler.add_request(Request(f"longmamba-calibration-{number}", prompt, params, None, block_hasher=hasher))
-        while scheduler.has_requests():
-            _step(executor, scheduler)
-    scheduler.shutdown()
+        name = f"longmamba-calibration-{self._number}"
+        self._scheduler.add_request(Request(name, prompt, self._params, None, block_hasher=self._hasher))
+        self._number += 1
+        while self._scheduler.has_requests():
+            _step(self._executor, self._scheduler)
+
+    def end(self) -> None:
+        """Nothing may be run afterwards."""
+        self._scheduler.shutdown()
 
 
 def _step(executor: Any, scheduler: Any) -> None:

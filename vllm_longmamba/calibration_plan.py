@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,20 @@ from vllm_longmamba import __version__
 from vllm_longmamba.architectures import is_mamba1
 from vllm_longmamba.fingerprint import DUMMY
 from vllm_longmamba.model_length import DEFAULT_MAX_MODEL_LEN
-from vllm_longmamba.tables import FORMAT_VERSION, LayerThresholds, TableMetadata, ThresholdTable, default_row_lengths
+from vllm_longmamba.tables import (
+    FORMAT_VERSION,
+    PAPER,
+    ClosedLoop,
+    LayerThresholds,
+    TableMetadata,
+    ThresholdTable,
+    default_row_lengths,
+    measured_lengths,
+)
 
 PLAN_KEY = "longmamba_calibration"
+
+COMBINE_AT_START = "median"
 
 # To be raised where the same settings and text give another table than before.
 _VERSION = 1
@@ -37,6 +48,8 @@ class CalibrationPlan:
         seed: chooses the sequences.
         texts: paths of the text; none stands for the sample that comes with the package.
         corpus: name of the text, with a hash of its contents.
+        method: "paper" or "closed-loop".
+        measured_lengths: tokens of the closed-loop sequences; none with the paper's method.
         store: file that keeps the table, None where none does.
     """
 
@@ -52,6 +65,8 @@ class CalibrationPlan:
     seed: int
     texts: tuple[str, ...]
     corpus: str
+    method: str = PAPER
+    measured_lengths: tuple[int, ...] = ()
     store: str | None = None
 
     @property
@@ -65,11 +80,18 @@ class CalibrationPlan:
         settings = asdict(self)
         for name in ("model_id", "weights_fingerprint", "texts", "store"):
             del settings[name]
+        if self.method == PAPER:
+            # Their key has been without it.
+            del settings["method"], settings["measured_lengths"]
         content = json.dumps([settings, FORMAT_VERSION, _VERSION], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
-    def metadata(self) -> TableMetadata:
-        """The metadata of the table to be made."""
+    def metadata(self, text_tokens: int = 1) -> TableMetadata:
+        """The metadata of the table to be made.
+
+        Args:
+            text_tokens: of the text, which a closed-loop table tells.
+        """
         return TableMetadata(
             model_id=self.model_id,
             weights_fingerprint=self.weights_fingerprint,
@@ -80,7 +102,12 @@ class CalibrationPlan:
             num_sequences=self.num_sequences,
             seed=self.seed,
             tool_version=f"vllm_longmamba {__version__}",
+            method=self.method,
+            closed_loop=None if self.method == PAPER else self._closed_loop(text_tokens),
         )
+
+    def _closed_loop(self, text_tokens: int) -> ClosedLoop:
+        return ClosedLoop(combine=COMBINE_AT_START, lengths=self.measured_lengths, text_tokens=text_tokens)
 
     def empty_table(self, channels: dict[int, int]) -> ThresholdTable:
         """A table of the right shape that filters nothing: it holds the place until the model runs.
@@ -145,13 +172,33 @@ def make_plan(vllm_config: Any, options: Any, fingerprint: str) -> CalibrationPl
         seed=settings.seed,
         texts=tuple(str(path) for path in texts),
         corpus=corpus.name,
+        method=options.calibration_method,
     )
     if plan.can_filter(model_config.max_model_len):
         _check_length(corpus.characters, plan)
+        plan = replace(plan, measured_lengths=_measured_lengths(plan, vllm_config))
     if fingerprint == DUMMY:
         return plan
     store = cache_folder() / f"{fingerprint[:32]}-{plan.key()}.safetensors"
-    return CalibrationPlan(**{**asdict(plan), "store": str(store)})
+    return replace(plan, store=str(store))
+
+
+def _measured_lengths(plan: CalibrationPlan, vllm_config: Any) -> tuple[int, ...]:
+    """Of a closed loop, whose sequences must each run in one step of the engine to be served with."""
+    if plan.method == PAPER:
+        return ()
+    # One token follows each sequence, and another one is generated.
+    steps, positions = vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.max_model_len
+    longest = min(steps - 1, positions - 2)
+    first = int(plan.row_lengths[1])
+    if vllm_config.cache_config.enable_prefix_caching or longest < first:
+        raise ValueError(
+            "additional_config['longmamba']: calibration_method 'closed-loop' runs whole sequences in one step each, "
+            f"so it needs --no-enable-prefix-caching and --max-num-batched-tokens of at least {first + 1}; give "
+            "both (and as many tokens as memory allows: longer prompts are extrapolated), or make the table with "
+            f"`longmamba calibrate {plan.model_id} --method closed-loop`"
+        )
+    return tuple(measured_lengths(plan.row_lengths, longest))
 
 
 def _check_length(characters: int, plan: CalibrationPlan) -> None:
@@ -168,4 +215,8 @@ def _check_length(characters: int, plan: CalibrationPlan) -> None:
 def plan_from_config(additional_config: Any) -> CalibrationPlan | None:
     """The plan that the front end put into vLLM's additional config, None where it found a table."""
     given = additional_config.get(PLAN_KEY) if isinstance(additional_config, dict) else None
-    return None if given is None else CalibrationPlan(**{**given, "texts": tuple(given["texts"])})
+    if given is None:
+        return None
+    # JSON knows no tuples.
+    lengths = tuple(given.get("measured_lengths", ()))
+    return CalibrationPlan(**{**given, "texts": tuple(given["texts"]), "measured_lengths": lengths})

@@ -65,13 +65,17 @@ class CalibrationRecorder:
         Raises:
             RuntimeError: not all layers have seen that many whole sequences.
         """
+        self.check(num_sequences)
+        return {index: layer.result() for index, layer in self.layers.items()}
+
+    def check(self, num_sequences: int) -> None:
+        """Raises RuntimeError unless all layers have seen that many whole sequences."""
         seen = sorted({self.layers[index].num_sequences if index in self.layers else 0 for index in self._A})
         if self._chunks or seen not in ([], [num_sequences]):
             raise RuntimeError(
                 f"calibration: every layer must have seen {num_sequences} whole sequences of {self.train_length} "
                 f"tokens, but they saw {seen}; --max-num-batched-tokens must be at least 2"
             )
-        return {index: layer.result() for index, layer in self.layers.items()}
 
     def _add(self, layer_index: int, dt: torch.Tensor) -> None:
         if layer_index not in self.layers:
@@ -167,6 +171,20 @@ class CalibrationWorkerExtension:
     def longmamba_start_calibration(self, train_length: int, row_lengths: list[int], clamp_percent: float) -> None:
         """See `start_calibration`."""
         start_calibration(self, train_length, row_lengths, clamp_percent)
+
+    def longmamba_close_loop(
+        self, num_sequences: int, min_retention: float, lengths: list[int], combine: str, budget: float
+    ) -> None:
+        """See `close_loop`."""
+        from vllm_longmamba.closed_loop import close_loop
+
+        close_loop(self, num_sequences, min_retention, lengths, combine, budget)
+
+    def longmamba_start_length(self, length: int) -> None:
+        """See `start_length`."""
+        from vllm_longmamba.closed_loop import start_length
+
+        start_length(self, length)
 
     def longmamba_save_shard(self, folder: str, num_sequences: int) -> None:
         """Write what `finish_calibration` returns to `folder`."""

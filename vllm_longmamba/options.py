@@ -5,6 +5,9 @@ from typing import Any
 
 KEY = "longmamba"
 
+# Named again by tables/metadata.py, whose package loads torch.
+CALIBRATION_METHODS = ("paper", "closed-loop")
+
 _SWITCH = {"on": True, "off": False}
 
 
@@ -24,6 +27,7 @@ class LongMambaOptions:
             a missing table is an error.
         calibration_text: path of the text (.txt, .jsonl or .parquet) that the engine then calibrates on. By default
             the sample that comes with the package.
+        calibration_method: "paper", or "closed-loop", which measures thresholds on text as long as the prompts.
     """
 
     table: str | None = None
@@ -32,6 +36,7 @@ class LongMambaOptions:
     filter: bool = True
     calibrate: bool = True
     calibration_text: str | None = None
+    calibration_method: str = "paper"
 
     def __post_init__(self) -> None:
         _check("table", self.table, str, "the path of a .safetensors file")
@@ -42,6 +47,8 @@ class LongMambaOptions:
             object.__setattr__(self, "calibrate", _SWITCH[self.calibrate])
         _check("calibrate", self.calibrate, bool, 'true or false ("on" or "off")')
         _check("calibration_text", self.calibration_text, str, "the path of a .txt, .jsonl or .parquet file")
+        if self.calibration_method not in CALIBRATION_METHODS:
+            raise ValueError(_message("calibration_method", '"paper" or "closed-loop"', self.calibration_method))
         if self.min_retention is not None and not 0.0 < self.min_retention < 1.0:
             raise ValueError(_message("min_retention", "a number between 0 and 1", self.min_retention))
         if self.train_length is not None and self.train_length < 1:

@@ -51,6 +51,28 @@ def calibrate(
         int, typer.Option(min=2, help="Longest prompt, in tokens, to make thresholds for.")
     ] = DEFAULT_MAX_MODEL_LEN,
     seed: Annotated[int, typer.Option(help="Chooses the sequences; groups count up from it.")] = 0,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="paper: stretch what sequences of the training length show. closed-loop: measure with sequences "
+            "as long as the prompts, the filter already on in the layers below."
+        ),
+    ] = "paper",
+    combine: Annotated[
+        str, typer.Option(help="Closed loop: what becomes of the thresholds of all sequences: median, min or mean.")
+    ] = "median",
+    budget: Annotated[
+        float,
+        typer.Option(help="Closed loop: what a channel may keep, as a factor of its sum over the training length."),
+    ] = 1.0,
+    measure_to: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Closed loop: tokens of the longest sequences; thresholds of longer prompts are extrapolated. "
+            "[default: --max-length]",
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the model, as for vllm serve.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="Quantization of the model, as for vllm serve.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, as for vllm serve.")] = None,
@@ -61,7 +83,6 @@ def calibrate(
     from vllm_longmamba.table_lookup import cached_table_path
     from vllm_longmamba.tables import save_table
 
-    settings = CalibrationSettings(sequences, clamp_percent, min_retention, train_length, max_length, seed)
     engine_args: dict[str, Any] = {
         "dtype": dtype,
         "quantization": quantization,
@@ -72,6 +93,9 @@ def calibrate(
     try:
         if groups_output is not None and groups < 2:
             raise ValueError("--groups-output needs --groups 2 or more")
+        settings = CalibrationSettings(
+            sequences, clamp_percent, min_retention, train_length, max_length, seed, method, combine, measure_to, budget
+        )
         arguments = {"progress": _progress_bars(groups), "text_column": text_column, **engine_args}
         tables = list(calibrate_groups(groups, model, text, settings, **arguments))
         path = output or cached_table_path(tables[0].metadata.weights_fingerprint, quantization)

@@ -1,0 +1,360 @@
+"""Which thresholds find a passkey in long prompts? Closed-loop calibration against the paper's, in plain torch.
+
+    python benchmarks/closed_loop_research.py examples/passkey-mamba2-4m --books FOLDER --train-length 512 \
+        --methods plain paper:theta=0.01 closed:theta=0.01,combine=median,n=6 --lengths 8192 16384 --trials 48
+
+Byte-level models only. A trial hides a key in a piece of a held-out book; the model reads the prompt once, and the key
+counts as found where each of its five digits is the most likely byte after those before it, which is what greedy
+decoding needs. The same run gives the bits per byte of the prompt. One JSON line a trial goes to --output; a trial that
+is there already is not repeated. `--report` prints the table of all of them. docs/closed_loop.md explains the methods.
+"""
+
+import argparse
+import gzip
+import json
+import math
+import random
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_longmamba.calibrate import draw_sequences
+from vllm_longmamba.calibration_text import read_corpus
+from vllm_longmamba.evaluate.needles import PASSKEY_QUESTION, hide, passkey_needle
+from vllm_longmamba.evaluate.statistics import wilson_interval
+from vllm_longmamba.tables import LayerCalibration, LayerThresholds
+from vllm_longmamba.tables.closed_loop import budget_thresholds, combine_thresholds
+from vllm_longmamba.torch_reference import LayerPlan, LayerView, LongMamba, Plain, Prompt, TorchModel
+
+LAST = 2048
+DEFAULTS = {
+    "theta": 0.01,  # retention above which a channel is global
+    "n": 6,  # sequences
+    "combine": "median",
+    "joint": 0,  # 1: all sequences go through a layer under its combined threshold
+    "scale": 1.0,  # of the budget
+    "power": 0.0,  # of S/L, another factor of the budget
+    "clamp": 0.0,  # per cent; budget and dt are clamped as in the paper
+    "soft": 0.0,  # factor of a filtered token's dt
+    "rule": "alone",  # "max": no lower than the paper's threshold; "min": no higher
+    "seed": 0,  # chooses the sequences
+}
+
+
+class Measuring:
+    """A method that takes each layer's thresholds from the tokens that it reads, and applies them at once.
+
+    Args:
+        budgets: layer -> (channels,) float64; infinite in local channels.
+        clamps: layer -> (channels,), dt above counts as this much; None without a clamp.
+        combine: how to make one threshold of those of all sequences; None gives every sequence its own.
+        soft: factor of a filtered token's dt.
+
+    Attributes:
+        found: layer -> (sequences, channels).
+    """
+
+    name = "measuring"
+    needs_whole_prompt = True
+
+    def __init__(self, budgets: dict[int, Any], clamps: Any, combine: str | None, soft: float) -> None:
+        self.budgets, self.clamps, self.combine, self.soft = budgets, clamps, combine, soft
+        self.found: dict[int, torch.Tensor] = {}
+
+    def check(self, channels: Any) -> None:
+        """Fits every model."""
+
+    def plan(self, layer: LayerView, prompt: Prompt) -> LayerPlan:
+        """Measure and filter."""
+        dt = torch.cat([part.dt for part in layer.projections()], dim=1)
+        if self.clamps is not None:
+            dt = torch.minimum(dt, self.clamps[layer.index])
+        budget = self.budgets[layer.index]
+        mine = torch.isfinite(budget)
+        each = torch.full((len(dt), len(budget)), -1.0, device=dt.device)
+        each[:, mine] = torch.stack([budget_thresholds(sequence[:, mine], budget[mine]) for sequence in dt])
+        self.found[layer.index] = each.cpu()
+        used = each[:, None] if self.combine is None else combine_thresholds(each, self.combine)
+        return LayerPlan(change_dt=lambda dt: torch.where(dt <= used, self.soft * dt, dt))
+
+
+class Soft(LongMamba):
+    """Filtered tokens keep a part of their dt."""
+
+    soft = 0.0
+
+    def plan(self, layer: LayerView, prompt: Prompt) -> LayerPlan:
+        """Scale, where LongMamba sets 0."""
+        plan = super().plan(layer, prompt)
+        zeroed = plan.change_dt
+        if zeroed is None or self.soft == 0:
+            return plan
+        return LayerPlan(change_dt=lambda dt: torch.maximum(zeroed(dt), self.soft * dt))
+
+
+class Study:
+    """One model: its calibration, its variants' thresholds and their trials."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.model = TorchModel(options.model, Plain(), options.device)
+        self.train_length = options.train_length
+        self.texts = [list(text.encode()) for text in read_corpus(options.text).texts]
+        self.books = {path.stem: list(path.read_bytes()) for path in sorted(options.books.glob("*.txt"))}
+        self.batch = options.batch
+        self.cache: Path = options.output.with_suffix(".thresholds")
+        self.cache.mkdir(parents=True, exist_ok=True)
+        self._plain_dt: list[dict[int, torch.Tensor]] | None = None
+
+    def plain_dt(self) -> list[dict[int, torch.Tensor]]:
+        """dt of five sequences of the training length, as the engine's calibration draws them."""
+        if self._plain_dt is None:
+            self._plain_dt = []
+            for sequence in draw_sequences(self.texts, self.train_length, 5, 0):
+                recorded: dict[int, torch.Tensor] = {}
+                self.model.with_method(Recording(recorded)).read([sequence])
+                self._plain_dt.append(recorded)
+        return self._plain_dt
+
+    def paper(self, length: int, clamp_percent: float) -> dict[int, LayerThresholds]:
+        """The paper's thresholds for one prompt length, and the retentions."""
+        result = {}
+        for layer in self.model.layers:
+            calibration = LayerCalibration(layer.mixer.A, self.train_length, [self.train_length, length], clamp_percent)
+            for recorded in self.plain_dt():
+                calibration.add(recorded[layer.index])
+            result[layer.index] = calibration.result()
+        return result
+
+    def clamp_percent(self) -> float:
+        """The paper's C."""
+        return 20.0 if self.model.layers[0].mixer.A.dim() == 2 else 5.0
+
+    def is_global(self, theta: float) -> dict[int, torch.Tensor]:
+        """Which channels are filtered."""
+        paper = self.paper(2 * self.train_length, self.clamp_percent())
+        return {layer: values.retention > theta for layer, values in paper.items()}
+
+    def measuring(self, spec: dict[str, Any], length: int, combine: str | None) -> Measuring:
+        """A method that measures as `spec` says."""
+        factor = spec["scale"] * (length / self.train_length) ** spec["power"]
+        budgets, clamps = {}, {}
+        for layer, mine in self.is_global(spec["theta"]).items():
+            recorded = torch.stack([dt[layer] for dt in self.plain_dt()])
+            clamps[layer] = recorded.quantile(1 - spec["clamp"] / 100, dim=1).mean(0)
+            if spec["clamp"]:
+                recorded = torch.minimum(recorded, clamps[layer])
+            budget = factor * recorded.sum(1, dtype=torch.float64).mean(0)
+            budgets[layer] = torch.where(mine.to(budget.device), budget, torch.inf)
+        return Measuring(budgets, clamps if spec["clamp"] else None, combine, spec["soft"])
+
+    def thresholds(self, kind: str, spec: dict[str, Any], length: int) -> dict[int, torch.Tensor]:
+        """Layer -> (channels,) for prompts of one length."""
+        is_global = self.is_global(spec["theta"])
+        paper = {
+            layer: values.dt_threshold[1].where(is_global[layer], torch.tensor(-1.0))
+            for layer, values in self.paper(length, self.clamp_percent()).items()
+        }
+        if kind == "paper":
+            return paper
+        closed = self.closed(spec, length)
+        if spec["rule"] == "max":
+            return {layer: torch.maximum(values, paper[layer]) for layer, values in closed.items()}
+        if spec["rule"] == "min":
+            return {layer: torch.minimum(values, paper[layer]) for layer, values in closed.items()}
+        return closed
+
+    def closed(self, spec: dict[str, Any], length: int) -> dict[int, torch.Tensor]:
+        """Layer -> (channels,) as measured at one length; those of single sequences are kept beside the output."""
+        sequences = draw_sequences(self.texts, length, 6, spec["seed"])[: int(spec["n"])]
+        if spec["joint"]:
+            method = self.measuring(spec, length, spec["combine"])
+            found = self._measure(sequences, method)
+        else:
+            measured = {name: spec[name] for name in ("theta", "scale", "power", "clamp", "soft", "seed")}
+            parts = []
+            for number, sequence in enumerate(sequences):
+                file = self.cache / f"{length}-{number}-{'-'.join(f'{k}{v}' for k, v in measured.items())}.pt"
+                if not file.exists():
+                    torch.save(self._measure([sequence], self.measuring(spec, length, None)), file)
+                parts.append(torch.load(file))
+            parts = parts if "only" not in spec else [parts[spec["only"]]]
+            found = {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+        return {layer: combine_thresholds(each, spec["combine"]) for layer, each in found.items()}
+
+    @torch.inference_mode()
+    def _measure(self, sequences: list[list[int]], method: Measuring) -> dict[int, torch.Tensor]:
+        model = self.model.with_method(method)
+        ids = torch.tensor(sequences, device=model.device)
+        states = [layer.mixer.empty_state(len(sequences)) for layer in model.layers]
+        model._run(ids, states, Prompt(ids.shape[1], 1))
+        return method.found
+
+    def trials(self, name: str, length: int, first: int, last: int) -> list[dict[str, Any]]:
+        """Ask for keys.
+
+        Returns:
+            A record for each trial from `first` up to `last`.
+        """
+        kind, spec = parse(name)
+        records = []
+        for begin in range(first, last, self.batch):
+            started = time.monotonic()
+            asked = [self._question(length, number) for number in range(begin, min(begin + self.batch, last))]
+            ids = torch.tensor([prompt + list(key.encode()) for _, _, key, prompt in asked], device=self.model.device)
+            found = self._answer(kind, spec, ids, length)
+            seconds = (time.monotonic() - started) / len(asked)
+            for (book, depth, _, _), answer in zip(asked, found, strict=True):
+                records.append({"book": book, "depth": round(depth, 4), **answer, "seconds": round(seconds, 2)})
+        return records
+
+    @torch.inference_mode()
+    def _answer(self, kind: str, spec: dict[str, Any], ids: torch.Tensor, length: int) -> list[dict[str, Any]]:
+        if kind == "plain":
+            model = self.model
+        elif kind == "prompt":
+            model = self.model.with_method(self.measuring(spec, length, None))
+        else:
+            filtered = Soft.from_thresholds(self.thresholds(kind, spec, length))
+            filtered.soft = spec["soft"]
+            model = self.model.with_method(filtered)
+        states = [layer.mixer.empty_state(len(ids)) for layer in model.layers]
+        prompt = Prompt(length, 1)
+        hidden = model._run(ids[:, :length], states, prompt)
+        bits = []
+        for start in range(0, length, 1024):
+            logits = model._logits(hidden[:, start : start + 1024])
+            wanted = ids[:, start + 1 : start + 1 + logits.shape[1], None]
+            bits.append(-logits.log_softmax(-1).gather(2, wanted)[..., 0] / math.log(2))
+        all_bits = torch.cat(bits, dim=1)
+        logits = torch.cat(
+            [model._logits(hidden[:, -1:]), model._logits(model._run(ids[:, length:-1], states, None))], dim=1
+        )
+        digits = ids[:, length:]
+        hits = (logits.argmax(-1) == digits).all(1).tolist()
+        logprobs = logits.log_softmax(-1).gather(2, digits[..., None]).sum((1, 2)).tolist()
+        return [
+            {
+                "found": hit,
+                "logprob": round(logprob, 3),
+                "bits": round(float(row[:-1].mean()), 4),
+                "last_bits": round(float(row[-LAST - 64 : -64].mean()), 4),
+            }
+            for hit, logprob, row in zip(hits, logprobs, all_bits, strict=True)
+        ]
+
+    def _question(self, length: int, number: int) -> tuple[str, float, str, list[int]]:
+        rng = random.Random(f"{length}-{number}")
+        book = sorted(self.books)[number % len(self.books)]
+        # The golden ratio: any first trials are spread over all depths.
+        depth = (0.5 + number * 0.6180339887) % 1.0
+        key = str(rng.randrange(10000, 100000))
+        needle, question = list(passkey_needle(key).encode()), list(PASSKEY_QUESTION.encode())
+        room = length - len(needle) - len(question)
+        start = rng.randrange(len(self.books[book]) - room)
+        return book, depth, key, hide(self.books[book][start : start + room], [(depth, needle)]) + question
+
+
+class Recording:
+    """A method that keeps dt."""
+
+    name = "recording"
+    needs_whole_prompt = True
+
+    def __init__(self, recorded: dict[int, torch.Tensor]) -> None:
+        self.recorded = recorded
+
+    def check(self, channels: Any) -> None:
+        """Fits every model."""
+
+    def plan(self, layer: LayerView, prompt: Prompt) -> LayerPlan:
+        """Keep it."""
+        self.recorded[layer.index] = torch.cat([part.dt[0] for part in layer.projections()])
+        return LayerPlan()
+
+
+def parse(name: str) -> tuple[str, dict[str, Any]]:
+    """A method's kind and settings: `closed:theta=0.05,combine=min`."""
+    kind, _, settings = name.partition(":")
+    spec = dict(DEFAULTS)
+    for setting in filter(None, settings.split(",")):
+        key, _, value = setting.partition("=")
+        if key not in spec or kind not in ("plain", "paper", "closed", "prompt"):
+            raise SystemExit(f"unknown method {name!r}; settings are {', '.join(DEFAULTS)}")
+        spec[key] = value if isinstance(spec[key], str) else type(spec[key])(value)
+    return kind, spec
+
+
+def report(lines: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each method and length."""
+    cells: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        cells[line["length"], line["method"]].append(line)
+    rows = [
+        "| S | method | keys found | 95 % | mean log P(key) | bits/byte | last 2048 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (length, method), trials in sorted(cells.items()):
+        share = float(np.mean([trial["found"] for trial in trials]))
+        low, high = wilson_interval(share, len(trials))
+        means = [np.mean([trial[key] for trial in trials]) for key in ("logprob", "bits", "last_bits")]
+        hits = sum(trial["found"] for trial in trials)
+        rows.append(
+            f"| {length} | {method} | {hits}/{len(trials)} | {low:.2f} to {high:.2f} | {means[0]:.2f} | {means[1]:.3f} "
+            f"| {means[2]:.3f} |"
+        )
+    return "\n".join(rows)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Those of a study."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--books", type=Path, required=True, help="folder of held-out books (*.txt)")
+    parser.add_argument("--text", type=Path, nargs="*", default=[], help="calibration text [the package's sample]")
+    parser.add_argument("--train-length", type=int, default=512)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 16384])
+    parser.add_argument("--batch", type=int, default=6, help="prompts that are read together [%(default)s]")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines, appended to")
+    return parser
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """The records of earlier runs; the file may be packed with gzip."""
+    content = file.read_bytes()
+    text = gzip.decompress(content) if file.suffix == ".gz" else content
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def main() -> None:
+    """Run what is not there yet."""
+    parser = arguments()
+    parser.add_argument("--methods", nargs="*", default=["plain", "paper"])
+    parser.add_argument("--trials", type=int, default=48)
+    parser.add_argument("--report", action="store_true", help="only print the table")
+    options = parser.parse_args()
+    lines = read_records(options.output) if options.output.exists() else []
+    if options.report:
+        print(report(lines))
+        return
+    study = Study(options)
+    for method in options.methods:
+        for length in options.lengths:
+            done = sum(line["method"] == method and line["length"] == length for line in lines)
+            for begin in range(done, options.trials, options.batch):
+                records = study.trials(method, length, begin, min(begin + options.batch, options.trials))
+                new = [{"method": method, "length": length, **record} for record in records]
+                with options.output.open("a") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in new)
+                lines += new
+            cell = [line for line in lines if line["method"] == method and line["length"] == length]
+            print(report(cell).splitlines()[-1], flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
