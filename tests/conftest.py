@@ -13,7 +13,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 # Tensor-parallel workers are children of that process, which may have used the GPU already.
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
-# make test runs as many workers as CPU cores, up to two: a core for each, and one thread of each library.
+# make test runs several workers: each has one core, and one thread of each library.
 if "PYTEST_XDIST_WORKER" in os.environ:
     core = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % (os.cpu_count() or 1)
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
