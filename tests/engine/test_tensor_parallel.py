@@ -15,7 +15,7 @@ from .harness import assert_exact
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("family", ["mamba1", "mamba2", "zamba2"])
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", pytest.param("zamba2", marks=pytest.mark.slow)])
 def test_tensor_parallel(
     family: str,
     engine: Callable[..., Any],

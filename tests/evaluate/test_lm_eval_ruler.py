@@ -118,6 +118,7 @@ def test_a_max_model_len_that_would_cut_prompts_is_refused(tmp_path: Path) -> No
     assert "and prompts are not cut here" in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_ruler(tmp_path: Path) -> None:
     """S1's needle words are beyond this model; that prompts, answers and scores find each other is what is shown."""
@@ -148,6 +149,7 @@ def test_ruler(tmp_path: Path) -> None:
         assert 0 < len(result["answer"].encode()) <= cell.room
 
 
+@pytest.mark.slow
 def test_local_essays_give_lm_evals_own_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import nltk
     from lm_eval.tasks.ruler import niah_utils

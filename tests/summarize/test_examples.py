@@ -18,6 +18,7 @@ def test_help(script: str) -> None:
     assert "usage:" in shown.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_batch_files(tmp_path: Path) -> None:
     """Through the real command, with the chat template of the package."""

@@ -32,6 +32,7 @@ from .documents import write_jsonl
 from .stub_server import StubServer, answer
 
 KILLS = 50
+FEW_KILLS = 5
 CONCURRENCY = 8
 SERVER_DELAY_S = 0.01
 
@@ -48,7 +49,15 @@ def run(folder: str, output: str, url: str) -> None:
     raise SystemExit(run_job(settings, Console(file=io.StringIO())))
 
 
-@pytest.mark.parametrize(("output", "kills"), [("out.jsonl", KILLS // 2), ("out.parquet", KILLS - KILLS // 2)])
+@pytest.mark.parametrize(
+    ("output", "kills"),
+    [
+        ("out.jsonl", FEW_KILLS),
+        ("out.parquet", FEW_KILLS),
+        pytest.param("out.jsonl", KILLS // 2, marks=pytest.mark.slow),
+        pytest.param("out.parquet", KILLS - KILLS // 2, marks=pytest.mark.slow),
+    ],
+)
 def test_kills(tmp_path: Path, output: str, kills: int) -> None:
     """Each attempt is killed at a random moment: while it starts, reads, asks, writes or finishes."""
     count = 60 * kills
@@ -152,6 +161,7 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
+@pytest.mark.slow
 def test_memory_is_flat(tmp_path: Path) -> None:
     """100,000 small records: the last 80,000 add next to nothing to what the first 20,000 took."""
     count, first = 100_000, 20_000
