@@ -18,7 +18,7 @@ from .metadata import (
 )
 from .row_lengths import default_row_lengths
 from .stability import LayerStability, table_stability
-from .storage import TableError, load_table, read_metadata, save_table, table_from_bytes, table_to_bytes
+from .storage import TableError, is_table_file, load_table, read_metadata, save_table, table_from_bytes, table_to_bytes
 from .table import NO_FILTER, LayerThresholds, ThresholdTable
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "combine_thresholds",
     "default_row_lengths",
     "interpolate_thresholds",
+    "is_table_file",
     "load_table",
     "measured_lengths",
     "merge_channel_shards",

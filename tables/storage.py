@@ -110,6 +110,15 @@ def read_metadata(path: str | os.PathLike[str]) -> TableMetadata:
     return _read(Path(path), with_tensors=False)[0]
 
 
+def is_table_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a table by its header, of whatever format version; False for a file that cannot be read."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return _METADATA_KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def _error(place: Path | str, problem: str, model_id: str = "MODEL") -> TableError:
     return TableError(f"threshold table {place}: {problem}; make a new one with `longmamba calibrate {model_id}`")
 

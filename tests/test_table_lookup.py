@@ -200,10 +200,12 @@ def test_locate_weights_of_safetensors(load_format: str, table_beside: bool, tmp
     assert (located.folder, located.fingerprint) == (model, expected)
 
 
-@pytest.mark.parametrize("table_beside", [False, True], ids=["alone", "table-beside"])
-def test_locate_weights_of_bin(table_beside: bool, model: Path) -> None:
-    if table_beside:
-        write_small_table(model / FILE_NAME)
+@pytest.mark.parametrize(
+    "tables", [[], [FILE_NAME], ["mine.safetensors"], [FILE_NAME, "mine.safetensors"]], ids=["alone", "1", "named", "2"]
+)
+def test_locate_weights_of_bin(tables: list[str], model: Path) -> None:
+    for name in tables:
+        write_small_table(model / name)
     located = locate_weights(*configs(model))
     assert located.folder == model
     assert located.fingerprint == weights_fingerprint([str(model / "pytorch_model.bin")])
@@ -228,9 +230,10 @@ def test_locate_weights_refuses(load_format: str, model: Path) -> None:
         (["pytorch_model.bin", FILE_NAME], ["*.bin"]),
         (["model.safetensors", FILE_NAME], None),
         (["model.safetensors", "pytorch_model.bin", FILE_NAME], None),
+        (["model.safetensors", "pytorch_model.bin"], None),
         ([], None),
     ],
-    ids=["bin", "bin-and-table", "safetensors-and-table", "all", "none"],
+    ids=["bin", "bin-and-table", "safetensors-and-table", "all", "damaged", "none"],
 )
 def test_weight_patterns(files: list[str], expected: list[str] | None, tmp_path: Path) -> None:
     for name in files:

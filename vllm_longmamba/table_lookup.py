@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_longmamba.fingerprint import DUMMY, weights_fingerprint
 from vllm_longmamba.options import LongMambaOptions
-from vllm_longmamba.tables import TableError, TableMetadata, read_metadata
+from vllm_longmamba.tables import TableError, TableMetadata, is_table_file, read_metadata
 
 FILE_NAME = "longmamba.safetensors"
 
@@ -115,6 +115,11 @@ class Weights:
         return self._fingerprint
 
 
+def is_threshold_table(file: Path) -> bool:
+    """Whether a file among the weights is a threshold table: by its name or, where it is on disk, by its header."""
+    return file.name == FILE_NAME or (file.suffix == ".safetensors" and is_table_file(file))
+
+
 def locate_weights(model_config: Any, load_config: Any) -> Weights:
     """Find (and for a model on the hub, download) the weight files that vLLM will load.
 
@@ -143,7 +148,7 @@ def locate_weights(model_config: Any, load_config: Any) -> Weights:
     )
     if not Path(model_config.model).is_dir():
         _download_table(model_config, load_config)
-    return Weights(Path(folder), [file for file in files if Path(file).name != FILE_NAME])
+    return Weights(Path(folder), [file for file in files if not is_threshold_table(Path(file))])
 
 
 def _download_table(model_config: Any, load_config: Any) -> None:
@@ -163,7 +168,8 @@ def _download_table(model_config: Any, load_config: Any) -> None:
 def weight_patterns(model_config: Any) -> list[str] | None:
     """File patterns for vLLM's loader where its own would take the threshold table for the weights.
 
-    vLLM prefers *.safetensors over *.bin, and the table beside a pytorch_model.bin is the only .safetensors file.
+    vLLM prefers *.safetensors over *.bin, and tables beside a pytorch_model.bin are the only .safetensors files. On the
+    hub only a table of the usual name is known to be one.
 
     Returns:
         ["*.bin"] in that case, otherwise None, which means vLLM's own choice.
@@ -176,8 +182,8 @@ def weight_patterns(model_config: Any) -> list[str] | None:
         revision=model_config.revision,
     )
     safetensors = [name for name in names if name.endswith(".safetensors")]
-    only_the_table = bool(safetensors) and all(Path(name).name == FILE_NAME for name in safetensors)
-    return ["*.bin"] if only_the_table else None
+    only_tables = bool(safetensors) and all(is_threshold_table(Path(model_config.model, name)) for name in safetensors)
+    return ["*.bin"] if only_tables else None
 
 
 def _candidates(weights: Weights, quantization: str | None) -> Iterator[Path]:

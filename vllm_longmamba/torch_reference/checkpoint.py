@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_longmamba.checkpoint_config import is_original_format, translate_original_config
-from vllm_longmamba.table_lookup import FILE_NAME
+from vllm_longmamba.table_lookup import is_threshold_table
 
 FAMILIES = ("mamba", "mamba2", "falcon_mamba")
 
@@ -65,12 +65,12 @@ def read_config(folder: Path) -> Mapping[str, Any]:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The weight files of a folder: safetensors where there are some, a threshold table not among them.
+    """The weight files of a folder: safetensors where there are some, threshold tables not among them.
 
     Raises:
         ValueError: there are none.
     """
-    safetensors = [file for file in sorted(folder.glob("*.safetensors")) if file.name != FILE_NAME]
+    safetensors = [file for file in sorted(folder.glob("*.safetensors")) if not is_threshold_table(file)]
     files = tuple(safetensors or sorted(folder.glob("*.bin")))
     if not files:
         raise ValueError(f"{folder}: there are no weights (*.safetensors or *.bin); name the folder of a checkpoint")
