@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from support.recording import Recording
 
 from vllm_longmamba.calibrate import draw_sequences
 from vllm_longmamba.calibration_text import read_corpus
@@ -115,9 +116,9 @@ class Study:
         if self._plain_dt is None:
             self._plain_dt = []
             for sequence in draw_sequences(self.texts, self.train_length, 5, 0):
-                recorded: dict[int, torch.Tensor] = {}
-                self.model.with_method(Recording(recorded)).read([sequence])
-                self._plain_dt.append(recorded)
+                recording = Recording()
+                self.model.with_method(recording).read([sequence])
+                self._plain_dt.append(recording.take())
         return self._plain_dt
 
     def paper(self, length: int, clamp_percent: float) -> dict[int, LayerThresholds]:
@@ -257,24 +258,6 @@ class Study:
         room = length - len(needle) - len(question)
         start = rng.randrange(len(self.books[book]) - room)
         return book, depth, key, hide(self.books[book][start : start + room], [(depth, needle)]) + question
-
-
-class Recording:
-    """A method that keeps dt."""
-
-    name = "recording"
-    needs_whole_prompt = True
-
-    def __init__(self, recorded: dict[int, torch.Tensor]) -> None:
-        self.recorded = recorded
-
-    def check(self, channels: Any) -> None:
-        """Fits every model."""
-
-    def plan(self, layer: LayerView, prompt: Prompt) -> LayerPlan:
-        """Keep it."""
-        self.recorded[layer.index] = torch.cat([part.dt[0] for part in layer.projections()])
-        return LayerPlan()
 
 
 def parse(name: str) -> tuple[str, dict[str, Any]]:

@@ -8,14 +8,9 @@ exceeds 1e-3. One model takes a minute or two on a CPU core.
 """
 
 import argparse
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = ROOT / "examples" / "passkey-mamba2-4m"
 
 # float32 products as float32: on a GPU, Triton's default is tf32, good to about 1e-3.
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
@@ -26,31 +21,15 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 def main() -> None:
     """Compare, and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folders", nargs="*", type=Path, default=[EXAMPLE], metavar="FOLDER")
-    parser.add_argument("--table", help="threshold table, for a single folder [default: searched, as in serving]")
-    parser.add_argument("--prompts", type=int, default=20, help="for each model [%(default)s]")
-    parser.add_argument("--shortest", type=int, default=120, help="tokens [%(default)s]")
-    parser.add_argument("--longest", type=int, default=4096, help="tokens [%(default)s]")
-    parser.add_argument("--scored", type=int, default=100, help="last tokens that are compared [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "engine_vs_torch.json")
-    options = parser.parse_args()
-    from support.agreement import ENGINE, TITLES, document_markdown
+    from support.agreement import ENGINE, TITLES, argument_parser, settings_of, write_agreement
     from support.environment import environment
-    from support.logprobs import TOLERANCE
 
+    parser = argument_parser(__doc__, 4096, ENGINE)
+    parser.add_argument("--table", help="threshold table, for a single folder [default: searched, as in serving]")
+    options = parser.parse_args()
     models = {folder.name: _compare(folder, options) for folder in options.folders}
-    names = ("prompts", "shortest", "longest", "scored", "seed")
-    settings = {name: getattr(options, name) for name in names}
-    document = {"environment": environment(), "settings": settings, "models": models}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(document_markdown(document, TITLES[ENGINE]))
-    print(options.output.with_suffix(".md").read_text())
-    worst = max(gap["largest"] for methods in models.values() for gap in methods.values())
-    if worst > TOLERANCE:
-        sys.exit(f"the largest difference, {worst:.1e}, exceeds {TOLERANCE:g}")
+    document = {"environment": environment(), "settings": settings_of(options), "models": models}
+    write_agreement(document, TITLES[ENGINE], options.output)
 
 
 def _compare(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -15,16 +15,12 @@ missing, or --no-engine is given, the engine is left out. Writes JSON and Markdo
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = ROOT / "examples" / "passkey-mamba2-4m"
 
 # float32 products as float32: Triton's default is tf32, good to about 1e-3.
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
@@ -36,33 +32,19 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 def main() -> None:
     """Compare, and write the report; fails where a difference exceeds the tolerance."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folders", nargs="*", type=Path, default=[EXAMPLE], metavar="FOLDER")
-    parser.add_argument("--prompts", type=int, default=20, help="for each model [%(default)s]")
-    parser.add_argument("--shortest", type=int, default=120, help="tokens [%(default)s]")
-    parser.add_argument("--longest", type=int, default=8192, help="tokens [%(default)s]")
-    parser.add_argument("--scored", type=int, default=100, help="last tokens that are compared [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0)
+    from support.agreement import PEER, TITLES, argument_parser, settings_of, write_agreement
+
+    parser = argument_parser(__doc__, 8192, PEER)
     parser.add_argument("--no-engine", action="store_true", help="leave the engine out")
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "peer_mamba_ssm.json")
     options = parser.parse_args()
     if importlib.util.find_spec("mamba_ssm") is None:
         print("peer_mamba_ssm: mamba_ssm is not installed, nothing is compared; see the top of this file")
         return
-    from support.agreement import PEER, TITLES, document_markdown
-
     with_engine = not options.no_engine and importlib.util.find_spec("vllm") is not None
     models = {folder.name: _compare(folder, options, with_engine) for folder in options.folders}
-    document = {"environment": _environment(with_engine), "settings": _settings(options), "models": models}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(document_markdown(document, TITLES[PEER]))
-    print(options.output.with_suffix(".md").read_text())
-    from support.logprobs import TOLERANCE
-
-    worst = max(pair["largest"] for pairs in models.values() for pair in pairs.values())
-    if worst > TOLERANCE:
-        sys.exit(f"the largest difference, {worst:.1e}, exceeds {TOLERANCE:g}")
+    settings = settings_of(options) | {"tf32": os.environ["TRITON_F32_DEFAULT"] != "ieee"}
+    document = {"environment": _environment(with_engine), "settings": settings, "models": models}
+    write_agreement(document, TITLES[PEER], options.output)
 
 
 def _compare(folder: Path, options: argparse.Namespace, with_engine: bool) -> dict[str, dict[str, float]]:
@@ -98,11 +80,6 @@ def _peer_logprobs(folder: Path, prompts: Sequence[list[int]], scored: int) -> l
             logprobs = logits.double().log_softmax(-1).gather(1, ids[0, -scored:, None])[:, 0]
             results.append(logprobs.cpu().numpy())
     return results
-
-
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("prompts", "shortest", "longest", "scored", "seed")
-    return {name: getattr(options, name) for name in names} | {"tf32": os.environ["TRITON_F32_DEFAULT"] != "ieee"}
 
 
 def _environment(with_engine: bool) -> dict[str, Any]:

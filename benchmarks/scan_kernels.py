@@ -18,7 +18,7 @@ from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from support.environment import environment
+from support.environment import environment, environment_line
 
 from vllm_longmamba.kernels import filtered_scan, filtered_scan_reference
 
@@ -164,12 +164,10 @@ def main() -> None:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    where = document["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     lines = [
         "# The Mamba-1 scan: vLLM's selective_scan_fn against filtered_scan",
         "",
-        f"{where['device']}, driver {where['driver']}, {versions}; {where['date']}; `{where['command']}`.",
+        environment_line(document["environment"]),
         "",
         "bfloat16, d_state 16, state float32. Medians with cold caches; vLLM's layout copies are not counted. Error: "
         "relative norm against float64.",

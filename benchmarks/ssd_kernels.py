@@ -22,7 +22,7 @@ from triton.testing import do_bench
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
-from support.environment import environment
+from support.environment import environment, environment_line
 
 from vllm_longmamba.kernels import filtered_ssd_reference, ssd_prefill
 
@@ -234,12 +234,10 @@ def compare(out: Path) -> None:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    where = document["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     lines = [
         "# Mamba-2 prefill: vLLM's mamba_chunk_scan_combined_varlen against ssd_prefill",
         "",
-        f"{where['device']}, driver {where['driver']}, {versions}; {where['date']}; `{where['command']}`.",
+        environment_line(document["environment"]),
         "",
         "bfloat16, state float32. Medians with cold caches. Differences: relative norm of ours against vLLM's outputs "
         "and states, filter on.",

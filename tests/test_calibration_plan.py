@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from calibration_plans import PAPER_PLAN as PLAN
 from tiny_models import write_mamba2_original
 
 import vllm_longmamba.tables.shipped as shipped
@@ -17,20 +18,6 @@ from vllm_longmamba.calibrate_at_start import calibration_obstacle
 from vllm_longmamba.calibration_plan import PLAN_KEY, CalibrationPlan, plan_from_config
 from vllm_longmamba.tables import read_metadata, save_table
 
-PLAN = CalibrationPlan(
-    model_id="org/model",
-    weights_fingerprint="f" * 64,
-    dtype="float32",
-    quantization=None,
-    train_length=96,
-    max_length=1000,
-    num_sequences=5,
-    clamp_percent=5.0,
-    min_retention=1e-2,
-    seed=0,
-    texts=(),
-    corpus="a text (blake3 00)",
-)
 Configure = Callable[..., Any]
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from calibration_plans import PAPER_PLAN
 from safetensors import safe_open
 from small_tables import small_table
 from typer.testing import CliRunner
 
 import vllm_longmamba.calibrate as calibrate_module
 from vllm_longmamba.calibrate import CalibrationSettings, draw_sequences
-from vllm_longmamba.calibration_plan import PLAN_KEY, CalibrationPlan, _measured_lengths, plan_from_config
+from vllm_longmamba.calibration_plan import PLAN_KEY, _measured_lengths, plan_from_config
 from vllm_longmamba.calibration_worker import CalibrationRecorder
 from vllm_longmamba.cli import app
 from vllm_longmamba.closed_loop import (
@@ -40,20 +41,6 @@ from vllm_longmamba.tables import (
 LENGTH, ROWS, THETA = 12, [12, 18, 24, 48], 1e-2
 A = -torch.tensor([0.01, 5.0, 0.1])
 CLOSED = ClosedLoop(combine="min", lengths=(18, 36), text_tokens=400)
-PAPER_PLAN = CalibrationPlan(
-    model_id="org/model",
-    weights_fingerprint="f" * 64,
-    dtype="float32",
-    quantization=None,
-    train_length=96,
-    max_length=1000,
-    num_sequences=5,
-    clamp_percent=5.0,
-    min_retention=1e-2,
-    seed=0,
-    texts=(),
-    corpus="a text (blake3 00)",
-)
 CLOSED_PLAN = replace(PAPER_PLAN, method="closed-loop")
 
 

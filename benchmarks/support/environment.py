@@ -24,6 +24,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def environment_line(where: dict[str, Any]) -> str:
+    """What `environment` found, as a sentence for a report."""
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    return f"{where['device']}, driver {where['driver']}, {versions}; {where['date']}; `{where['command']}`."
+
+
 def _driver() -> str:
     import subprocess
 

@@ -12,9 +12,6 @@ import numpy as np
 
 from vllm_longmamba.evaluate.statistics import Floats
 
-# What the issue asks for, in float32.
-TOLERANCE = 1e-3
-
 
 def random_prompts(folder: Path, number: int, shortest: int, longest: int, seed: int) -> list[list[int]]:
     """Prompts of random tokens of a checkpoint's vocabulary; their lengths are spread evenly on a logarithmic scale."""

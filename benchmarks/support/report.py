@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support.environment import environment_line
+
 
 def write_report(file: Path) -> None:
     """Write FILE.md, and FILE.png where matplotlib is installed."""
@@ -20,12 +24,11 @@ def write_report(file: Path) -> None:
 
 def markdown(document: dict[str, Any]) -> str:
     """Tables of all models."""
-    where, settings = document["environment"], document["settings"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    settings = document["settings"]
     lines = [
         "# Whole models: stock vLLM against --model-impl longmamba",
         "",
-        f"{where['device']}, driver {where['driver']}, {versions}; {where['date']}; `{where['command']}`.",
+        environment_line(document["environment"]),
         "",
         f"Dummy weights, bfloat16, published shapes; SSM state {settings['state_dtype']} in both engines, "
         f"max_num_batched_tokens {settings['max_num_batched_tokens']}, no prefix cache, CUDA graphs for decode. "

@@ -21,8 +21,6 @@ from vllm_longmamba.options import LongMambaOptions
 from vllm_longmamba.table_lookup import Weights, find_table
 from vllm_longmamba.tables import LayerCalibration, ThresholdTable, load_table
 from vllm_longmamba.torch_reference import (
-    LayerPlan,
-    LayerView,
     LongMamba,
     Plain,
     Prompt,
@@ -31,6 +29,8 @@ from vllm_longmamba.torch_reference import (
     TorchModel,
 )
 from vllm_longmamba.torch_reference.checkpoint import weight_files
+
+from .recording import Recording
 
 # Tokens that are run at a time where they count as generated.
 _SEGMENT = 256
@@ -90,7 +90,7 @@ class Subject:
         """
         corpus, metadata = read_corpus(list(texts)), self.table.metadata
         tokens = tokenize(_Tokenizer(self.contestant.encoder), corpus)
-        recording = _Recording()
+        recording = Recording()
         model = self.model.with_method(recording)
         layers = {
             layer.index: LayerCalibration(layer.mixer.A, metadata.train_length, list(row_lengths), clamp_percent)
@@ -189,30 +189,6 @@ class HalfGenerated(TorchRunner):
         if self._generated == "growing":
             reading = replace(reading, prompt=Prompt(length, outputs=1))
         return reading.append(part, method_acts=self._generated != "not filtered")[0]
-
-
-class _Recording:
-    """A method that keeps the dt's of what is read."""
-
-    name = "recording"
-    needs_whole_prompt = False
-
-    def __init__(self) -> None:
-        self._dt: dict[int, list[torch.Tensor]] = {}
-
-    def check(self, channels: Mapping[int, int]) -> None:
-        """Fits every model."""
-
-    def plan(self, layer: LayerView, prompt: Prompt) -> LayerPlan:
-        """Keeps, and changes nothing."""
-        self._dt.setdefault(layer.index, []).extend(part.dt[0] for part in layer.projections())
-        return LayerPlan()
-
-    def take(self) -> dict[int, torch.Tensor]:
-        """Layer -> (tokens, channels) of one text; forgotten afterwards."""
-        recorded = {index: torch.cat(parts) for index, parts in self._dt.items()}
-        self._dt.clear()
-        return recorded
 
 
 class _Tokenizer:
