@@ -15,7 +15,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 # Tests on a CPU with two cores or more run in several processes, three where 16 GB of memory are at hand (an engine takes up to 3 GB): some
 # of them wait rather than compute. On a GPU the engines would share its memory.
 MANY := $(shell awk '/MemTotal/ {print ($$2 > 15000000) ? 3 : 2}' /proc/meminfo 2>/dev/null || echo 2)
-WORKERS ?= $(shell [ "$(DEVICE)" = cpu ] && [ "$$(nproc)" -ge 2 ] && echo --numprocesses $(MANY) --dist loadfile)
+WORKERS ?= $(shell [ "$(DEVICE)" = cpu ] && [ "$$(nproc)" -ge 2 ] && echo --numprocesses $(MANY) --dist loadfile --no-loadscope-reorder)
 
 # PyTorch's own site has its CPU wheels. Where it does not answer, pip must find them through its configuration.
 TORCH_CPU := https://download.pytorch.org/whl/cpu

@@ -21,10 +21,29 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 
+# These files take a minute and more each. They come first, so that at the end no worker waits for one of them.
+LONGEST = [
+    "tests/summarize/test_engine.py",
+    "tests/engine/test_calibrate_servers.py",
+    "tests/test_server.py",
+    "tests/engine/test_tensor_parallel.py",
+    "tests/engine/test_calibrate_at_start.py",
+    "tests/evaluate/test_eval_commands.py",
+    "tests/engine/test_passkey.py",
+    "tests/kernels/test_interpreter.py",
+]
+
+
+def _place(item: pytest.Item) -> int:
+    file = item.nodeid.split("::")[0]
+    return LONGEST.index(file) if file in LONGEST else len(LONGEST) + (item.get_closest_marker("engine") is None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests that need a GPU where there is none."""
+    """Order the files, engines first, and skip the tests that need a GPU where there is none."""
     import torch
 
+    items.sort(key=_place)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -34,8 +34,8 @@ def user_environment(folder: Path) -> dict[str, str]:
 
 
 def rows_of(path: Path) -> dict[str, dict[str, object]]:
-    """Rows by id; no id may come twice."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    """Whole rows by id; no id may come twice."""
+    rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
     assert len({row["id"] for row in rows}) == len(rows)
     return {row["id"]: row for row in rows}
 

@@ -11,18 +11,17 @@ from .real_jobs import QUESTION, START_SECONDS, command, rows_of, start_and_sign
 pytestmark = pytest.mark.engine
 
 
-def test_interrupt_kill_resume(tmp_path: Path, documents: dict[str, str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_signal_and_resume(number: signal.Signals, tmp_path: Path, documents: dict[str, str]) -> None:
     """Ctrl-C, which reaches the engine's processes too, finishes what runs; kill -9 leaves no process behind."""
     asked = ["--instruction", QUESTION, "--max-tokens", "5", "--fit", "map-reduce", "--concurrency", "2"]
     output = tmp_path / "out.jsonl"
-    interrupted = start_and_signal(command(tmp_path, *asked), output, signal.SIGINT)
-    assert interrupted.wait(60) == 130
+    job = start_and_signal(command(tmp_path, *asked), output, number)
+    assert job.wait(60) == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    wait_until_gone(tmp_path)
     first = rows_of(output)
     assert 1 <= len(first) < len(documents)
     assert all(row["error"] is None and row["finish_reason"] == "length" for row in first.values())
-    killed = start_and_signal(command(tmp_path, *asked), output, signal.SIGKILL, after=len(first))
-    assert killed.wait(60) == -signal.SIGKILL
-    wait_until_gone(tmp_path)
     subprocess.run(command(tmp_path, *asked), timeout=START_SECONDS, env=user_environment(tmp_path), check=True)
     rows = rows_of(output)
     assert rows.keys() == documents.keys() | {"long"}
