@@ -8,7 +8,7 @@ from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.layers.mamba.ops.ssd_checkpoint import store_prefill_checkpoint
 from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
 
-from vllm_longmamba.kernels import filter_dt_, filtered_state_update
+from vllm_longmamba.kernels import filter_dt_, filtered_state_update, ssd_prefill, ssd_prefill_supports
 from vllm_longmamba.metadata import FilterRows, LongMamba2Backend
 from vllm_longmamba.mixers import LongMixer
 
@@ -85,7 +85,38 @@ class LongMambaMixer2(LongMixer, MambaMixer2):  # type: ignore[misc]
     def _prefill(
         self, x_B_C: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
     ) -> None:
-        """Convolution and filter in one launch, then vLLM's SSD kernels, as in its `conv_ssm_forward`."""
+        """Convolution and SSM of prompts."""
+        is_ours = ssd_prefill_supports(self.head_dim, self.ssm_state_size) and metadata.checkpoint_chunk_idx is None
+        if not is_ours:
+            return self._prefill_by_vllm(x_B_C, dt, metadata, rows, out)
+        x, B, C = self.split_hidden_states_B_C_fn(self._convolve_prompts(x_B_C, metadata))
+        is_filtered = rows.prefill_rows is not None
+        ssd_prefill(
+            x.view(len(dt), -1, self.head_dim),
+            dt,
+            self.A,
+            B.view(len(dt), -1, self.ssm_state_size),
+            C.view(len(dt), -1, self.ssm_state_size),
+            self.D,
+            self.dt_bias,
+            self.kv_cache[1],
+            metadata.query_start_loc_p,
+            metadata.state_indices_tensor_p,
+            metadata.has_initial_states_p,
+            dt_threshold=self.dt_threshold if is_filtered else None,
+            seq_rows=rows.prefill_rows,
+            seq_prompt_tokens=rows.prefill_prompt_tokens,
+            out=out.view(len(dt), -1, self.head_dim),
+        )
+        return None
+
+    def _prefill_by_vllm(
+        self, x_B_C: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
+    ) -> None:
+        """Convolution and filter in one launch, then vLLM's SSD kernels, as in its `conv_ssm_forward`.
+
+        For shapes that our kernels do not take, and for states inside a prompt that prefix caching keeps.
+        """
         state, slots = self.kv_cache[1], metadata.state_indices_tensor_p
         filters: dict[str, torch.Tensor | None] = {}
         if rows.prefill_rows is not None:
