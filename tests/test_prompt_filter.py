@@ -100,7 +100,7 @@ def test_the_cut_of_a_prompt_does_not_change_its_rows(prompt: int, generated: in
     ids=["empty", "short", "generated", "tail"],
 )
 def test_any(requests: list[Request], expected: bool) -> None:
-    assert step_rows_of(requests).any() is expected
+    assert step_rows_of(requests).filters is expected
 
 
 @pytest.mark.parametrize("part", [slice(0, 2), slice(2, 4), slice(4, 4)], ids=["first", "last", "empty"])

@@ -72,35 +72,38 @@ class _FilterRowsBuilder:
         if self.prompt_filter is None:
             return metadata
         step = step_rows_from_metadata(self.prompt_filter, common_attn_metadata)
-        return replace(metadata, filter_rows=self._filter_rows(metadata, step))
+        # Made for this step, so that it can be changed: a copy of all its fields takes longer than everything here.
+        metadata.filter_rows = self._filter_rows(metadata, step)
+        return metadata
 
     def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
         """See vLLM's builder: the same step's metadata for another group of layers, which has its own graph buffer."""
         updated = super().update_block_table(metadata, blk_table, slot_mapping)  # type: ignore[misc]
         rows = metadata.filter_rows
-        if rows is None:
-            return updated
-        return replace(updated, filter_rows=replace(rows, decode=self._decode_rows(metadata, rows.step)))
+        if rows is not None:
+            updated.filter_rows = replace(rows, decode=self._decode_rows(metadata, rows.step))
+        return updated
 
     def _filter_rows(self, metadata: Any, step: StepRows) -> FilterRows:
         rows = FilterRows(decode=self._decode_rows(metadata, step), step=step)
-        prefills = step[metadata.num_decodes : metadata.num_decodes + metadata.num_prefills]
         if metadata.num_prefills > 0:
+            prefills = step[metadata.num_decodes : metadata.num_decodes + metadata.num_prefills]
             # Also where all are 0: the kernels that filter are then compiled while the engine starts.
             rows.prefill_rows = self._to_device(prefills.rows)
             rows.prefill_prompt_tokens = self._to_device(prefills.prompt_tokens)
-            if prefills.any() and not self._mixer.runs_own_kernels():
+            if prefills.filters and not self._mixer.runs_own_kernels():
                 rows.prefill_tokens = self._to_device(prefills.per_token())
         return rows
 
     def _decode_rows(self, metadata: Any, step: StepRows) -> torch.Tensor | None:
-        decode = step.rows[: metadata.num_decodes]
+        decodes = step[: metadata.num_decodes] if metadata.num_prefills > 0 else step
         if not self._may_replay_graph(metadata):
-            return self._to_device(decode) if decode.any() else None
-        if decode.any() or not self._graph_rows_are_zero:
+            return self._to_device(decodes.rows[: metadata.num_decodes]) if decodes.filters else None
+        if decodes.filters or not self._graph_rows_are_zero:
+            rows = decodes.rows[: metadata.num_decodes]
             self._graph_rows.zero_()
-            self._graph_rows[: len(decode)].copy_(self._to_device(decode), non_blocking=True)
-            self._graph_rows_are_zero = not decode.any()
+            self._graph_rows[: len(rows)].copy_(self._to_device(rows), non_blocking=True)
+            self._graph_rows_are_zero = not decodes.filters
         return self._graph_rows[: metadata.num_decodes]
 
     def _may_replay_graph(self, metadata: Any) -> bool:

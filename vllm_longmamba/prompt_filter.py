@@ -1,6 +1,7 @@
 """Which tokens of a step are prompt tokens to be filtered, and by which row of the table: one answer for all layers."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,15 @@ class PromptFilter:
         Returns:
             Rows and numbers of prompt tokens, in the order of the requests.
         """
+        query_lengths = query_lengths.astype(np.int32, copy=False)
         computed = sequence_lengths - query_lengths
+        if not (computed < prompt_lengths).any():
+            # most steps decode only, and their host time counts
+            nothing = np.zeros(len(query_lengths), np.int32)
+            return StepRows(nothing, nothing, query_lengths)
         prompt_tokens = np.clip(prompt_lengths - computed, 0, query_lengths).astype(np.int32)
         rows = np.where(prompt_tokens > 0, self.table.rows_of(prompt_lengths), 0).astype(np.int32)
-        return StepRows(rows, prompt_tokens, query_lengths.astype(np.int32))
+        return StepRows(rows, prompt_tokens, query_lengths)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,8 @@ class StepRows:
         """The same for some of the requests."""
         return StepRows(self.rows[requests], self.prompt_tokens[requests], self.query_lengths[requests])
 
-    def any(self) -> bool:
+    @cached_property
+    def filters(self) -> bool:
         """Whether any token of these requests can be filtered."""
         return bool(self.rows.any())
 
@@ -90,7 +97,8 @@ def step_rows_from_metadata(prompt_filter: PromptFilter, common: Any) -> StepRow
             "filtered; this vLLM has changed, please report it"
         )
     num_reqs = common.num_reqs
-    query_lengths = np.diff(common.query_start_loc_cpu.numpy()[: num_reqs + 1])
+    starts = common.query_start_loc_cpu.numpy()
+    query_lengths = starts[1 : num_reqs + 1] - starts[:num_reqs]
     prompt_lengths = np.zeros(num_reqs, np.int32)
     given = common.rswa_prefix_lens.cpu().numpy()[:num_reqs]
     prompt_lengths[: given.shape[0]] = given

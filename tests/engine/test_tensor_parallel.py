@@ -12,10 +12,11 @@ from tiny_models import random_token_ids
 from .conftest import longmamba
 from .harness import assert_exact
 
+SLOW = pytest.mark.slow
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("family", ["mamba1", "mamba2", pytest.param("zamba2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", [pytest.param("mamba1", marks=SLOW), "mamba2", pytest.param("zamba2", marks=SLOW)])
 def test_tensor_parallel(
     family: str,
     engine: Callable[..., Any],
