@@ -14,7 +14,8 @@ from .table import NO_FILTER
 
 # Elements of dt that are looked at at a time: 256 MB of float32.
 _CHUNK_ELEMENTS = 1 << 26
-_LARGEST_BITS = int(torch.tensor(torch.finfo(torch.float32).max).view(torch.int32))
+# Of the largest finite float32.
+_LARGEST_BITS = 0x7F7FFFFF
 
 
 def budget_thresholds(dt: Tensor, budget: Tensor) -> Tensor:

@@ -106,6 +106,18 @@ def test_light_modules_import_only_the_standard_library(module: str) -> None:
     assert heavy == set(), f"vLLM swallows errors of these imports, so {module}.py must make them inside its functions"
 
 
+def test_modules_import_while_vllm_builds_a_model() -> None:
+    """They may be imported for the first time then: torch's defaults are the model's dtype and its device."""
+    code = (
+        "import importlib, pkgutil, torch, vllm, vllm_longmamba; torch.set_default_dtype(torch.bfloat16); "
+        "torch.set_default_device('meta'); names = ['models', 'kernels', 'tables', 'calibrate_at_start', "
+        "'calibration_worker', 'model_state', 'closed_loop', 'prefix_cache', 'inspect', 'import_table']; "
+        "[importlib.import_module(f'vllm_longmamba.{name}') for name in names]"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_importing_the_plugin_imports_neither_vllm_nor_torch() -> None:
     code = (
         "import sys, vllm_longmamba.plugin; heavy = {'vllm', 'torch', 'numpy'} & set(sys.modules); "

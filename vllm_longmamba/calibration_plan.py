@@ -120,7 +120,7 @@ class CalibrationPlan:
         layers = {
             index: LayerThresholds(
                 torch.zeros(count, dtype=torch.float64, device="cpu"),
-                torch.tensor([[-1.0]], device="cpu").expand(rows, count),
+                torch.tensor([[-1.0]], dtype=torch.float32, device="cpu").expand(rows, count),
             )
             for index, count in channels.items()
         }

@@ -205,7 +205,7 @@ def _match_layers(folder: Path, released: list[ReleasedLayer], model: ModelFiles
 
 
 def _to_rows(content: ReleasedLayer, lengths: list[int]) -> LayerThresholds:
-    no_filter = torch.full((1, content.retention.shape[0]), -1.0)
+    no_filter = torch.full((1, content.retention.shape[0]), -1.0, dtype=torch.float32)
     rows = torch.stack([content.thresholds[length] for length in lengths])
     return LayerThresholds(retention=content.retention, dt_threshold=torch.cat([no_filter, rows]))
 

@@ -137,7 +137,10 @@ class LongMixer:
         return convolved
 
     def _conv_weights(self) -> torch.Tensor:
-        weights: torch.Tensor = self.conv1d.weight.view(self.conv1d.weight.size(0), self.conv1d.weight.size(2))
+        # On CPUs with bfloat16 instructions vLLM packs the weight for a kernel of its own, and keeps a copy.
+        weights: torch.Tensor | None = getattr(self.conv1d, "_cpu_unpacked_conv_weight", None)
+        if weights is None:
+            weights = self.conv1d.weight.view(self.conv1d.weight.size(0), self.conv1d.weight.size(2))
         return weights
 
     def _conv_state(self) -> torch.Tensor:

@@ -22,6 +22,7 @@ from vllm_longmamba.tables import LayerCalibration, LayerThresholds, ThresholdTa
 from .harness import LOGPROB_TOLERANCE, TRAIN_LENGTH, Completion, Engine
 
 pytestmark = pytest.mark.engine
+SLOW = pytest.mark.slow
 
 # Chunks that end at, before and behind the training length, the prefix cache with its aligned chunks, attention.
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -120,6 +121,22 @@ def test_engine_makes_its_table(
         again = engine.generate(prompts)
         assert again[2].cached_tokens > 0
         assert [result.tokens for result in again] == [result.tokens for result in results]
+
+
+@pytest.mark.parametrize("family", ["mamba1", pytest.param("mamba2", marks=SLOW), pytest.param("zamba2", marks=SLOW)])
+def test_bfloat16(family: str, cache: Path, start: Callable[..., Engine], tiny_model: Callable[[str], Path]) -> None:
+    """torch's default dtype is then bfloat16 while vLLM builds the model; the table stays float32."""
+    model = tiny_model(family)
+    prompts = [random_token_ids(length, seed=length) for length in (150, 333)]
+    results = start(model, dtype="bfloat16").generate(prompts)
+    table = load_table(stored(cache))
+    for prompt, result in zip(prompts, results, strict=True):
+        filters = {layer: table.thresholds(layer)[table.row_of(len(prompt))] for layer in table.layers}
+        text = prompt + result.tokens
+        filtered = reference_logprobs(model, text, prompt_length=len(prompt), filters=filters)[len(prompt) - 1 : -1]
+        plain = reference_logprobs(model, text, prompt_length=len(prompt))[len(prompt) - 1 : -1]
+        distance = np.abs(result.logprobs - filtered.numpy()).mean()
+        assert distance < 0.5 * np.abs(result.logprobs - plain.numpy()).mean()
 
 
 def test_cache_that_takes_nothing_then_one_that_does(
