@@ -32,6 +32,7 @@ def completion(address: str, model: Path) -> list[int]:
         return tokens
 
 
+@pytest.mark.slow
 def test_two_servers_start_without_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serving = load_example("serving")
     model = write_mamba2_original(tmp_path / "model")

@@ -87,7 +87,7 @@ def job(tmp_path: Path, server: StubServer) -> Callable[..., int]:
 def documents(tmp_path: Path) -> dict[str, str]:
     """Keys of documents in the folder's inputs that hide a pass key; one more is longer than 4096 tokens."""
     passkey = load_example("passkey")
-    tasks = passkey.passkey_tasks(passkey.read_haystack(), [500, 1500], [0.5], trials=12, seed=1)
+    tasks = passkey.passkey_tasks(passkey.read_haystack(), [500, 1500], [0.5], trials=6, seed=1)
     rows = [
         {"id": str(number), "text": task.prompt.removesuffix(passkey.QUESTION)} for number, task in enumerate(tasks)
     ]
