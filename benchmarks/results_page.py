@@ -27,7 +27,8 @@ HEAD = """\
 
 Written by `python benchmarks/results_page.py` from the reports under `benchmarks/results/`; do not edit.
 
-Methods: *plain* and *LongMamba* run in vLLM through this plugin. *DeciMamba* (arXiv 2406.14528), *plain (torch)* and
+Methods: *plain* and *LongMamba* run in vLLM through this plugin; *LongMamba, paper* with a table of the paper's method,
+*LongMamba, closed loop* with one of `longmamba calibrate --method closed-loop` (docs/closed_loop.md). *DeciMamba* (arXiv 2406.14528), *plain (torch)* and
 *LongMamba (torch)* run in the torch reference in float32 (docs/decimamba.md). Lengths are tokens of the model's own
 tokenizer; all models here read bytes, so that a token is a byte. Intervals are 95 %.
 """
@@ -35,7 +36,7 @@ tokenizer; all models here read bytes, so that a token is a byte. Intervals are 
 LIMITS = """\
 ## What this does not show
 
-- **Size.** The models here have 3.5 to 3.9 million parameters and were trained on 512 bytes at a time. Nothing was
+- **Size.** The models here have 1.1 to 3.9 million parameters and were trained on 512 bytes at a time. Nothing was
   run on the checkpoints of the papers (mamba-130m to 2.8b, mamba2-1.3b, Zamba2-1.2B, FalconMamba-7B), which could not
   be downloaded where this was made. Their tables are not repeated here; `longmamba eval` and lm-eval run them where
   the checkpoints are.
@@ -126,7 +127,18 @@ def _pictures(folder: Path, report: Mapping[str, Any]) -> list[Path]:
             drawn(lambda: draw_perplexity(report, folder, f"Perplexity: {name}"))
         else:
             drawn(lambda: draw_questions(report, folder, f"{_title(report)}: {name}"))
+        _keep_small(folder)
     return sorted(folder.glob("*.png"))
+
+
+def _keep_small(folder: Path) -> None:
+    """The repository has no room for more than PNG files of few colours."""
+    from PIL import Image
+
+    for picture in folder.glob("*.svg"):
+        picture.unlink()
+    for picture in folder.glob("*.png"):
+        Image.open(picture).convert("RGB").quantize(48).save(picture, optimize=True)
 
 
 def _link(file: Path, page: Path) -> str:

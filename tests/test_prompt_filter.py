@@ -121,6 +121,7 @@ def common_metadata(requests: list[Request], *, padding: int = 0, **changes: Any
         "query_start_loc_cpu": torch.from_numpy(starts),
         "rswa_prefix_lens": torch.from_numpy(prompt.copy()),
         "seq_lens_cpu_upper_bound": torch.from_numpy(np.pad(computed + query, (0, padding))),
+        "is_prefilling": torch.from_numpy(np.pad(computed < prompt, (0, padding))),
     }
     return SimpleNamespace(**(values | changes))
 
@@ -147,3 +148,12 @@ def test_step_rows_from_metadata_without_lengths(missing: str) -> None:
     common = common_metadata(CASES["mixed"][0], **{missing: None})
     with pytest.raises(RuntimeError, match=r"did not pass the prompt lengths on.* please report it"):
         step_rows_from_metadata(PromptFilter(small_table(), None), common)
+
+
+def test_step_rows_from_metadata_of_a_step_that_only_decodes() -> None:
+    requests = [(20, 20, 1), (12, 40, 1)]
+    common = common_metadata(requests, padding=2, rswa_prefix_lens=None)
+    step = step_rows_from_metadata(PromptFilter(small_table(), None), common)
+    assert step.rows.tolist() == step.prompt_tokens.tolist() == [0] * 4
+    assert step.query_lengths.tolist() == [1, 1, 0, 0]
+    assert not step.filters

@@ -207,7 +207,7 @@ FIELDS = [
     ("vllm.config:CompilationConfig", "static_forward_context cudagraph_mode", "metadata.py"),
     (
         "vllm.v1.attention.backend:CommonAttentionMetadata",
-        "num_reqs query_start_loc_cpu rswa_prefix_lens seq_lens_cpu_upper_bound",
+        "num_reqs query_start_loc_cpu rswa_prefix_lens seq_lens_cpu_upper_bound is_prefilling",
         "prompt_filter.py",
     ),
     (
@@ -223,7 +223,7 @@ FIELDS = [
     ),
     (
         "vllm.v1.worker.gpu.input_batch:InputBatch",
-        "num_reqs num_reqs_after_padding idx_mapping_np prompt_lens",
+        "num_reqs num_reqs_after_padding idx_mapping_np prompt_lens is_prefilling_np",
         "model_state.py",
     ),
     ("vllm.v1.engine:EngineCoreRequest", "prompt_token_ids prompt_embeds cache_salt", "prefix_cache.py"),

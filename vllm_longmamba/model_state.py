@@ -21,7 +21,12 @@ class LongMambaModelState(MambaHybridModelState):  # type: ignore[misc]
         self._prompt_lengths[req_index] = new_req_data.prompt_len
 
     def prepare_attn(self, input_batch: Any, *args: Any, for_capture: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """See vLLM; the prompt lengths reach the metadata builders as `rswa_prefix_lens`, on the host."""
+        """See vLLM; the prompt lengths reach the metadata builders as `rswa_prefix_lens`, on the host.
+
+        Steps that only decode do without: host time is a good part of theirs.
+        """
+        if not input_batch.is_prefilling_np.any():
+            return super().prepare_attn(input_batch, *args, for_capture=for_capture, **kwargs)  # type: ignore[no-any-return]
         lengths = np.zeros(input_batch.num_reqs_after_padding, np.int32)
         if not for_capture:
             lengths[: input_batch.num_reqs] = self._prompt_lengths[input_batch.idx_mapping_np[: input_batch.num_reqs]]

@@ -41,9 +41,7 @@ class PromptFilter:
         query_lengths = query_lengths.astype(np.int32, copy=False)
         computed = sequence_lengths - query_lengths
         if not (computed < prompt_lengths).any():
-            # most steps decode only, and their host time counts
-            nothing = np.zeros(len(query_lengths), np.int32)
-            return StepRows(nothing, nothing, query_lengths)
+            return StepRows.without_prompts(query_lengths)
         prompt_tokens = np.clip(prompt_lengths - computed, 0, query_lengths).astype(np.int32)
         rows = np.where(prompt_tokens > 0, self.table.rows_of(prompt_lengths), 0).astype(np.int32)
         return StepRows(rows, prompt_tokens, query_lengths)
@@ -62,6 +60,12 @@ class StepRows:
     rows: Int32Array
     prompt_tokens: Int32Array
     query_lengths: Int32Array
+
+    @classmethod
+    def without_prompts(cls, query_lengths: Int32Array) -> "StepRows":
+        """Of a step that holds no prompt token."""
+        nothing = np.zeros(len(query_lengths), np.int32)
+        return cls(nothing, nothing, query_lengths)
 
     def __getitem__(self, requests: slice) -> "StepRows":
         """The same for some of the requests."""
@@ -86,19 +90,22 @@ def step_rows_from_metadata(prompt_filter: PromptFilter, common: Any) -> StepRow
 
     Args:
         prompt_filter: the model's filter.
-        common: vLLM's `CommonAttentionMetadata`; `rswa_prefix_lens` must hold the prompt lengths.
+        common: vLLM's `CommonAttentionMetadata`; `rswa_prefix_lens` must hold the prompt lengths, unless
+            `is_prefilling` says that no request has tokens of its prompt left.
 
     Raises:
         RuntimeError: the model runner did not pass the prompt lengths on.
     """
+    num_reqs = common.num_reqs
+    starts = common.query_start_loc_cpu.numpy()
+    query_lengths = starts[1 : num_reqs + 1] - starts[:num_reqs]
+    if common.rswa_prefix_lens is None and common.is_prefilling is not None and not common.is_prefilling.numpy().any():
+        return StepRows.without_prompts(query_lengths)
     if common.rswa_prefix_lens is None or common.seq_lens_cpu_upper_bound is None:
         raise RuntimeError(
             "vllm_longmamba: vLLM's model runner did not pass the prompt lengths on, without which prompts cannot be "
             "filtered; this vLLM has changed, please report it"
         )
-    num_reqs = common.num_reqs
-    starts = common.query_start_loc_cpu.numpy()
-    query_lengths = starts[1 : num_reqs + 1] - starts[:num_reqs]
     prompt_lengths = np.zeros(num_reqs, np.int32)
     given = common.rswa_prefix_lens.cpu().numpy()[:num_reqs]
     prompt_lengths[: given.shape[0]] = given

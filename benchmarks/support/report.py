@@ -35,6 +35,7 @@ def markdown(document: dict[str, Any]) -> str:
         "Medians; both engines took turns. `on`: 35 % of the channels are global and about half of their tokens are "
         "filtered (a table for dummy weights, support/shapes.py). `off`: the same engine, whose layers run the kernels "
         "without the filter.",
+        *(["", settings["note"]] if "note" in settings else []),
     ]
     for name, result in document["models"].items():
         lines += ["", f"## {name}", ""]

@@ -17,7 +17,7 @@ def test_signal_and_resume(number: signal.Signals, tmp_path: Path, documents: di
     asked = ["--instruction", QUESTION, "--max-tokens", "5", "--fit", "map-reduce", "--concurrency", "2"]
     output = tmp_path / "out.jsonl"
     job = start_and_signal(command(tmp_path, *asked), output, number)
-    assert job.wait(60) == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    assert job.wait(180) == (130 if number == signal.SIGINT else -signal.SIGKILL)
     wait_until_gone(tmp_path)
     first = rows_of(output)
     assert 1 <= len(first) < len(documents)

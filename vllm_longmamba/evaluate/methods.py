@@ -103,13 +103,24 @@ METHODS: dict[str, Callable[[ModelSettings], Contestant]] = {
     "torch-plain": _torch("plain"),
     "torch-longmamba": _torch("longmamba"),
 }
-LABELS = {
-    "plain": "plain",
-    "longmamba": "LongMamba",
-    "decimamba": "DeciMamba",
-    "torch-plain": "plain (torch)",
-    "torch-longmamba": "LongMamba (torch)",
-}
+
+
+class _Labels(dict[str, str]):
+    """A name that is none of `METHODS`, as joined reports have them, is its own label."""
+
+    def __missing__(self, name: str) -> str:
+        return name
+
+
+LABELS = _Labels(
+    {
+        "plain": "plain",
+        "longmamba": "LongMamba",
+        "decimamba": "DeciMamba",
+        "torch-plain": "plain (torch)",
+        "torch-longmamba": "LongMamba (torch)",
+    }
+)
 
 
 def parse_methods(names: str) -> list[str]:
