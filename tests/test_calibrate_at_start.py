@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from calibration_plans import PAPER_PLAN
 from small_tables import small_table
 
 import vllm_longmamba.calibrate_at_start as calibrate_at_start
@@ -20,21 +21,8 @@ from vllm_longmamba.tables import ThresholdTable, load_table, save_table, table_
 
 @pytest.fixture
 def plan(tmp_path: Path) -> CalibrationPlan:
-    return CalibrationPlan(
-        model_id="org/model",
-        weights_fingerprint="f" * 64,
-        dtype="float32",
-        quantization=None,
-        train_length=8,
-        max_length=20,
-        num_sequences=5,
-        clamp_percent=5.0,
-        min_retention=1e-2,
-        seed=0,
-        texts=(),
-        corpus="a text",
-        store=str(tmp_path / "cache" / "vllm_longmamba" / "table.safetensors"),
-    )
+    store = tmp_path / "cache" / "vllm_longmamba" / "table.safetensors"
+    return replace(PAPER_PLAN, train_length=8, max_length=20, store=str(store))
 
 
 class Executor:
