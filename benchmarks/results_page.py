@@ -28,9 +28,10 @@ HEAD = """\
 Written by `python benchmarks/results_page.py` from the reports under `benchmarks/results/`; do not edit.
 
 Methods: *plain* and *LongMamba* run in vLLM through this plugin; *LongMamba, paper* with a table of the paper's method,
-*LongMamba, closed loop* with one of `longmamba calibrate --method closed-loop` (docs/closed_loop.md). *DeciMamba* (arXiv 2406.14528), *plain (torch)* and
-*LongMamba (torch)* run in the torch reference in float32 (docs/decimamba.md). Lengths are tokens of the model's own
-tokenizer; all models here read bytes, so that a token is a byte. Intervals are 95 %.
+*LongMamba, closed loop* with one of `longmamba calibrate --method closed-loop` (docs/closed_loop.md). *DeciMamba*
+(arXiv 2406.14528), *plain (torch)* and *LongMamba (torch)* run in the torch reference in float32 (docs/decimamba.md).
+Lengths are tokens of the model's own tokenizer; all models here read bytes, so that a token is a byte. Intervals are
+95 %.
 """
 
 LIMITS = """\

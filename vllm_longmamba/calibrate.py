@@ -132,7 +132,7 @@ def calibrate_groups(
 
     settings = settings or CalibrationSettings()
     corpus = read_corpus(texts or [], text_column)
-    length = _train_length(model, settings, engine_args)
+    length = find_train_length(model, settings, engine_args)
     row_lengths = default_row_lengths(length, settings.max_length)
     lengths = measured_lengths(row_lengths, settings.measure_to) if settings.method == CLOSED_LOOP else []
     longest = max(length, *lengths, 0)
@@ -236,7 +236,12 @@ def choose_sequences(tokens: list[int], length: int, number: int, seed: int | li
     return [tokens[start * length : (start + 1) * length] for start in chosen.tolist()]
 
 
-def _train_length(model: str, settings: CalibrationSettings, engine_args: dict[str, Any]) -> int:
+def find_train_length(model: str, settings: CalibrationSettings, engine_args: dict[str, Any]) -> int:
+    """L: what the settings say, or what is known of the model.
+
+    Raises:
+        ValueError: neither says it.
+    """
     if settings.train_length is not None:
         return settings.train_length
     from vllm.transformers_utils.config import get_config

@@ -113,6 +113,7 @@ def test_searching_for_decimamba(task: str, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "records.jsonl").read_text() == records
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_tune(tmp_path: Path) -> None:
     arguments = ["tune", MODEL, "--text", str(EXAMPLES / "texts" / "calibration.txt"), "--held-out", HAYSTACK]
@@ -134,3 +135,31 @@ def test_tune(tmp_path: Path) -> None:
     run(*arguments)
     assert (tmp_path / "out" / "records.jsonl").read_bytes() == records
     assert len(list((tmp_path / "out").glob("table-*.safetensors"))) == 1
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_tune_closed_loop(tmp_path: Path) -> None:
+    arguments = ["tune", MODEL, "--method", "closed-loop", "--held-out", HAYSTACK, "--train-length", "512"]
+    arguments += ["--max-length", "4096", "--thetas", "1e-3,0.05", "--sequences", "3", "--lengths", "2048"]
+    arguments += ["--depths", "4", "--windows", "2", *ENGINE]
+    arguments += ["-o", str(tmp_path / "out"), "--table", str(tmp_path / "best.safetensors")]
+    assert "Tuning of the closed loop" in run(*arguments)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    many, few = report["tried"]
+    assert [one["candidate"]["min_retention"] for one in (many, few)] == [1e-3, 0.05]
+    assert 0 < few["candidate"]["global_channels"] < many["candidate"]["global_channels"]
+    assert few["found"]["share"] > report["plain"]["found"]["share"]
+    assert report["best"] in [{"budget": 1.0, "min_retention": theta} for theta in (1e-3, 0.05)]
+    assert report["settings"]["method"] == "closed-loop"
+    metadata = read_metadata(tmp_path / "best.safetensors")
+    assert (metadata.method, metadata.min_retention) == ("closed-loop", report["best"]["min_retention"])
+    assert metadata.closed_loop is not None
+    assert metadata.closed_loop.lengths[-1] == report["settings"]["measured"][-1] == 2048
+    # Each theta has a table of its own; nothing is calibrated or scored a second time.
+    tables = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("table-*.safetensors")}
+    assert set(tables) == {one["candidate"]["table"] for one in (few, many)}
+    records = (tmp_path / "out" / "records.jsonl").read_bytes()
+    run(*arguments)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("table-*.safetensors")} == tables
+    assert (tmp_path / "out" / "records.jsonl").read_bytes() == records

@@ -7,12 +7,34 @@ import numpy as np
 import pytest
 from small_tables import small_table
 
-from vllm_longmamba.calibrate import CalibrationSettings
-from vllm_longmamba.evaluate.tuning import Candidate, Score, between_neighbours, candidate, choose, plain, search
+from vllm_longmamba.evaluate.tuning import (
+    Candidate,
+    Score,
+    TriedTable,
+    between_neighbours,
+    candidate,
+    choose,
+    plain,
+    search,
+)
 from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
-from vllm_longmamba.evaluate.tuning_run import TuningSettings
+from vllm_longmamba.tables import ClosedLoop
 
-TABLES = [small_table(clamp_percent=clamp) for clamp in (5.0, 20.0)]
+THETAS = (1e-9, 1e-4, 1e-1)
+TABLES = [TriedTable(Path(f"C{clamp}"), small_table(clamp_percent=clamp), THETAS) for clamp in (5.0, 20.0)]
+CLOSED = [
+    TriedTable(
+        Path(f"budget{budget}-theta{theta}"),
+        small_table(
+            min_retention=theta,
+            method="closed-loop",
+            closed_loop=ClosedLoop(combine="median", lengths=(12,), text_tokens=100, budget=budget),
+        ),
+        [theta],
+    )
+    for budget in (0.5, 1.0)
+    for theta in (0.05, 0.5)
+]
 
 
 def scored(setting: Candidate, share: float | None, loss: float | None) -> Score:
@@ -33,6 +55,12 @@ def test_candidate() -> None:
     assert plain(TABLES[0]).is_plain
     assert plain(TABLES[0]).global_channels == 0
     assert not candidate(TABLES[0], 0.1).is_plain
+
+
+def test_label() -> None:
+    assert candidate(TABLES[1], 1e-4).label() == "C 20, theta 0.0001"
+    assert candidate(CLOSED[0], 0.05).label() == "budget 0.5, theta 0.05"
+    assert plain(CLOSED[0]).label() == "plain"
 
 
 @pytest.mark.parametrize(
@@ -67,13 +95,28 @@ def test_search() -> None:
         # Best at C = 20 and theta = 1e-3.
         return scored(setting, 1.0, abs(np.log10(setting.min_retention) + 3) + (setting.clamp_percent == 5.0))
 
-    scores = search(score, TABLES, [1e-9, 1e-4, 1e-1], refine=2)
+    scores = search(score, TABLES, refine=2)
     assert asked[0][1] == 1.0
-    assert asked[1:7] == [(clamp, theta) for clamp in (5.0, 20.0) for theta in (1e-9, 1e-4, 1e-1)]
+    assert asked[1:7] == [(clamp, theta) for clamp in (5.0, 20.0) for theta in THETAS]
     finer = [theta for clamp, theta in asked[7:]]
     assert {clamp for clamp, _ in asked[7:]} == {20.0}
     assert finer == pytest.approx([10**-6.5, 10**-2.5, 10**-3.25, 10**-1.75])
     assert choose(scores[1:]).candidate.min_retention == pytest.approx(10**-3.25)
+
+
+def test_search_of_the_closed_loop() -> None:
+    scores = search(lambda setting: scored(setting, 1.0, 2.0), CLOSED, refine=0)
+    tried = [(one.candidate.table, one.candidate.budget, one.candidate.min_retention) for one in scores[1:]]
+    assert tried == [
+        ("budget0.5-theta0.05", 0.5, 0.05),
+        ("budget0.5-theta0.5", 0.5, 0.5),
+        ("budget1.0-theta0.05", 1.0, 0.05),
+        ("budget1.0-theta0.5", 1.0, 0.5),
+    ]
+    assert {one.candidate.clamp_percent for one in scores} == {None}
+
+
+HEAD = {"model": "m", "command": "c", "hardware": "h", "methods": {"model": {"weights": "w"}}, "settings": {}}
 
 
 def test_tuning_report(tmp_path: Path) -> None:
@@ -82,43 +125,44 @@ def test_tuning_report(tmp_path: Path) -> None:
         scored(plain(TABLES[0]), 0.1, 2.0),
         *(scored(setting, 0.9, 1.5 - n / 10) for n, setting in enumerate(settings)),
     ]
-    head = {"model": "m", "command": "c", "hardware": "h", "methods": {"model": {"weights": "w"}}, "settings": {}}
-    report = {**head, **summarize_tuning(scores, choose(scores[1:]))}
+    report = {**HEAD, **summarize_tuning(scores, choose(scores[1:]))}
     assert json.loads(json.dumps(report)) == report
     assert report["best"] == {"clamp_percent": 20.0, "min_retention": 0.01}
     text = tuning_markdown(report, draw_tuning(report, tmp_path))
+    assert text.startswith("# Tuning\n\nBest: clamp_percent 20, min_retention 0.01. ")
     assert "| plain |  | 0 | 0.10 (0.00 to 0.20) | 2.000 (1.900 to 2.100) | 7.39 | +0.000 (-0.100 to +0.100) |" in text
     assert "| 5 | 0.0001 | 4 | 0.90 (0.80 to 1.00) | 1.500 " in text
     assert "| **20** | **0.01** | 2 | 0.90 (0.80 to 1.00) | 1.200 " in text
     assert "![tuning.png](tuning.png)" in text
     assert "C = 20 %" in (tmp_path / "tuning.svg").read_text()
+    # Reports that were written before the closed loop know neither budgets nor names of tables.
+    before = json.loads(json.dumps(report))
+    for score in [before["plain"], *before["tried"]]:
+        del score["candidate"]["budget"], score["candidate"]["table"]
+    assert tuning_markdown(before, draw_tuning(before, tmp_path)) == text
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"thetas": [0.0, 0.1]}, "--thetas must be different numbers between 0 and 1, got 0.0, 0.1"),
-        ({"thetas": [0.1, 1.0]}, "--thetas must be"),
-        ({"thetas": [0.1, 0.1]}, "--thetas must be different"),
-        ({"clamp_percents": [0.0, 100.0]}, "--clamp-percents must be different numbers between 0 and 100"),
-    ],
-)
-def test_tuning_settings_refuse(change: dict[str, list[float]], message: str) -> None:
-    correct = {
-        "thetas": [0.1],
-        "clamp_percents": [0.0, 5.0],
-        "refine": 0,
-        "held_out": [],
-        "calibration_texts": [],
-        "calibration": CalibrationSettings(),
-        "passkeys": True,
-        "perplexity": True,
-        "lengths": None,
-        "depths": 1,
-        "seeds": [0],
-        "windows": 1,
-        "scored_tokens": 100,
-    }
-    TuningSettings(**correct)
-    with pytest.raises(ValueError, match=message):
-        TuningSettings(**(correct | change))
+def test_tuning_report_of_the_closed_loop(tmp_path: Path) -> None:
+    # A smaller loss with the larger theta, and a key less with the largest budget.
+    scores = [scored(plain(CLOSED[0]), 0.1, 1.4)]
+    for one in reversed(CLOSED):
+        setting = candidate(one, one.thetas[0])
+        assert setting.budget is not None
+        scores.append(scored(setting, 1.0 - 0.1 * (setting.budget == 1.0), 1.6 - 0.1 * setting.min_retention))
+    report = {**HEAD, **summarize_tuning(scores, choose(scores[1:]))}
+    assert json.loads(json.dumps(report)) == report
+    assert report["best"] == {"budget": 0.5, "min_retention": 0.5}
+    text = tuning_markdown(report, draw_tuning(report, tmp_path))
+    assert text.startswith(
+        "# Tuning of the closed loop\n\nClosed-loop calibration, for every theta a table of its own. "
+    )
+    assert "Best: budget 0.5, min_retention 0.5." in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[:2] for row in rows[2:]] == [
+        ["| plain", ""],
+        ["| 0.5", "0.05"],
+        ["| **0.5**", "**0.5**"],
+        ["| 1", "0.05"],
+        ["| 1", "0.5"],
+    ]
+    assert "closed loop, budget 0.5" in (tmp_path / "tuning.svg").read_text()

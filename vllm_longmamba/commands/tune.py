@@ -1,4 +1,4 @@
-"""The `longmamba tune` command: searches theta and C on held-out text."""
+"""The `longmamba tune` command: searches theta and C, or the closed loop's theta and budget, on held-out text."""
 
 from pathlib import Path
 from typing import Annotated
@@ -43,14 +43,39 @@ def tune(
     table: Annotated[
         Path | None, typer.Option(help="Where the best table goes. [default: your cache, where vllm serve finds it]")
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="How tables are made, as for longmamba calibrate: paper, or closed-loop.")
+    ] = "paper",
     thetas: Annotated[
-        str, typer.Option(help="min_retention to try, separated by commas.")
-    ] = "1e-40,1e-20,1e-10,1e-5,1e-3,1e-2,1e-1",
-    clamp_percents: Annotated[str, typer.Option(help="clamp_percent to try, separated by commas.")] = "0,5,10,20",
-    refine: Annotated[int, typer.Option(min=0, help="Finer grids of theta around the best, after the first.")] = 1,
+        str | None,
+        typer.Option(
+            help="min_retention to try, separated by commas; in the closed loop each takes a calibration. "
+            "[default: 1e-40,1e-20,1e-10,1e-5,1e-3,1e-2,1e-1; closed loop: 0.01,0.05,0.2,0.5,0.7]"
+        ),
+    ] = None,
+    clamp_percents: Annotated[
+        str | None,
+        typer.Option(help="Paper's method: clamp_percent to try, separated by commas. [default: 0,5,10,20]"),
+    ] = None,
+    refine: Annotated[
+        int | None,
+        typer.Option(min=0, help="Paper's method: finer grids of theta around the best, after the first. [default: 1]"),
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(help="Closed loop: budget to try, as for longmamba calibrate, separated by commas. [default: 1]"),
+    ] = None,
+    combine: Annotated[str, typer.Option(help="Closed loop: as for longmamba calibrate.")] = "median",
+    measure_to: Annotated[
+        int | None,
+        typer.Option(min=2, help="Closed loop: as for longmamba calibrate. [default: the longest of --lengths]"),
+    ] = None,
     score: Annotated[str, typer.Option(help="What decides: passkey, perplexity or both.")] = "both",
     lengths: Annotated[
-        str | None, typer.Option(help="Tokens of prompts and windows. [default: 4 and 8 times the training length]")
+        str | None,
+        typer.Option(
+            help="Tokens of prompts and windows. [default: 4 and 8 times the training length; closed loop: 8 and 16]"
+        ),
     ] = None,
     depths: Depths = 8,
     seeds: Seeds = "0",
@@ -66,27 +91,39 @@ def tune(
     max_model_len: MaxModelLen = None,
     engine_arg: EngineArg = None,
 ) -> None:
-    """Search the min_retention and clamp_percent that serve MODEL best, and write the best table."""
+    """Search the min_retention and clamp_percent (closed loop: budget) that serve MODEL best; write the best table."""
     with user_errors("tune"):
         from vllm_longmamba.calibrate import CalibrationSettings
         from vllm_longmamba.evaluate.report import provenance
         from vllm_longmamba.evaluate.texts import read_books
         from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
-        from vllm_longmamba.evaluate.tuning_run import TuningSettings, tune_model
+        from vllm_longmamba.evaluate.tuning_run import tune_model
+        from vllm_longmamba.evaluate.tuning_settings import TuningSettings, make_grid
         from vllm_longmamba.table_lookup import cached_table_path
         from vllm_longmamba.tables import save_table
 
         if score not in ("passkey", "perplexity", "both"):
             raise ValueError(f"--score must be passkey, perplexity or both, got {score!r}")
+        calibration = CalibrationSettings(
+            num_sequences=sequences,
+            train_length=train_length,
+            max_length=max_length,
+            seed=calibration_seed,
+            method=method,
+            combine=combine,
+            measure_to=measure_to,
+        )
         settings = TuningSettings(
-            thetas=real_numbers(thetas),
-            clamp_percents=real_numbers(clamp_percents),
-            refine=refine,
+            grid=make_grid(
+                method,
+                thetas=real_numbers(thetas) if thetas is not None else None,
+                clamp_percents=real_numbers(clamp_percents) if clamp_percents is not None else None,
+                budgets=real_numbers(budgets) if budgets is not None else None,
+                refine=refine,
+            ),
             held_out=read_books(held_out),
             calibration_texts=text or [],
-            calibration=CalibrationSettings(
-                num_sequences=sequences, train_length=train_length, max_length=max_length, seed=calibration_seed
-            ),
+            calibration=calibration,
             passkeys=score != "perplexity",
             perplexity=score != "passkey",
             lengths=numbers(lengths) if lengths else None,
@@ -104,6 +141,7 @@ def tune(
         path.parent.mkdir(parents=True, exist_ok=True)
         save_table(result.table, path)
         what = {
+            "method": metadata.method,
             "lengths": result.lengths,
             "depths": depths,
             "seeds": seeds,
@@ -113,6 +151,8 @@ def tune(
             "corpus": metadata.corpus,
             "sequences": sequences,
         }
+        if metadata.closed_loop is not None:
+            what |= {"combine": combine, "measured": list(metadata.closed_loop.lengths)}
         report = {
             "task": "tune",
             **provenance(model, {"model": result.contestant}, what),

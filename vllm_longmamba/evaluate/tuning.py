@@ -1,4 +1,4 @@
-"""The paper's search for theta (`min_retention`) and C (`clamp_percent`) on held-out text."""
+"""The search for theta (`min_retention`) and C (`clamp_percent`), or the closed loop's budget, on held-out text."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,25 +25,51 @@ _PLAIN = 1.0
 
 
 @dataclass(frozen=True)
+class TriedTable:
+    """A table to be tried.
+
+    Attributes:
+        path: its file.
+        table: its contents.
+        thetas: to be tried with it.
+    """
+
+    path: Path
+    table: ThresholdTable
+    thetas: Sequence[float]
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A setting to be tried.
 
     Attributes:
-        clamp_percent: the paper's C, of the table.
+        clamp_percent: the paper's C, of the table; None where the closed loop made it.
+        budget: of the closed loop; None where the paper's method made the table.
         min_retention: the paper's theta; 1 is the plain model.
         global_channels: channels that it filters, in all layers.
         thresholds: stands for the thresholds in force; settings that share it are the same model.
+        table: name of the table's file.
     """
 
-    clamp_percent: float
+    clamp_percent: float | None
+    budget: float | None
     min_retention: float
     global_channels: int
     thresholds: str
+    table: str
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing is filtered by intention, for comparison."""
         return self.min_retention == _PLAIN
+
+    def label(self) -> str:
+        """The setting in words."""
+        if self.is_plain:
+            return "plain"
+        table = f"C {self.clamp_percent:g}" if self.budget is None else f"budget {self.budget:g}"
+        return f"{table}, theta {self.min_retention:.3g}"
 
 
 @dataclass(frozen=True)
@@ -65,19 +91,28 @@ class Score:
     by_length: Mapping[str, Any]
 
 
-def candidate(table: ThresholdTable, min_retention: float) -> Candidate:
+def candidate(tried: TriedTable, min_retention: float) -> Candidate:
     """The setting of a table and a theta."""
+    table, metadata = tried.table, tried.table.metadata
     digest = blake3()
     channels = 0
     for layer in sorted(table.layers):
         channels += int(table.is_global(layer, min_retention).sum())
         digest.update(table.thresholds(layer, min_retention).numpy().tobytes())
-    return Candidate(table.metadata.clamp_percent, min_retention, channels, str(digest.hexdigest()[:32]))
+    closed = metadata.closed_loop
+    return Candidate(
+        clamp_percent=metadata.clamp_percent if closed is None else None,
+        budget=closed.budget if closed is not None else None,
+        min_retention=min_retention,
+        global_channels=channels,
+        thresholds=str(digest.hexdigest()[:32]),
+        table=tried.path.name,
+    )
 
 
-def plain(table: ThresholdTable) -> Candidate:
+def plain(tried: TriedTable) -> Candidate:
     """The setting that filters nothing."""
-    return candidate(table, _PLAIN)
+    return candidate(tried, _PLAIN)
 
 
 @dataclass
@@ -87,7 +122,7 @@ class Trial:
     Attributes:
         runner: the engine, started with `EXTENSION`.
         encoder: the model's tokenizer.
-        tables: clamp_percent -> file of its table.
+        folder: of the tables.
         plain: the setting that filters nothing.
         questions: passkeys; none for perplexity alone.
         haystack: tokens of the text that hides them.
@@ -101,7 +136,7 @@ class Trial:
 
     runner: EngineRunner
     encoder: Encoder
-    tables: Mapping[float, Path]
+    folder: Path
     plain: Candidate
     questions: Sequence[Question]
     haystack: list[int]
@@ -133,10 +168,9 @@ class Trial:
         questions = [one for one in self.questions if question_identity(one, run) not in self.records]
         windows = [one for one in self.windows if window_identity(one, run) not in self.records]
         if questions or windows:
-            table = self.tables[setting.clamp_percent]
+            table = self.folder / setting.table
             self.runner.llm.collective_rpc("longmamba_set_filter", args=(str(table), setting.min_retention))
-            name = "plain" if setting.is_plain else f"C {setting.clamp_percent:g}, theta {setting.min_retention:.3g}"
-            advance = self.progress(name, len(questions) + len(windows))
+            advance = self.progress(setting.label(), len(questions) + len(windows))
             ask_questions(self.runner, self.encoder, questions, self.haystack, self.records, run, advance)
             score_windows(self.runner, self.encoder, windows, self.books, self.scored, self.records, run, advance)
         answers = [(one, self.records.result(question_identity(one, run))) for one in self.questions]
@@ -168,26 +202,23 @@ def between_neighbours(best: float, tried: Sequence[float]) -> list[float]:
     return [math.sqrt(best * other) for other in (below, above) if other is not None]
 
 
-def search(
-    score: Callable[[Candidate], Score], tables: Sequence[ThresholdTable], thetas: Sequence[float], refine: int
-) -> list[Score]:
-    """Score the plain model, a grid of theta and C, and then finer grids around the best so far.
+def search(score: Callable[[Candidate], Score], tables: Sequence[TriedTable], refine: int) -> list[Score]:
+    """Score the plain model, every table with its thetas, and then finer grids around the best so far.
 
     Args:
         score: scores a setting.
-        tables: one for each C.
-        thetas: the grid.
-        refine: finer grids, each of up to two thetas with the best C so far.
+        tables: the tables and their thetas.
+        refine: finer grids, each of up to two thetas with the best table so far.
 
     Returns:
         All scores, the plain model's first.
     """
     scores = [score(plain(tables[0]))]
-    scores += [score(candidate(table, theta)) for table in tables for theta in thetas]
-    tried = sorted(thetas)
+    scores += [score(candidate(one, theta)) for one in tables for theta in one.thetas]
+    tried = sorted({theta for one in tables for theta in one.thetas})
     for _ in range(refine):
         best = choose(scores[1:]).candidate
-        table = next(table for table in tables if table.metadata.clamp_percent == best.clamp_percent)
+        table = next(one for one in tables if one.path.name == best.table)
         finer = between_neighbours(best.min_retention, tried)
         scores += [score(candidate(table, theta)) for theta in finer]
         tried = sorted({*tried, *finer})

@@ -11,12 +11,14 @@ from vllm_longmamba.evaluate.tuning import FOUND_TOLERANCE, Score
 
 
 def summarize_tuning(scores: Sequence[Score], best: Score) -> dict[str, Any]:
-    """The scores as plain values: "plain", "tried" (by C and theta) and "best"."""
-    ordered = sorted(scores[1:], key=lambda score: (score.candidate.clamp_percent, score.candidate.min_retention))
+    """The scores as plain values: "plain", "tried" (by C or budget, and theta) and "best"."""
+    varied = "clamp_percent" if best.candidate.budget is None else "budget"
+    names = (varied, "min_retention")
+    tried = [asdict(score) for score in scores[1:]]
     return {
         "plain": asdict(scores[0]),
-        "tried": [asdict(score) for score in ordered],
-        "best": {name: asdict(best.candidate)[name] for name in ("clamp_percent", "min_retention")},
+        "tried": sorted(tried, key=lambda score: [score["candidate"][name] for name in names]),
+        "best": {name: asdict(best.candidate)[name] for name in names},
     }
 
 
@@ -27,8 +29,9 @@ def tuning_markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
         report: as written to JSON.
         pictures: file names of pictures beside it.
     """
-    best = report["best"]
-    header = ["C (%)", "theta", "global channels"]
+    best, varied = report["best"], _varied(report)
+    closed = varied == "budget"
+    header = ["budget" if closed else "C (%)", "theta", "global channels"]
     if report["plain"]["found"]:
         header.append("keys found")
     if report["plain"]["loss"]:
@@ -37,38 +40,51 @@ def tuning_markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
     for score in report["tried"]:
         setting = score["candidate"]
         mark = "**" if all(setting[name] == best[name] for name in best) else ""
-        names = [f"{setting['clamp_percent']:g}", f"{setting['min_retention']:.3g}"]
+        names = [f"{setting[varied]:g}", f"{setting['min_retention']:.3g}"]
         cells = [*(f"{mark}{name}{mark}" for name in names), str(setting["global_channels"]), *_scores(score)]
         rows.append(cells)
     text = (
-        f"Best: clamp_percent {best['clamp_percent']:g}, min_retention {best['min_retention']:.3g}. It has the "
+        f"Best: {varied} {best[varied]:g}, min_retention {best['min_retention']:.3g}. It has the "
         f"smallest loss of the settings whose share of keys found is within {FOUND_TOLERANCE:g} of the largest. "
         "Intervals: 95 %, Wilson for keys, bootstrap over texts for losses; they do not allow for the choice of the "
         "best of many, so confirm it on other text (`longmamba eval`)."
     )
-    return "\n\n".join(["# Tuning", text, table(header, rows), *images(pictures), conditions(report)]) + "\n"
+    title = "# Tuning of the closed loop" if closed else "# Tuning"
+    if closed:
+        text = f"Closed-loop calibration, for every theta a table of its own. {text}"
+    return "\n\n".join([title, text, table(header, rows), *images(pictures), conditions(report)]) + "\n"
 
 
 def draw_tuning(report: Mapping[str, Any], folder: Path) -> list[str]:
-    """Draw keys found and the loss less that of plain over theta, a curve for each C; returns the PNG file's name."""
+    """Draw keys found and the loss less that of plain over theta, a curve for each C or budget.
+
+    Args:
+        report: as written to JSON.
+        folder: takes the pictures.
+
+    Returns:
+        The name of the PNG file.
+    """
     kinds = [(name, of) for name, of in (("found", "share"), ("difference", "loss")) if report["plain"][name]]
     labels = {"found": "keys found", "difference": "nats per token, difference to plain, same windows"}
-    clamps = sorted({score["candidate"]["clamp_percent"] for score in report["tried"]})
+    varied = _varied(report)
+    label = "closed loop, budget {:g}" if varied == "budget" else "C = {:g} %"
+    curves = sorted({score["candidate"][varied] for score in report["tried"]})
     with figure_with_panels(5.2 * len(kinds), 3.8, len(kinds)) as (figure, panels):
         for panel, (kind, of) in zip(panels, kinds, strict=True):
             panel.axhline(report["plain"][kind][of], color=COLOURS[0], linestyle="--", label="plain")
-            for number, clamp in enumerate(clamps, start=1):
-                own = [score for score in report["tried"] if score["candidate"]["clamp_percent"] == clamp]
+            for number, fixed in enumerate(curves, start=1):
+                own = [score for score in report["tried"] if score["candidate"][varied] == fixed]
                 thetas = [score["candidate"]["min_retention"] for score in own]
                 values = [score[kind][of] for score in own]
                 colour = COLOURS[number % len(COLOURS)]
-                panel.plot(thetas, values, color=colour, marker="o", markersize=4, label=f"C = {clamp:g} %")
+                panel.plot(thetas, values, color=colour, marker="o", markersize=4, label=label.format(fixed))
                 panel.fill_between(
                     thetas, *([score[kind][end] for score in own] for end in ("low", "high")),
                     color=colour, alpha=0.08, linewidth=0,
                 )  # fmt: skip
                 for theta, value in zip(thetas, values, strict=True):
-                    if report["best"] == {"clamp_percent": clamp, "min_retention": theta}:
+                    if report["best"] == {varied: fixed, "min_retention": theta}:
                         panel.plot(theta, value, marker="o", markersize=11, fillstyle="none", color="black")
             panel.set_xscale("log")
             panel.set_xlabel("theta (min_retention)")
@@ -77,6 +93,11 @@ def draw_tuning(report: Mapping[str, Any], folder: Path) -> list[str]:
             panel.spines[["top", "right"]].set_visible(False)
         panels[-1].legend(frameon=False)
         return [save(figure, folder, "tuning")]
+
+
+def _varied(report: Mapping[str, Any]) -> str:
+    """What tells the tables of a report apart: "budget" in the closed loop, otherwise "clamp_percent"."""
+    return "budget" if "budget" in report["best"] else "clamp_percent"
 
 
 def _scores(score: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,129 @@
+"""What `longmamba tune` searches, and on what."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_longmamba.calibrate import CalibrationSettings
+from vllm_longmamba.evaluate.texts import Book
+from vllm_longmamba.tables import CLOSED_LOOP, PAPER
+
+# The grids where none is given. The paper searches theta between 1e-40 and 1e-1. In the closed loop every theta takes a
+# calibration; these span the best of the models tried (docs/closed_loop.md).
+THETAS = {PAPER: (1e-40, 1e-20, 1e-10, 1e-5, 1e-3, 1e-2, 1e-1), CLOSED_LOOP: (0.01, 0.05, 0.2, 0.5, 0.7)}
+CLAMP_PERCENTS = (0.0, 5.0, 10.0, 20.0)
+BUDGETS = (1.0,)
+REFINE = {PAPER: 1, CLOSED_LOOP: 0}
+# Multiples of the training length to score at where no lengths are given. What the closed loop's theta does to text
+# shows from 16 times on (docs/closed_loop.md).
+MULTIPLES = {PAPER: (4, 8), CLOSED_LOOP: (8, 16)}
+
+_CLOSED_LOOP_ONLY = f"has a part in the method {CLOSED_LOOP} only; leave it out, or give --method {CLOSED_LOOP}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The settings to be tried; see `make_grid`.
+
+    Attributes:
+        thetas: `min_retention`, each between 0 and 1.
+        clamp_percents: the paper's C, each a calibration; none in the closed loop.
+        budgets: of the closed loop, where each with each theta is a calibration; none for the paper's method.
+        refine: finer grids of theta after the first; 0 in the closed loop.
+
+    Raises:
+        ValueError: a value outside its range, or twice.
+    """
+
+    thetas: Sequence[float]
+    clamp_percents: Sequence[float]
+    budgets: Sequence[float]
+    refine: int
+
+    def __post_init__(self) -> None:
+        _check("--thetas", self.thetas, "between 0 and 1", all(0 < theta < 1 for theta in self.thetas))
+        clamps = self.clamp_percents
+        _check("--clamp-percents", clamps, "between 0 and 100", all(0 <= clamp < 100 for clamp in clamps))
+        _check("--budgets", self.budgets, "above 0", all(0 < budget < float("inf") for budget in self.budgets))
+
+
+def make_grid(
+    method: str,
+    thetas: Sequence[float] | None = None,
+    clamp_percents: Sequence[float] | None = None,
+    budgets: Sequence[float] | None = None,
+    refine: int | None = None,
+) -> Grid:
+    """The grid of a method, its default where nothing is given.
+
+    Args:
+        method: "paper" or "closed-loop".
+        thetas, clamp_percents, budgets, refine: see `Grid`.
+
+    Raises:
+        ValueError: as `Grid`, or something given that has no part in the method.
+    """
+    closed = method == CLOSED_LOOP
+    if closed and clamp_percents is not None:
+        raise ValueError(f"--clamp-percents: C has no part in the method {CLOSED_LOOP}; leave it out")
+    if closed and refine:
+        raise ValueError(
+            f"--refine: with the method {CLOSED_LOOP} every theta takes a calibration; give more --thetas in a second "
+            "run with the same --output, which goes on from the first"
+        )
+    if not closed and budgets is not None:
+        raise ValueError(f"--budgets {_CLOSED_LOOP_ONLY}")
+    return Grid(
+        thetas=THETAS[method] if thetas is None else thetas,
+        clamp_percents=() if closed else CLAMP_PERCENTS if clamp_percents is None else clamp_percents,
+        budgets=() if not closed else BUDGETS if budgets is None else budgets,
+        refine=REFINE[method] if refine is None else refine,
+    )
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """What is searched, and on what.
+
+    Attributes:
+        grid: the settings to be tried.
+        held_out: texts to score on and to hide keys in.
+        calibration_texts: files to calibrate on; the package's sample where there are none.
+        calibration: settings of every calibration, but for what the grid has; its method is that of the search. Where
+            its measure_to is None, the closed loop measures up to the longest of `lengths`.
+        passkeys: whether keys are asked for.
+        perplexity: whether text is scored.
+        lengths: tokens of prompts and windows; by default `MULTIPLES` of the training length.
+        depths: places of the key.
+        seeds: of the questions.
+        windows: at most so many of each length in each text.
+        scored_tokens: at the end of each window.
+
+    Raises:
+        ValueError: measure_to is given with the paper's method.
+    """
+
+    grid: Grid
+    held_out: Sequence[Book]
+    calibration_texts: Sequence[Path]
+    calibration: CalibrationSettings
+    passkeys: bool
+    perplexity: bool
+    lengths: Sequence[int] | None
+    depths: int
+    seeds: Sequence[int]
+    windows: int
+    scored_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.calibration.method != CLOSED_LOOP and self.calibration.measure_to is not None:
+            raise ValueError(f"--measure-to {_CLOSED_LOOP_ONLY}")
+
+    def lengths_for(self, train_length: int) -> list[int]:
+        """Tokens of prompts and windows."""
+        return list(self.lengths or [factor * train_length for factor in MULTIPLES[self.calibration.method]])
+
+
+def _check(name: str, values: Sequence[float], rule: str, holds: bool) -> None:
+    if not holds or len(set(values)) < len(values):
+        raise ValueError(f"{name} must be different numbers {rule}, got {', '.join(map(str, values))}")

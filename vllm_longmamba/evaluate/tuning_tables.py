@@ -1,0 +1,107 @@
+"""The tables that `longmamba tune` tries: one for each C, or in the closed loop one for each budget and theta."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from vllm_longmamba.calibrate import CalibrationSettings, calibrate
+from vllm_longmamba.evaluate.comparison import Progress
+from vllm_longmamba.evaluate.records import settings_key
+from vllm_longmamba.evaluate.tuning import TriedTable
+from vllm_longmamba.evaluate.tuning_settings import TuningSettings
+from vllm_longmamba.tables import CLOSED_LOOP, ThresholdTable, load_table, save_table
+
+# What `calibrate` decides itself.
+_OF_CALIBRATION = ("max_model_len", "max_num_batched_tokens", "max_num_seqs", "enable_prefix_caching", "enforce_eager")
+
+
+def calibration_arguments(engine_args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of vLLM's `LLM` without those that `calibrate` decides itself."""
+    return {name: value for name, value in engine_args.items() if name not in _OF_CALIBRATION}
+
+
+@dataclass(frozen=True)
+class TableMaker:
+    """Calibrates a model, or takes the table that an earlier run has left in the folder.
+
+    Attributes:
+        model: name or folder, as for `vllm serve`.
+        settings: what is searched, and on what.
+        engine_args: further arguments of vLLM's `LLM`.
+        description: of the model; with all settings of a calibration it tells its table from others.
+        folder: keeps the tables; made where it is missing.
+        progress: shows the progress.
+    """
+
+    model: str
+    settings: TuningSettings
+    engine_args: Mapping[str, Any]
+    description: Mapping[str, Any]
+    folder: Path
+    progress: Progress
+
+    def make(self, measure_to: int) -> list[TriedTable]:
+        """All tables of the grid.
+
+        Args:
+            measure_to: tokens of the longest sequences of the closed loop, unless the settings say it.
+
+        Raises:
+            ValueError: too little text to calibrate on.
+        """
+        calibration, grid = self.settings.calibration, self.settings.grid
+        if calibration.method != CLOSED_LOOP:
+            return [
+                self._made(f"C{clamp:g}", replace(calibration, clamp_percent=clamp), grid.thetas)
+                for clamp in grid.clamp_percents
+            ]
+        calibration = replace(calibration, measure_to=calibration.measure_to or measure_to)
+        return [one for budget in grid.budgets for one in self._closed_loop(replace(calibration, budget=budget))]
+
+    def _closed_loop(self, calibration: CalibrationSettings) -> list[TriedTable]:
+        """The tables of a budget: thetas of the same global channels share one."""
+        made: list[TriedTable] = []
+        for theta in self.settings.grid.thetas:
+            same = next((one for one in made if _same_channels(one.table, one.thetas[0], theta)), None)
+            if same is None:
+                name = f"budget{calibration.budget:g}-theta{theta:g}"
+                made.append(self._made(name, replace(calibration, min_retention=theta), [theta]))
+            else:
+                made[made.index(same)] = replace(same, thetas=[*same.thetas, theta])
+        return made
+
+    def _made(self, name: str, calibration: CalibrationSettings, thetas: Iterable[float]) -> TriedTable:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        texts = {path.name: blake3(path.read_bytes()).hexdigest() for path in self.settings.calibration_texts}
+        key = settings_key({**self.description, **asdict(calibration), "texts": texts})
+        path = self.folder / f"table-{name}-{key}.safetensors"
+        if not path.exists():
+            bar = _bar(self.progress, f"calibrating, {name}")
+            arguments = calibration_arguments(self.engine_args)
+            table = calibrate(self.model, list(self.settings.calibration_texts), calibration, progress=bar, **arguments)
+            save_table(table, path)
+        return TriedTable(path, load_table(path), list(thetas))
+
+
+def _same_channels(table: ThresholdTable, theta: float, other: float) -> bool:
+    """Whether two thetas make the same channels global: retention comes from the training length, whatever theta is."""
+    return all(
+        # NumPy: further engines are forked from this process, see tables/table.py.
+        np.array_equal(table.is_global(layer, theta).numpy(), table.is_global(layer, other).numpy())
+        for layer in table.layers
+    )
+
+
+def _bar(progress: Progress, description: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
+    def wrap(sequences: Iterable[Any]) -> Iterator[Any]:
+        todo = list(sequences)
+        advance = progress(description, len(todo))
+        for sequence in todo:
+            yield sequence
+            advance()
+
+    return wrap
