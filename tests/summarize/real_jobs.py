@@ -29,6 +29,8 @@ def command(folder: Path, *more: str, output: str = "out.jsonl") -> list[str]:
 def user_environment(folder: Path) -> dict[str, str]:
     """As users have it, the engine in a process of its own; marks what is started for a folder."""
     environment = dict(os.environ) | {_FOLDER: str(folder)}
+    # The engines and Ray's workers give themselves names, and would overwrite their environment with them.
+    environment["SPT_NOENV"] = "1"
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     return environment
 
@@ -52,6 +54,8 @@ def start_and_signal(
         assert job.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    # Otherwise `wait_until_gone` would see nothing of them either.
+    assert any("EngineCore" in name for name in processes(output.parent))
     if number == signal.SIGINT:
         os.killpg(job.pid, number)
     else:

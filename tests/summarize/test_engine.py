@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from vllm_longmamba.summarize.engine import kept_full
+
 from .real_jobs import QUESTION, START_SECONDS, command, rows_of, start_and_signal, user_environment, wait_until_gone
 
 pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize(("running", "requests"), [(1, 2), (8, 16), (16, 32), (64, 80), (256, 282)])
+def test_kept_full(running: int, requests: int) -> None:
+    """Small engines have as many requests waiting as they run, large ones a tenth."""
+    assert kept_full(running) == requests
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])

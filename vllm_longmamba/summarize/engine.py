@@ -3,11 +3,7 @@
 import contextlib
 import itertools
 import math
-import os
 import signal
-import subprocess
-import sys
-import uuid
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from typing import Any
@@ -15,28 +11,15 @@ from typing import Any
 from vllm_longmamba.summarize.backends import Sampling
 from vllm_longmamba.summarize.prompts import Prompt
 from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError
+from vllm_longmamba.summarize.watchdog import Watchdog
 
-# Requests waiting in the engine beside those that run, so that a place that comes free is taken in the next step.
-_WAITING_SHARE = 1.1
-_WAITING_MIN = 2
+# Requests waiting in the engine beside those that run: a share of these, and enough for small engines, whose places
+# may all come free before this process has had its turn on a busy machine.
+_WAITING_SHARE = 0.1
+_WAITING_ENOUGH = 16
 
 # vLLM's own 5 s are too few for its processes on a busy CPU; killed ones leave warnings and shared memory behind.
 _END_TIMEOUT_S = 30.0
-
-_JOB_VARIABLE = "LONGMAMBA_SUMMARIZE_JOB"
-# Runs without the project, in a session of its own: waits for the end of its input, which is the end of the job,
-# however that came, and then ends every process that was started with the job's mark.
-_WATCHDOG = """
-import os, signal, sys
-sys.stdin.read()
-for pid in filter(str.isdigit, os.listdir("/proc")):
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as environment:
-            if sys.argv[1].encode() in environment.read().split(b"\\0") and int(pid) != os.getpid():
-                os.kill(int(pid), signal.SIGKILL)
-    except OSError:
-        pass
-"""
 
 
 def engine_arguments(
@@ -116,19 +99,19 @@ class EngineBackend:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         prepared = engine_args(arguments)
-        self._watchdog = _start_watchdog()
+        self._watchdog = Watchdog()
         try:
             with _interrupts_held_back():
                 # As large steps and batches as `LLM` takes; the default for a server is a half or an eighth.
                 self._engine: Any = AsyncLLM.from_engine_args(prepared, usage_context=UsageContext.LLM_CLASS)
         except BaseException:
-            self._end_watchdog()
+            self._watchdog.stop()
             raise
         self.chat = False
         self.tokenizer = self._engine.get_tokenizer()
         self.max_model_len: int | None = self._engine.model_config.max_model_len
         running = self._engine.vllm_config.scheduler_config.max_num_seqs
-        self.concurrency = concurrency or max(math.ceil(running * _WAITING_SHARE), running + _WAITING_MIN)
+        self.concurrency = concurrency or kept_full(running)
         self._params = sampling_params(sampling)
         self._ids = itertools.count()
 
@@ -158,13 +141,16 @@ class EngineBackend:
         self._engine.shutdown(timeout=_END_TIMEOUT_S)
         # Its finalizer shuts it down once more, which fails once Python has begun to take modules apart.
         self._engine = None
-        self._end_watchdog()
+        self._watchdog.stop()
 
-    def _end_watchdog(self) -> None:
-        if self._watchdog is not None:
-            # Not by closing its input: nothing is left for it to do.
-            self._watchdog.kill()
-            self._watchdog.wait()
+
+def kept_full(running: int) -> int:
+    """Requests in an engine at a time, so that a place that comes free is taken in the next step.
+
+    Args:
+        running: requests that it runs at a time.
+    """
+    return running + max(math.ceil(running * _WAITING_SHARE), min(running, _WAITING_ENOUGH))
 
 
 def sampling_params(sampling: Sampling) -> Any:
@@ -192,13 +178,3 @@ def _interrupts_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_watchdog() -> subprocess.Popen[bytes] | None:
-    """Ends the engine's processes if this one is killed: they would keep their memory for ever."""
-    if not os.path.isdir("/proc/self"):
-        return None
-    os.environ[_JOB_VARIABLE] = uuid.uuid4().hex
-    mark = f"{_JOB_VARIABLE}={os.environ[_JOB_VARIABLE]}"
-    command = [sys.executable, "-S", "-E", "-c", _WATCHDOG, mark]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

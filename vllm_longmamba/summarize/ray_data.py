@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_longmamba.summarize.backends import Sampling
-from vllm_longmamba.summarize.engine import engine_args, model_config_tokenizer
+from vllm_longmamba.summarize.engine import engine_args, kept_full, model_config_tokenizer
 from vllm_longmamba.summarize.prompts import Prompt
 from vllm_longmamba.summarize.ray_plugin import plugin_modules, staging_folder
 from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError
+from vllm_longmamba.summarize.watchdog import Watchdog
 
 LOCAL = "local"
 _DEFAULT_MAX_NUM_SEQS = 256
@@ -71,21 +72,27 @@ class RayBackend:
         self.tokenizer = model_config_tokenizer(model_config)
         self.max_model_len: int | None = model_config.max_model_len
         running = int(arguments.get("max_num_seqs") or _DEFAULT_MAX_NUM_SEQS)
-        each = math.ceil((concurrency or options.replicas * math.ceil(running * 1.1)) / options.replicas)
+        each = math.ceil(concurrency / options.replicas) if concurrency else kept_full(running)
         self.concurrency = concurrency or each * options.replicas
         self._end_ids = _end_token_ids(self.tokenizer)
         self._sampling = sampling
         self._timeout_s = options.timeout_s
-        self._staging = staging_folder()
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._ids = itertools.count()
         self._loop = asyncio.get_running_loop()
         self._failure: JobStoppedError | None = None
-        runtime_env = {"py_modules": plugin_modules(Path(self._staging.name)), "env_vars": _passed_variables()}
-        _connect(options, runtime_env)
-        resources = options.resources or _worker_resources()
-        self._queue = Queue(actor_options={"num_cpus": 0})
-        self._dataset = _dataset(arguments, options, resources, each, runtime_env, self._queue)
+        # Never stopped: it waits for the end of this process, and ends what Ray leaves of a cluster on this machine.
+        self._watchdog = Watchdog()
+        self._staging = staging_folder()
+        try:
+            runtime_env = {"py_modules": plugin_modules(Path(self._staging.name)), "env_vars": _passed_variables()}
+            _connect(options, runtime_env)
+            resources = options.resources or _worker_resources()
+            self._queue = Queue(actor_options={"num_cpus": 0})
+            self._dataset = _dataset(arguments, options, resources, each, runtime_env, self._queue)
+        except BaseException:
+            self._disconnect()
+            raise
         self._receiver = threading.Thread(target=self._receive, name="ray-results", daemon=True)
         self._receiver.start()
 
@@ -114,11 +121,16 @@ class RayBackend:
 
     async def close(self) -> None:
         """End the replicas, and the cluster if this job started it."""
+        try:
+            if self._failure is None:
+                await self._queue.put_async(None)
+                await asyncio.to_thread(self._receiver.join, _END_TIMEOUT_S)
+        finally:
+            self._disconnect()
+
+    def _disconnect(self) -> None:
         import ray
 
-        if self._failure is None:
-            await self._queue.put_async(None)
-            await asyncio.to_thread(self._receiver.join, _END_TIMEOUT_S)
         ray.shutdown()
         self._staging.cleanup()
 

@@ -1,0 +1,39 @@
+"""A job on a Ray cluster of this machine, two replicas of the example model: killed, interrupted, and started again."""
+
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .real_jobs import QUESTION, command, rows_of, start_and_signal, user_environment, wait_until_gone
+
+pytest.importorskip("ray", reason="needs Ray: pip install 'ray[data]>=2.50'")
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+# Two engines start at a time, on a machine that may have two cores.
+START_SECONDS = 600
+
+
+def test_signals_and_resume(tmp_path: Path, documents: dict[str, str]) -> None:
+    """kill -9, then ctrl-C in the second run, then to the end: no row twice, none lost, no process left."""
+    asked = ["--instruction", QUESTION, "--max-tokens", "5", "--fit", "map-reduce", "--concurrency", "2"]
+    job_command = command(tmp_path, *asked, "--ray", "local", "--replicas", "2")
+    output = tmp_path / "out.jsonl"
+    before = b""
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        job = start_and_signal(job_command, output, number, before.count(b"\n"), START_SECONDS)
+        assert job.wait(120) == code
+        wait_until_gone(tmp_path)
+        content = output.read_bytes()
+        assert content.startswith(before)
+        before = content[: content.rindex(b"\n") + 1]
+        assert len(rows_of(output)) < len(documents)
+    subprocess.run(job_command, timeout=START_SECONDS, env=user_environment(tmp_path), check=True)
+    wait_until_gone(tmp_path)
+    assert output.read_bytes().startswith(before)
+    rows = rows_of(output)
+    assert rows.keys() == documents.keys() | {"long"}
+    assert all(row["error"] is None and row["finish_reason"] == "length" for row in rows.values())
+    found = sum(str(rows[name]["summary"]).startswith(key) for name, key in documents.items())
+    assert found >= 0.75 * len(documents)
