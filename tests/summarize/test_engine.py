@@ -19,7 +19,8 @@ def test_kept_full(running: int, requests: int) -> None:
     assert kept_full(running) == requests
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_signal_and_resume(number: signal.Signals, tmp_path: Path, documents: dict[str, str]) -> None:
     """Ctrl-C, which reaches the engine's processes too, finishes what runs; kill -9 leaves no process behind."""
     asked = ["--instruction", QUESTION, "--max-tokens", "5", "--fit", "map-reduce", "--concurrency", "2"]
