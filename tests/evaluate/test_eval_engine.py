@@ -12,7 +12,7 @@ from reference_lm import reference_logprobs
 from tiny_models import random_token_ids, write_mamba2_original
 
 from vllm_longmamba.evaluate.engine import EngineContestant, EngineRunner
-from vllm_longmamba.evaluate.tuning import EXTENSION, candidate
+from vllm_longmamba.evaluate.tuning import EXTENSION
 from vllm_longmamba.tables import ThresholdTable, load_table
 
 pytestmark = pytest.mark.engine
