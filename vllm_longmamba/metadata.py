@@ -101,10 +101,10 @@ class _FilterRowsBuilder:
 
     def _decode_rows(self, metadata: Any, step: StepRows) -> torch.Tensor | None:
         decodes = step[: metadata.num_decodes] if metadata.num_prefills > 0 else step
+        rows = decodes.rows[: metadata.num_decodes]
         if not self._may_replay_graph(metadata):
-            return self._to_device(decodes.rows[: metadata.num_decodes]) if decodes.filters else None
+            return self._to_device(rows) if decodes.filters else None
         if decodes.filters or not self._graph_rows_are_zero:
-            rows = decodes.rows[: metadata.num_decodes]
             self._graph_rows.zero_()
             self._graph_rows[: len(rows)].copy_(self._to_device(rows), non_blocking=True)
             self._graph_rows_are_zero = not decodes.filters

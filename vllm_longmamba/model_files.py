@@ -10,7 +10,7 @@ from typing import Any
 from vllm_longmamba.architectures import MODEL_IMPL, supported_architecture
 from vllm_longmamba.model_length import train_length
 from vllm_longmamba.options import LongMambaOptions
-from vllm_longmamba.table_lookup import Weights, is_threshold_table, locate_weights
+from vllm_longmamba.table_lookup import Weights, locate_weights, safetensors_weights
 
 # Every Mamba mixer of every family has this parameter: (channels, d_state) in Mamba-1, (channels,) in Mamba-2.
 _A_LOG = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.+\.)?A_log")
@@ -87,8 +87,7 @@ def open_model(model: str, **engine_args: Any) -> ModelFiles:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    safetensors = [path for path in sorted(folder.glob("*.safetensors")) if not is_threshold_table(path)]
-    return safetensors or sorted([*folder.glob("*.bin"), *folder.glob("*.pt")])
+    return safetensors_weights(folder) or sorted([*folder.glob("*.bin"), *folder.glob("*.pt")])
 
 
 def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

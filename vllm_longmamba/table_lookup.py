@@ -120,6 +120,11 @@ def is_threshold_table(file: Path) -> bool:
     return file.name == FILE_NAME or (file.suffix == ".safetensors" and is_table_file(file))
 
 
+def safetensors_weights(folder: Path) -> list[Path]:
+    """The .safetensors files of a folder in order, threshold tables not among them."""
+    return [file for file in sorted(folder.glob("*.safetensors")) if not is_threshold_table(file)]
+
+
 def locate_weights(model_config: Any, load_config: Any) -> Weights:
     """Find (and for a model on the hub, download) the weight files that vLLM will load.
 

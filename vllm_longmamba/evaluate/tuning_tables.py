@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,14 @@ class TableMaker:
                 made[made.index(same)] = replace(same, thetas=[*same.thetas, theta])
         return made
 
+    @cached_property
+    def _texts(self) -> dict[str, str]:
+        """Digests of the files to calibrate on, by name; they are read once for all tables."""
+        return {path.name: blake3(path.read_bytes()).hexdigest() for path in self.settings.calibration_texts}
+
     def _made(self, name: str, calibration: CalibrationSettings, thetas: Iterable[float]) -> TriedTable:
         self.folder.mkdir(parents=True, exist_ok=True)
-        texts = {path.name: blake3(path.read_bytes()).hexdigest() for path in self.settings.calibration_texts}
-        key = settings_key({**self.description, **asdict(calibration), "texts": texts})
+        key = settings_key({**self.description, **asdict(calibration), "texts": self._texts})
         path = self.folder / f"table-{name}-{key}.safetensors"
         if not path.exists():
             bar = _bar(self.progress, f"calibrating, {name}")

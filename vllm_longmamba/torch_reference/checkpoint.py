@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_longmamba.checkpoint_config import is_original_format, translate_original_config
-from vllm_longmamba.table_lookup import is_threshold_table
+from vllm_longmamba.table_lookup import safetensors_weights
 
 FAMILIES = ("mamba", "mamba2", "falcon_mamba")
 
@@ -70,8 +70,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     Raises:
         ValueError: there are none.
     """
-    safetensors = [file for file in sorted(folder.glob("*.safetensors")) if not is_threshold_table(file)]
-    files = tuple(safetensors or sorted(folder.glob("*.bin")))
+    files = tuple(safetensors_weights(folder) or sorted(folder.glob("*.bin")))
     if not files:
         raise ValueError(f"{folder}: there are no weights (*.safetensors or *.bin); name the folder of a checkpoint")
     return files
