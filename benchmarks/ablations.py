@@ -57,6 +57,11 @@ def main() -> None:
     parser.add_argument("--thetas", default=",".join(map(str, THETAS)))
     parser.add_argument("--clamps", default=",".join(map(str, CLAMPS)))
     parser.add_argument("--groups", type=int, default=GROUPS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="of the torch reference [default: a GPU, if any]")
+    parser.add_argument(
+        "--segment-tokens", type=int,
+        help="of all prompts that the torch reference reads at a time [default: 8192 on a GPU; a small model: 131072]",
+    )  # fmt: skip
     parser.add_argument("--records", type=Path, default=ROOT / "out" / "ablations", help="[%(default)s]")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
@@ -65,7 +70,7 @@ def main() -> None:
     lengths = [int(length) for length in options.lengths.split(",")]
     from support.variants import Subject
 
-    subject = Subject(options.model, options.table, 2 * max(lengths))
+    subject = Subject(options.model, options.table, 2 * max(lengths), options.device, options.segment_tokens)
     for name in options.names or ABLATIONS:
         _run(name, subject, lengths, options)
 

@@ -48,12 +48,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel degree [%(default)s]")
     parser.add_argument("--runs", type=int, default=2, help="starts of each engine [%(default)s]")
+    parser.add_argument("--cache-gib", type=int, help="of each engine, where other work shares the GPU [what is free]")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the script out on a CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / f"calibration_time_tp{given.tp}.json"
-    document: dict[str, Any] = {"environment": _environment(), "tp": given.tp, "tiny": given.tiny, "models": {}}
+    document: dict[str, Any] = {"environment": _environment(), "tp": given.tp, "cache_gib": given.cache_gib}
+    document |= {"tiny": given.tiny, "models": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name in given.models:
             model = _write_model(name, Path(folder) / name, given.tiny)
@@ -106,6 +108,8 @@ def _start(name: str, model: Path, mode: str, given: argparse.Namespace) -> dict
     }
     if given.tiny:
         arguments |= {"gpu_memory_utilization": 0.1, "enforce_eager": True}
+    if given.cache_gib:
+        arguments |= {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": given.cache_gib * 2**30}
     if mode == "longmamba":
         arguments |= {
             "model_impl": "longmamba",

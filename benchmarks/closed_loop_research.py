@@ -10,92 +10,50 @@ is there already is not repeated. `--report` prints the table of all of them. do
 """
 
 import argparse
-import gzip
 import json
 import math
 import random
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from support.closed_loop_methods import Measuring, ScaledDt, Soft, scale_decay
+from support.closed_loop_records import read_records, report
 from support.recording import Recording
 
 from vllm_longmamba.calibrate import draw_sequences
 from vllm_longmamba.calibration_text import read_corpus
 from vllm_longmamba.evaluate.needles import PASSKEY_QUESTION, hide, passkey_needle
-from vllm_longmamba.evaluate.statistics import wilson_interval
 from vllm_longmamba.tables import LayerCalibration, LayerThresholds
-from vllm_longmamba.tables.closed_loop import budget_thresholds, combine_thresholds
-from vllm_longmamba.torch_reference import LayerPlan, LayerView, LongMamba, Plain, Prompt, TorchModel
+from vllm_longmamba.tables.closed_loop import combine_thresholds
+from vllm_longmamba.torch_reference import Plain, Prompt, TorchModel
 
 LAST = 2048
 DEFAULTS = {
     "theta": 0.01,  # retention above which a channel is global
-    "n": 6,  # sequences
+    "n": 6,  # sequences; the first six are the same for every n
     "combine": "median",
     "joint": 0,  # 1: all sequences go through a layer under its combined threshold
     "scale": 1.0,  # of the budget
     "power": 0.0,  # of S/L, another factor of the budget
     "clamp": 0.0,  # per cent; budget and dt are clamped as in the paper
+    "C": -1.0,  # per cent, of the paper's thresholds; negative takes the paper's for this kind of model
     "soft": 0.0,  # factor of a filtered token's dt
     "rule": "alone",  # "max": no lower than the paper's threshold; "min": no higher
     "seed": 0,  # chooses the sequences
 }
-
-
-class Measuring:
-    """A method that takes each layer's thresholds from the tokens that it reads, and applies them at once.
-
-    Args:
-        budgets: layer -> (channels,) float64; infinite in local channels.
-        clamps: layer -> (channels,), dt above counts as this much; None without a clamp.
-        combine: how to make one threshold of those of all sequences; None gives every sequence its own.
-        soft: factor of a filtered token's dt.
-
-    Attributes:
-        found: layer -> (sequences, channels).
-    """
-
-    name = "measuring"
-    needs_whole_prompt = True
-
-    def __init__(self, budgets: dict[int, Any], clamps: Any, combine: str | None, soft: float) -> None:
-        self.budgets, self.clamps, self.combine, self.soft = budgets, clamps, combine, soft
-        self.found: dict[int, torch.Tensor] = {}
-
-    def check(self, channels: Any) -> None:
-        """Fits every model."""
-
-    def plan(self, layer: LayerView, prompt: Prompt) -> LayerPlan:
-        """Measure and filter."""
-        dt = torch.cat([part.dt for part in layer.projections()], dim=1)
-        if self.clamps is not None:
-            dt = torch.minimum(dt, self.clamps[layer.index])
-        budget = self.budgets[layer.index]
-        mine = torch.isfinite(budget)
-        each = torch.full((len(dt), len(budget)), -1.0, device=dt.device)
-        each[:, mine] = torch.stack([budget_thresholds(sequence[:, mine], budget[mine]) for sequence in dt])
-        self.found[layer.index] = each.cpu()
-        used = each[:, None] if self.combine is None else combine_thresholds(each, self.combine)
-        return LayerPlan(change_dt=lambda dt: torch.where(dt <= used, self.soft * dt, dt))
-
-
-class Soft(LongMamba):
-    """Filtered tokens keep a part of their dt."""
-
-    soft = 0.0
-
-    def plan(self, layer: LayerView, prompt: Prompt) -> LayerPlan:
-        """Scale, where LongMamba sets 0."""
-        plan = super().plan(layer, prompt)
-        zeroed = plan.change_dt
-        if zeroed is None or self.soft == 0:
-            return plan
-        return LayerPlan(change_dt=lambda dt: torch.maximum(zeroed(dt), self.soft * dt))
+# Of the methods that scale dt or A by factor * (L/S)^power in prompts of S tokens; theta 0 means all channels.
+SCALE_DEFAULTS = {"theta": 0.0, "factor": 1.0, "power": 0.0}
+SETTINGS = {
+    "plain": {},
+    "paper": DEFAULTS,
+    "closed": DEFAULTS,
+    "prompt": DEFAULTS,
+    "dt": SCALE_DEFAULTS,
+    "A": SCALE_DEFAULTS,
+}
 
 
 class Study:
@@ -110,6 +68,7 @@ class Study:
         self.cache: Path = options.output.with_suffix(".thresholds")
         self.cache.mkdir(parents=True, exist_ok=True)
         self._plain_dt: list[dict[int, torch.Tensor]] | None = None
+        self._retention: dict[int, torch.Tensor] | None = None
 
     def plain_dt(self) -> list[dict[int, torch.Tensor]]:
         """dt of five sequences of the training length, as the engine's calibration draws them."""
@@ -136,9 +95,21 @@ class Study:
         return 20.0 if self.model.layers[0].mixer.A.dim() == 2 else 5.0
 
     def is_global(self, theta: float) -> dict[int, torch.Tensor]:
-        """Which channels are filtered."""
-        paper = self.paper(2 * self.train_length, self.clamp_percent())
-        return {layer: values.retention > theta for layer, values in paper.items()}
+        """Which channels are filtered or scaled."""
+        if self._retention is None:
+            paper = self.paper(2 * self.train_length, self.clamp_percent())
+            self._retention = {layer: values.retention for layer, values in paper.items()}
+        return {layer: retention > theta for layer, retention in self._retention.items()}
+
+    def factors(self, spec: dict[str, Any], length: int) -> dict[int, torch.Tensor]:
+        """Layer -> (channels,) factors of dt or A in prompts of one length; 1 in channels that stay as they are."""
+        factor = spec["factor"] * (self.train_length / length) ** spec["power"]
+        if spec["theta"] == 0:
+            return {layer.index: layer.mixer.A.new_full(layer.mixer.A.shape[:1], factor) for layer in self.model.layers}
+        return {
+            layer: torch.where(mine, factor, 1.0).to(self.model.device, torch.float32)
+            for layer, mine in self.is_global(spec["theta"]).items()
+        }
 
     def measuring(self, spec: dict[str, Any], length: int, combine: str | None) -> Measuring:
         """A method that measures as `spec` says."""
@@ -156,9 +127,10 @@ class Study:
     def thresholds(self, kind: str, spec: dict[str, Any], length: int) -> dict[int, torch.Tensor]:
         """Layer -> (channels,) for prompts of one length."""
         is_global = self.is_global(spec["theta"])
+        clamp_percent = self.clamp_percent() if spec["C"] < 0 else spec["C"]
         paper = {
             layer: values.dt_threshold[1].where(is_global[layer], torch.tensor(-1.0))
-            for layer, values in self.paper(length, self.clamp_percent()).items()
+            for layer, values in self.paper(length, clamp_percent).items()
         }
         if kind == "paper":
             return paper
@@ -171,7 +143,7 @@ class Study:
 
     def closed(self, spec: dict[str, Any], length: int) -> dict[int, torch.Tensor]:
         """Layer -> (channels,) as measured at one length; those of single sequences are kept beside the output."""
-        sequences = draw_sequences(self.texts, length, 6, spec["seed"])[: int(spec["n"])]
+        sequences = self._sequences(length, spec["n"], spec["seed"])
         if spec["joint"]:
             method = self.measuring(spec, length, spec["combine"])
             found = self._measure(sequences, method)
@@ -186,6 +158,16 @@ class Study:
             parts = parts if "only" not in spec else [parts[spec["only"]]]
             found = {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
         return {layer: combine_thresholds(each, spec["combine"]) for layer, each in found.items()}
+
+    def _sequences(self, length: int, number: int, seed: int) -> list[list[int]]:
+        """Six are drawn as the engine's calibration does; further ones by other seeds, none of them twice."""
+        sequences: list[list[int]] = []
+        for further in range(100):
+            drawn = draw_sequences(self.texts, length, 6, seed + 1000 * further)
+            sequences += [sequence for sequence in drawn if sequence not in sequences]
+            if len(sequences) >= number:
+                return sequences[:number]
+        raise SystemExit(f"the calibration text has only {len(sequences)} sequences of {length} tokens, not {number}")
 
     @torch.inference_mode()
     def _measure(self, sequences: list[list[int]], method: Measuring) -> dict[int, torch.Tensor]:
@@ -215,8 +197,13 @@ class Study:
 
     @torch.inference_mode()
     def _answer(self, kind: str, spec: dict[str, Any], ids: torch.Tensor, length: int) -> list[dict[str, Any]]:
+        # What reads the prompt; the plain model goes on from its states.
         if kind == "plain":
             model = self.model
+        elif kind == "dt":
+            model = self.model.with_method(ScaledDt(self.factors(spec, length)))
+        elif kind == "A":
+            model = scale_decay(self.model, self.factors(spec, length))
         elif kind == "prompt":
             model = self.model.with_method(self.measuring(spec, length, None))
         else:
@@ -233,7 +220,7 @@ class Study:
             bits.append(-logits.log_softmax(-1).gather(2, wanted)[..., 0] / math.log(2))
         all_bits = torch.cat(bits, dim=1)
         logits = torch.cat(
-            [model._logits(hidden[:, -1:]), model._logits(model._run(ids[:, length:-1], states, None))], dim=1
+            [model._logits(hidden[:, -1:]), model._logits(self.model._run(ids[:, length:-1], states, None))], dim=1
         )
         digits = ids[:, length:]
         hits = (logits.argmax(-1) == digits).all(1).tolist()
@@ -263,34 +250,15 @@ class Study:
 def parse(name: str) -> tuple[str, dict[str, Any]]:
     """A method's kind and settings: `closed:theta=0.05,combine=min`."""
     kind, _, settings = name.partition(":")
-    spec = dict(DEFAULTS)
+    if kind not in SETTINGS:
+        raise SystemExit(f"unknown method {name!r}; there are {', '.join(SETTINGS)}")
+    spec: dict[str, Any] = dict(SETTINGS[kind])
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
-        if key not in spec or kind not in ("plain", "paper", "closed", "prompt"):
-            raise SystemExit(f"unknown method {name!r}; settings are {', '.join(DEFAULTS)}")
+        if key not in spec:
+            raise SystemExit(f"method {name!r}: unknown setting {key!r}; settings of {kind} are {', '.join(spec)}")
         spec[key] = value if isinstance(spec[key], str) else type(spec[key])(value)
     return kind, spec
-
-
-def report(lines: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each method and length."""
-    cells: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
-    for line in lines:
-        cells[line["length"], line["method"]].append(line)
-    rows = [
-        "| S | method | keys found | 95 % | mean log P(key) | bits/byte | last 2048 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for (length, method), trials in sorted(cells.items()):
-        share = float(np.mean([trial["found"] for trial in trials]))
-        low, high = wilson_interval(share, len(trials))
-        means = [np.mean([trial[key] for trial in trials]) for key in ("logprob", "bits", "last_bits")]
-        hits = sum(trial["found"] for trial in trials)
-        rows.append(
-            f"| {length} | {method} | {hits}/{len(trials)} | {low:.2f} to {high:.2f} | {means[0]:.2f} | {means[1]:.3f} "
-            f"| {means[2]:.3f} |"
-        )
-    return "\n".join(rows)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -305,13 +273,6 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, appended to")
     return parser
-
-
-def read_records(file: Path) -> list[dict[str, Any]]:
-    """The records of earlier runs; the file may be packed with gzip."""
-    content = file.read_bytes()
-    text = gzip.decompress(content) if file.suffix == ".gz" else content
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Which backend runs a tensor, and the checks that every wrapper makes at its boundary."""
 
 import os
+from functools import cache
 
 import torch
 
@@ -8,6 +9,12 @@ import torch
 def uses_triton(tensor: torch.Tensor) -> bool:
     """True on a GPU, and on the CPU where ``TRITON_INTERPRET=1`` asks for Triton's interpreter."""
     return tensor.is_cuda or os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def supports_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may start while the one in front of it ends: NVIDIA GPUs of compute capability 9.0 and later."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def check_tensor(

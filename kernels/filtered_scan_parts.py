@@ -78,9 +78,15 @@ def _pass_states_kernel(
     A_ptr, state_ptr, chunk_state_ptr, chunk_step_ptr,
     query_start_loc_ptr, state_indices_ptr, has_initial_state_ptr, chunk_size, state_stride,
     d_inner: tl.constexpr, d_state: tl.constexpr, NULL: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, STATES: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, STATES: tl.constexpr, AHEAD: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
-    """Replace what each chunk adds by the state that it starts from, chunk after chunk. In place in chunk_state."""
+    """Replace what each chunk adds by the state that it starts from, chunk after chunk. In place in chunk_state.
+
+    A: (d_state, d_inner). launch_pdl: see `_chunk_kernel`.
+    """
+    if launch_pdl:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     sequence = tl.program_id(2)
     start = tl.load(query_start_loc_ptr + sequence)
     n_tokens = tl.load(query_start_loc_ptr + sequence + 1) - start
@@ -101,7 +107,7 @@ def _pass_states_kernel(
     for k in tl.static_range(STATES):
         n = tl.program_id(1) * STATES + k
         end = tl.where(n < d_state, d_inner, 0)
-        A = A + (tl.load(A_ptr + channel * d_state + n, mask=channel < end, other=0.0) * 1.4426950408889634,)
+        A = A + (tl.load(A_ptr + n * d_inner + channel, mask=channel < end, other=0.0) * 1.4426950408889634,)
         h_n = tl.load(state_ptr + slot * state_stride + channel * d_state + n, mask=channel < end, other=0.0)
         h = h + (tl.where(is_initial, h_n.to(tl.float32), 0.0),)
         state_ptrs = state_ptrs + (chunk_state_ptr + first * (d_inner * d_state) + n * d_inner + channel,)

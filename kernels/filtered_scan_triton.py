@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dispatch import supports_dependent_launch
 from .filter_dt_triton import _softplus
 from .filtered_scan_parts import _find_sequence, _load_rows, _pack_kernel, _pass_states_kernel, _unpack
 from .reference import NULL_SLOT
@@ -93,10 +94,18 @@ def _chunk_kernel(
     word_stride: tl.constexpr, d_inner: tl.constexpr, d_state: tl.constexpr, PADDED: tl.constexpr,
     PER_WORD: tl.constexpr, NULL: tl.constexpr,
     HAS_Z: tl.constexpr, FILTER: tl.constexpr, IS_CHUNK: tl.constexpr, EMIT: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, T: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, T: tl.constexpr, POLYNOMIALS: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
-    """A block of channels of a sequence or of a chunk. EMIT: its outputs; otherwise what it adds to the state."""
+    """A block of channels of a sequence or of a chunk. EMIT: its outputs; otherwise what it adds to the state.
+
+    A: (d_state, d_inner). launch_pdl: the kernel may start while the one in front of it ends (programmatic dependent
+    launch); a run that follows the walk over chunks waits for it as late as it can.
+    """
     part = tl.program_id(1)
+    FOLLOWS_WALK: tl.constexpr = IS_CHUNK and EMIT
+    if launch_pdl and not FOLLOWS_WALK:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     sequence = part
     if IS_CHUNK:
         sequence = _find_sequence(query_start_loc_ptr, part, nseq, chunk_size, search_steps)
@@ -136,16 +145,9 @@ def _chunk_kernel(
     chunk_state_ptrs = chunk_state_ptr + part.to(tl.int64) * (d_inner * d_state) + channel
     is_initial = tl.load(has_initial_state_ptr + sequence) != 0
     A = ()
-    h = ()
     for n in tl.static_range(d_state):
         # exp(dt A) = exp2(dt A log2(e))
-        A = A + (tl.load(A_ptr + channel * d_state + n) * 1.4426950408889634,)
-        if not IS_CHUNK:
-            h = h + (tl.where(is_initial, tl.load(state_ptrs + n).to(tl.float32), 0.0),)
-        elif EMIT:
-            h = h + (tl.load(chunk_state_ptrs + n * d_inner),)
-        else:
-            h = h + (tl.full((BLOCK_CHANNELS,), 0.0, tl.float32),)
+        A = A + (tl.load(A_ptr + n * d_inner + channel) * 1.4426950408889634,)
 
     # token offsets in int64: tokens x row stride passes 2^31
     base = start.to(tl.int64)
@@ -162,6 +164,16 @@ def _chunk_kernel(
     z_rows = x_rows
     if EMIT and HAS_Z:
         z_rows = _load_rows(z_ptrs, z_stride, n_tokens, T)
+    if launch_pdl and FOLLOWS_WALK:
+        tl.extra.cuda.gdc_wait()
+    h = ()
+    for n in tl.static_range(d_state):
+        if not IS_CHUNK:
+            h = h + (tl.where(is_initial, tl.load(state_ptrs + n).to(tl.float32), 0.0),)
+        elif EMIT:
+            h = h + (tl.load(chunk_state_ptrs + n * d_inner),)
+        else:
+            h = h + (tl.full((BLOCK_CHANNELS,), 0.0, tl.float32),)
     whole = n_tokens // T * T
     for first in range(0, whole, T):
         # the last group loads rows again that nobody uses, rather than rows behind the end
@@ -250,6 +262,9 @@ def filtered_scan_triton(
     chunk_state = torch.empty((kept, d_state, d_inner), dtype=torch.float32, device=x.device)
     chunk_step = torch.empty((kept, d_inner), dtype=torch.float32, device=x.device)
     has_initial_state = has_initial_state.view(torch.uint8)
+    # a warp reads a state of neighbouring channels at a time
+    A = A.t().contiguous()
+    launch_pdl = supports_dependent_launch(x.device)
     # an NVIDIA compiler option
     limits = {"maxnreg": MAX_REGISTERS} if x.is_cuda and torch.version.hip is None else {}
     # an unused pointer argument still needs a tensor
@@ -267,8 +282,8 @@ def filtered_scan_triton(
             word_stride=words.stride(0), d_inner=d_inner, d_state=d_state, PADDED=padded, PER_WORD=per_word,
             NULL=NULL_SLOT,
             HAS_Z=z is not None, FILTER=dt_threshold is not None, IS_CHUNK=chunk > 0, EMIT=emit,
-            BLOCK_CHANNELS=BLOCK_CHANNELS, T=GROUP, POLYNOMIALS=0 if emit else POLYNOMIALS, num_warps=NUM_WARPS,
-            **limits,
+            BLOCK_CHANNELS=BLOCK_CHANNELS, T=GROUP, POLYNOMIALS=0 if emit else POLYNOMIALS,
+            launch_pdl=launch_pdl, num_warps=NUM_WARPS, **limits,
         )  # fmt: skip
 
     if chunk:
@@ -276,6 +291,6 @@ def filtered_scan_triton(
         _pass_states_kernel[(triton.cdiv(d_inner, 128), triton.cdiv(d_state, WALK_STATES), nseq)](
             A, state, chunk_state, chunk_step, query_start_loc, state_indices, has_initial_state, chunk,
             state.stride(0), d_inner=d_inner, d_state=d_state, NULL=NULL_SLOT,
-            BLOCK_CHANNELS=128, STATES=WALK_STATES, AHEAD=WALK_AHEAD, num_warps=4,
+            BLOCK_CHANNELS=128, STATES=WALK_STATES, AHEAD=WALK_AHEAD, launch_pdl=launch_pdl, num_warps=4,
         )  # fmt: skip
     scan(emit=True)

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dispatch import supports_dependent_launch
 from .filter_dt_triton import _softplus
 from .reference import NULL_SLOT
 
@@ -18,9 +19,13 @@ def _filtered_state_update_kernel(
     slot_stride, x_stride, dt_stride, B_stride, C_stride, z_stride, out_stride, index_stride,
     nheads: tl.constexpr, headdim: tl.constexpr, ngroups: tl.constexpr, d_state: tl.constexpr, NULL: tl.constexpr,
     PER_HEAD: tl.constexpr, HAS_Z: tl.constexpr, FILTER: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, BLOCK_STATES: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_STATES: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
-    """One sequence and a block of channels of one head; Mamba-1 has a single head. PER_HEAD: A, D and dt are its."""
+    """One sequence and a block of channels of one head; Mamba-1 has a single head. PER_HEAD: A, D and dt are its.
+
+    launch_pdl: the kernel may start before the one in front of it ends (programmatic dependent launch). What it reads
+    until it waits was written long before: the slot, the state, weights.
+    """
     head = tl.program_id(1)
     # rows and slots in int64: slots x stride passes 2^31
     b = tl.program_id(2).to(tl.int64)
@@ -33,34 +38,39 @@ def _filtered_state_update_kernel(
     is_own = is_channel[:, None] & (n < tl.where(slot != NULL, d_state, 0))[None, :]
     state_ptrs = state_ptr + slot * slot_stride + channel[:, None] * d_state + n[None, :]
     h = tl.load(state_ptrs, mask=is_own, other=0.0).to(tl.float32)
+    if PER_HEAD:
+        A = tl.load(A_ptr + head) * 1.4426950408889634
+        D = tl.load(D_ptr + head).to(tl.float32)
+        dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+    else:
+        A_ptrs = A_ptr + channel[:, None] * d_state + n[None, :]
+        A = tl.load(A_ptrs, mask=is_channel[:, None] & is_state[None, :], other=0.0) * 1.4426950408889634
+        D = tl.load(D_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
+        dt_bias = tl.load(dt_bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
+    if launch_pdl:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
     group = head * ngroups // nheads
     B = tl.load(B_ptr + b * B_stride + group * d_state + n, mask=is_state, other=0.0).to(tl.float32)
     C = tl.load(C_ptr + b * C_stride + group * d_state + n, mask=is_state, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + b * x_stride + channel, mask=is_channel, other=0.0).to(tl.float32)
     if PER_HEAD:
-        step = _softplus(
-            tl.load(dt_ptr + b * dt_stride + head).to(tl.float32) + tl.load(dt_bias_ptr + head).to(tl.float32)
-        )
+        step = _softplus(tl.load(dt_ptr + b * dt_stride + head).to(tl.float32) + dt_bias)
         if FILTER:
             row = tl.load(token_rows_ptr + b).to(tl.int64)
             step = tl.where(step <= tl.load(dt_threshold_ptr + row * nheads + head), 0.0, step)
-        decay = tl.exp2(step * (tl.load(A_ptr + head) * 1.4426950408889634))
-        h = h * decay + (step * x)[:, None] * B[None, :]
-        D = tl.load(D_ptr + head).to(tl.float32)
+        h = h * tl.exp2(step * A) + (step * x)[:, None] * B[None, :]
     else:
         raw = tl.load(dt_ptr + b * dt_stride + channel, mask=is_channel, other=0.0).to(tl.float32)
-        step = _softplus(raw + tl.load(dt_bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32))
+        step = _softplus(raw + dt_bias)
         if FILTER:
             row = tl.load(token_rows_ptr + b).to(tl.int64)
             # row 0 filters nothing: it is not even read
             threshold_ptrs = dt_threshold_ptr + row * headdim + channel
             is_filtered_channel = within < tl.where(row > 0, headdim, 0)
             step = tl.where(step <= tl.load(threshold_ptrs, mask=is_filtered_channel, other=-1.0), 0.0, step)
-        A_ptrs = A_ptr + channel[:, None] * d_state + n[None, :]
-        A = tl.load(A_ptrs, mask=is_channel[:, None] & is_state[None, :], other=0.0) * 1.4426950408889634
         h = h * tl.exp2(step[:, None] * A) + (step * x)[:, None] * B[None, :]
-        D = tl.load(D_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
     tl.store(state_ptrs, h.to(state_ptr.dtype.element_ty), mask=is_own)
     y = tl.sum(h * C[None, :], 1) + D * x
     if HAS_Z:
@@ -108,4 +118,5 @@ def filtered_state_update_triton(
         nheads=nheads, headdim=headdim, ngroups=B.shape[1] // d_state, d_state=d_state, NULL=NULL_SLOT,
         PER_HEAD=A.dim() == 1, HAS_Z=z is not None, FILTER=dt_threshold is not None,
         BLOCK_CHANNELS=channels, BLOCK_STATES=triton.next_power_of_2(d_state), num_warps=warps,
+        launch_pdl=supports_dependent_launch(x.device),
     )  # fmt: skip

@@ -57,6 +57,7 @@ def scan() -> None:
     module = filtered_scan_triton
     variants = [
         {},
+        {"supports_dependent_launch": lambda device: False},
         {"MAX_REGISTERS": 112},
         {"POLYNOMIALS": 0},
         {"POLYNOMIALS": 3},

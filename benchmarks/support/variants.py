@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from vllm_longmamba.calibrate import draw_sequences, tokenize
 from vllm_longmamba.calibration_text import read_corpus
 from vllm_longmamba.evaluate.methods import ModelSettings
 from vllm_longmamba.evaluate.statistics import Floats
-from vllm_longmamba.evaluate.torch_contestant import TorchContestant, TorchRunner
+from vllm_longmamba.evaluate.torch_contestant import TorchContestant, TorchRunner, tail_logprobs
 from vllm_longmamba.options import LongMambaOptions
 from vllm_longmamba.table_lookup import Weights, find_table
 from vllm_longmamba.tables import LayerCalibration, ThresholdTable, load_table
@@ -44,11 +45,21 @@ class Subject:
         folder: its checkpoint, of a family that the torch reference runs.
         table: its threshold table; None searches for it as serving does.
         max_length: the longest prompt.
+        device: "cpu" or "cuda"; None takes the GPU where there is one.
+        segment_tokens: tokens of all prompts that the model reads at a time; None: as in `TorchModel`.
     """
 
-    def __init__(self, folder: Path, table: str | None, max_length: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        table: str | None,
+        max_length: int,
+        device: str | None = None,
+        segment_tokens: int | None = None,
+    ) -> None:
         self.folder = folder
         self._table, self._max_length = table, max_length
+        self._device, self._segment_tokens = device, segment_tokens
 
     @cached_property
     def contestant(self) -> TorchContestant:
@@ -64,7 +75,7 @@ class Subject:
     @cached_property
     def model(self) -> TorchModel:
         """The model itself."""
-        return TorchModel(self.folder)
+        return TorchModel(self.folder, device=self._device, segment_tokens=self._segment_tokens)
 
     def plain(self) -> Variant:
         """The model without a filter."""
@@ -156,39 +167,41 @@ class HalfGenerated(TorchRunner):
 
     def complete(self, jobs: Iterable[tuple[Any, list[int], int]]) -> Iterator[tuple[Any, str]]:
         """See `Runner`."""
-        for key, tokens, max_tokens in jobs:
-            logits, reading = self._run(tokens, 1)
-            answer: list[int] = []
-            for _ in range(max_tokens):
-                answer.append(int(logits[-1].argmax()))
-                step = torch.tensor([[answer[-1]]], device=self.model.device)
-                logits = self._append(reading, step, len(tokens) + len(answer))
-            yield key, self._encoder.decode(answer)
+        for (length, max_tokens), alike in groupby(jobs, key=lambda job: (len(job[1]), job[2])):
+            while batch := list(islice(alike, self.together(length))):
+                logits, reading = self._run([tokens for _, tokens, _ in batch], 1)
+                steps: list[torch.Tensor] = []
+                while len(steps) < max_tokens:
+                    steps.append(logits[:, -1:].argmax(-1))
+                    logits = self._append(reading, steps[-1], length + len(steps))
+                for (key, *_), answer in zip(batch, torch.cat(steps, dim=1).tolist(), strict=True):
+                    yield key, self._encoder.decode(answer)
 
     def tail_logprobs(self, jobs: Iterable[tuple[Any, list[int]]], scored: int) -> Iterator[tuple[Any, Floats]]:
         """See `Runner`."""
-        for key, tokens in jobs:
-            logits, _ = self._run(tokens, scored + 1)
-            ids = torch.tensor(tokens[-scored:], device=self.model.device)
-            logprobs = logits[:-1].log_softmax(-1).gather(1, ids[:, None])[:, 0]
-            yield key, logprobs.double().cpu().numpy()
+        for length, alike in groupby(jobs, key=lambda job: len(job[1])):
+            while batch := list(islice(alike, self.together(length))):
+                texts = [tokens for _, tokens in batch]
+                logits, _ = self._run(texts, scored + 1)
+                for (key, _), logprobs in zip(batch, tail_logprobs(logits[:, :-1], texts), strict=True):
+                    yield key, logprobs
 
-    def _run(self, tokens: list[int], outputs: int) -> tuple[torch.Tensor, Reading]:
-        """(outputs, vocabulary) logits after the last tokens, and the reading to go on from."""
-        half = len(tokens) // 2
-        reading = self.model.read([tokens[:half]])
-        logits = reading.logits[0, :0]
-        done = half
-        for part in torch.tensor([tokens[half:]], device=self.model.device).split(_SEGMENT, dim=1):
+    def _run(self, texts: list[list[int]], outputs: int) -> tuple[torch.Tensor, Reading]:
+        """(texts, outputs, vocabulary) logits after the last tokens, and the reading to go on from."""
+        done = len(texts[0]) // 2
+        reading = self.model.read([tokens[:done] for tokens in texts])
+        logits = reading.logits[:, :0]
+        rest = torch.tensor([tokens[done:] for tokens in texts], device=self.model.device)
+        for part in rest.split(_SEGMENT, dim=1):
             done += part.shape[1]
-            logits = torch.cat([logits, self._append(reading, part, done)])[-outputs:]
+            logits = torch.cat([logits, self._append(reading, part, done)], dim=1)[:, -outputs:]
         return logits, reading
 
     def _append(self, reading: Reading, part: torch.Tensor, length: int) -> torch.Tensor:
-        """Run (1, tokens) generated tokens, with which the text has `length` tokens: (tokens, vocabulary) logits."""
+        """Run (texts, tokens) generated tokens, with which each text has `length` tokens: logits after each."""
         if self._generated == "growing":
             reading = replace(reading, prompt=Prompt(length, outputs=1))
-        return reading.append(part, method_acts=self._generated != "not filtered")[0]
+        return reading.append(part, method_acts=self._generated != "not filtered")
 
 
 class _Tokenizer:

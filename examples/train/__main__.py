@@ -50,7 +50,14 @@ def main(
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{family}: {count:,} parameters, {name}, torch {torch.__version__}", flush=True)
     books = read_books(text, device)
-    curves = train(model, run, books, started=started, report=lambda line: print(line, flush=True))
+    curves = train(
+        model,
+        run,
+        books,
+        started=started,
+        report=lambda line: print(line, flush=True),
+        export=lambda share: print(f"wrote {export_model(model, run, out / f'at-{share:g}')}", flush=True),
+    )
     file = export_model(model, run, out)
     print(f"wrote {file} ({file.stat().st_size:,} bytes)", flush=True)
     final = {"device": name, "torch": torch.__version__} | final_evaluation(model, run, books.held_out)

@@ -55,6 +55,4 @@ class MambaLM(nn.Module):
 
 
 def _mixer(settings: Settings) -> nn.Module:
-    if settings.family == "mamba1":
-        return Mamba1Mixer(settings.d_model, settings.d_state)
-    return Mamba2Mixer(settings.d_model, settings.d_state, settings.headdim, settings.chunk_size)
+    return Mamba1Mixer(settings) if settings.family == "mamba1" else Mamba2Mixer(settings)

@@ -1,6 +1,7 @@
 """The mixers of Mamba-1 and Mamba-2 as differentiable modules, with the parameters' names of the checkpoints.
 
-Initial values are those of mamba_ssm (state-spaces/mamba, modules/mamba_simple.py and mamba2_simple.py).
+Initial values are those of mamba_ssm (state-spaces/mamba, modules/mamba_simple.py and mamba2_simple.py), unless the
+settings give other ranges.
 """
 
 import math
@@ -10,12 +11,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from .selective_scan import selective_scan
+from .settings import Settings
 from .ssd import ssd
 
 EXPAND = 2
 D_CONV = 4
 NORM_EPS = 1e-5
-DT_MIN, DT_MAX = 1e-3, 1e-1
 
 
 class RMSNorm(nn.Module):
@@ -56,8 +57,9 @@ class CausalConv1d(nn.Module):
 class Mamba1Mixer(nn.Module):
     """Mamba-1 (arXiv 2312.00752)."""
 
-    def __init__(self, d_model: int, d_state: int) -> None:
+    def __init__(self, settings: Settings) -> None:
         super().__init__()
+        d_model, d_state = settings.d_model, settings.d_state
         d_inner, self.dt_rank, self.d_state = EXPAND * d_model, math.ceil(d_model / 16), d_state
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
         self.conv1d = CausalConv1d(d_inner)
@@ -68,7 +70,7 @@ class Mamba1Mixer(nn.Module):
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         with torch.no_grad():
-            self.dt_proj.bias.copy_(_initial_dt_bias(d_inner))
+            self.dt_proj.bias.copy_(_initial_dt_bias(d_inner, settings))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (batch, tokens, d_model), already normalised."""
@@ -83,15 +85,17 @@ class Mamba1Mixer(nn.Module):
 class Mamba2Mixer(nn.Module):
     """Mamba-2 (arXiv 2405.21060) with one group of B and C, and the gate before the norm."""
 
-    def __init__(self, d_model: int, d_state: int, headdim: int, chunk_size: int) -> None:
+    def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.d_inner, self.d_state, self.headdim, self.chunk_size = EXPAND * d_model, d_state, headdim, chunk_size
-        self.nheads = self.d_inner // headdim
+        d_model, d_state = settings.d_model, settings.d_state
+        self.d_inner, self.d_state = EXPAND * d_model, d_state
+        self.headdim, self.chunk_size = settings.headdim, settings.chunk_size
+        self.nheads = self.d_inner // self.headdim
         conv_dim = self.d_inner + 2 * d_state
         self.in_proj = nn.Linear(d_model, self.d_inner + conv_dim + self.nheads, bias=False)
         self.conv1d = CausalConv1d(conv_dim)
-        self.dt_bias = nn.Parameter(_initial_dt_bias(self.nheads))
-        self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(1, 16).log())
+        self.dt_bias = nn.Parameter(_initial_dt_bias(self.nheads, settings))
+        self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(settings.a_min, settings.a_max).log())
         self.D = nn.Parameter(torch.ones(self.nheads))
         self.norm = RMSNorm(self.d_inner)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
@@ -108,7 +112,7 @@ class Mamba2Mixer(nn.Module):
         return self.out_proj(self.norm(y * F.silu(z)))
 
 
-def _initial_dt_bias(channels: int) -> torch.Tensor:
-    """The inverse of softplus for a dt between DT_MIN and DT_MAX, uniform in the logarithm: (channels,)."""
-    dt = (torch.rand(channels) * math.log(DT_MAX / DT_MIN)).exp() * DT_MIN
+def _initial_dt_bias(channels: int, settings: Settings) -> torch.Tensor:
+    """The inverse of softplus for a dt between dt_min and dt_max, uniform in the logarithm: (channels,)."""
+    dt = (torch.rand(channels) * math.log(settings.dt_max / settings.dt_min)).exp() * settings.dt_min
     return dt + torch.log(-torch.expm1(-dt))

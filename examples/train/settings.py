@@ -42,6 +42,8 @@ class Settings:
     Attributes:
         family: mamba1, mamba2 or zamba2.
         d_model, n_layer, d_state, headdim, chunk_size: of the model; headdim and chunk_size of Mamba-2 mixers only.
+        dt_min, dt_max: initial time steps (softplus of their bias), uniform in the logarithm.
+        a_min, a_max: initial decays -A of Mamba-2's heads, uniform. Mamba-1's are 1 to d_state.
         hybrid_layers, attention_heads, mlp_width, adapter_rank, rope_theta: of the shared transformer of zamba2.
         length: bytes of a sequence, the training length L.
         batch: sequences a step.
@@ -56,6 +58,8 @@ class Settings:
         stages: mixtures of tasks.
         evaluations: how many in a run, besides the last.
         evaluation_sequences: of each task.
+        evaluated_lengths: at which an evaluation in a run measures, in training lengths, ascending from 1.
+        exports: shares of the training, ascending; the model is also written at the first evaluation behind each.
         bf16: matrix products in bfloat16.
         compile: torch.compile.
         seed: of weights and data. With `minutes`, runs differ all the same, by what the clock says.
@@ -67,6 +71,10 @@ class Settings:
     d_state: int = 128
     headdim: int = 32
     chunk_size: int = 64
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    a_min: float = 1.0
+    a_max: float = 16.0
     hybrid_layers: tuple[int, ...] = ()
     attention_heads: int = 8
     mlp_width: int = 256
@@ -86,6 +94,8 @@ class Settings:
     stages: tuple[Stage, ...] = field(default_factory=default_stages)
     evaluations: int = 20
     evaluation_sequences: int = 256
+    evaluated_lengths: tuple[int, ...] = (1,)
+    exports: tuple[float, ...] = ()
     bf16: bool = True
     compile: bool = True
     seed: int = 0
@@ -99,6 +109,15 @@ class Settings:
             raise ValueError(f"settings: zamba2, and no other family, needs hybrid_layers, got {self.hybrid_layers}")
         if any(not 0 <= layer < self.n_layer for layer in self.hybrid_layers):
             raise ValueError(f"settings: hybrid_layers must lie below n_layer {self.n_layer}, got {self.hybrid_layers}")
+        for low, high in (("dt_min", "dt_max"), ("a_min", "a_max")):
+            if not 0 < getattr(self, low) <= getattr(self, high):
+                raise ValueError(
+                    f"settings: 0 < {low} <= {high} must hold, got {getattr(self, low)} and {getattr(self, high)}"
+                )
+        if list(self.evaluated_lengths) != sorted({1, *self.evaluated_lengths}):
+            raise ValueError(f"settings: evaluated_lengths must ascend from 1, got {self.evaluated_lengths}")
+        if list(self.exports) != sorted(share for share in self.exports if 0 < share < 1):
+            raise ValueError(f"settings: exports must ascend between 0 and 1, got {self.exports}")
         ends = [stage.until for stage in self.stages]
         if not ends or ends != sorted(ends) or ends[-1] < 1:
             raise ValueError(f"settings: stages must end in rising order, the last at 1, got {ends}")
@@ -120,19 +139,20 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def family_settings(family: str, **changes: Any) -> Settings:
-    """The reference model's settings of a family, with changes.
+    """The reference model's settings of a family, with changes, which may be values as JSON has them.
 
     Raises:
         ValueError: an unknown family or a setting that is not allowed.
     """
+    for name in ("hybrid_layers", "evaluated_lengths", "exports"):
+        if name in changes:
+            changes[name] = tuple(changes[name])
+    if "stages" in changes:
+        changes["stages"] = tuple(stage if isinstance(stage, Stage) else Stage(**stage) for stage in changes["stages"])
     return replace(Settings(family, **FAMILY_DEFAULTS.get(family, {})), **changes)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Changes of settings from a JSON file such as `Settings.save` writes, for `family_settings`."""
     changes: dict[str, Any] = json.loads(path.read_text())
-    if "stages" in changes:
-        changes["stages"] = tuple(Stage(**stage) for stage in changes["stages"])
-    if "hybrid_layers" in changes:
-        changes["hybrid_layers"] = tuple(changes["hybrid_layers"])
     return changes

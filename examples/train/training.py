@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from .books import Books
-from .evaluation import evaluation_of, precision
+from .evaluation import Evaluation, evaluation_of, precision
 from .mamba import MambaLM
 from .nouns import NOUNS
 from .optimizer import learning_rate, make_optimizers
@@ -62,6 +62,7 @@ def train(
     *,
     started: float | None = None,
     report: Callable[[str], None] = print,
+    export: Callable[[float], None] | None = None,
 ) -> Curves:
     """Trains a model in place until the steps are done or the minutes are over.
 
@@ -71,6 +72,7 @@ def train(
         books: the text.
         started: time.monotonic() from which the minutes count; None: from now on.
         report: gets a line of progress now and then.
+        export: called at the first evaluation behind each share of the settings' exports, with this share.
 
     Raises:
         FloatingPointError: the loss is no longer a number.
@@ -90,6 +92,7 @@ def train(
     curves, sums, counted = Curves(), torch.zeros(2, device=device), 0
     stage: Stage | None = None
     drawn: list[Batch] = []
+    exports = list(settings.exports)
     next_evaluation, next_entry, step = 1 / settings.evaluations, 0.0, 0
     model.train()
     while (progress := _progress(settings, step, time.monotonic() - started)) < 1:
@@ -128,11 +131,24 @@ def train(
             counted, next_entry = 0, progress + 1 / 200
         if progress >= next_evaluation:
             next_evaluation += 1 / settings.evaluations
-            result = evaluation.all(model, settings.length)
+            result = _evaluated(evaluation, model, settings)
             seconds = time.monotonic() - started
             curves.evaluations.append({"step": step, "progress": progress, "seconds": seconds} | result)
             report(_line(settings, curves))
+            while exports and progress >= exports[0]:
+                share = exports.pop(0)
+                if export is not None:
+                    export(share)
     return curves
+
+
+def _evaluated(evaluation: Evaluation, model: nn.Module, settings: Settings) -> dict[str, float]:
+    """What an evaluation measures; beyond the training length, with the length in training lengths in the names."""
+    results = evaluation.all(model, settings.length)
+    for factor in settings.evaluated_lengths[1:]:
+        longer = evaluation.all(model, factor * settings.length)
+        results |= {f"{name}_x{factor}": value for name, value in longer.items()}
+    return results
 
 
 def _progress(settings: Settings, step: int, seconds: float) -> float:
@@ -153,4 +169,7 @@ def _line(settings: Settings, curves: Curves) -> str:
         f"loss text {losses_now['text_loss']:.3f} answers {losses_now['answer_loss']:.3f}  "
         f"unseen text {latest['text_loss']:.3f}  passkey {latest['passkey']:.2f}  "
         f"four needles {latest['four_needles']:.2f}"
+    ) + "".join(
+        f"  x{factor}: {latest[f'passkey_x{factor}']:.2f} {latest[f'four_needles_x{factor}']:.2f}"
+        for factor in settings.evaluated_lengths[1:]
     )

@@ -90,7 +90,7 @@ class MambaDecoder(nn.Module):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.mamba = Mamba2Mixer(settings.d_model, settings.d_state, settings.headdim, settings.chunk_size)
+        self.mamba = Mamba2Mixer(settings)
         self.input_layernorm = RMSNorm(settings.d_model)
 
     def forward(self, hidden: torch.Tensor, attended: torch.Tensor | None = None) -> torch.Tensor:

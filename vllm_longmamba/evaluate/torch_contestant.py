@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby, islice
 from pathlib import Path
@@ -16,10 +16,9 @@ from vllm_longmamba.evaluate.texts import Encoder
 from vllm_longmamba.options import KEY, options_from_config
 
 if TYPE_CHECKING:
-    from vllm_longmamba.torch_reference import ReadingMethod, TorchModel
+    import torch
 
-# Prompts of one length that are handed to the model together. It reads as many at once as its memory is meant for.
-_TOGETHER = 8
+    from vllm_longmamba.torch_reference import ReadingMethod, TorchModel
 
 
 class TorchContestant:
@@ -130,17 +129,41 @@ class TorchRunner:
     def complete(self, jobs: Iterable[tuple[Key, list[int], int]]) -> Iterator[tuple[Key, str]]:
         """See `Runner`. Answers end before the token that ends a text."""
         stop = () if self._encoder.end_of_text is None else (self._encoder.end_of_text,)
-        for (_, max_tokens), alike in groupby(jobs, key=lambda job: (len(job[1]), job[2])):
-            while batch := list(islice(alike, _TOGETHER)):
+        for (length, max_tokens), alike in groupby(jobs, key=lambda job: (len(job[1]), job[2])):
+            while batch := list(islice(alike, self.together(length))):
                 answers = self.model.generate([tokens for _, tokens, _ in batch], max_tokens, stop)
                 for (key, *_), answer in zip(batch, answers, strict=True):
                     yield key, self._encoder.decode(answer)
 
     def tail_logprobs(self, jobs: Iterable[tuple[Key, list[int]]], scored: int) -> Iterator[tuple[Key, Floats]]:
         """See `Runner`."""
-        for key, tokens in jobs:
-            yield key, self.model.last_logprobs(tokens, scored).double().numpy()
+        for length, alike in groupby(jobs, key=lambda job: len(job[1])):
+            while batch := list(islice(alike, self.together(length))):
+                texts = [tokens for _, tokens in batch]
+                logits = self.model.read(texts, outputs=scored + 1).logits[:, :-1]
+                for (key, _), logprobs in zip(batch, tail_logprobs(logits, texts), strict=True):
+                    yield key, logprobs
+
+    def together(self, length: int) -> int:
+        """How many prompts of a length the model reads at once: as many as fill its segment."""
+        return 1 if self.model.method.needs_whole_prompt else max(1, self.model.segment_tokens // length)
 
     def close(self) -> None:
         """Forget the model; whoever still holds the runner does not hold its memory then."""
         del self.model
+
+
+def tail_logprobs(logits: "torch.Tensor", texts: Sequence[Sequence[int]]) -> list[Floats]:
+    """Log-probabilities of texts' last tokens.
+
+    Args:
+        logits: (texts, scored, vocabulary), each before the token that it predicts.
+        texts: token ids; all of one length.
+
+    Returns:
+        (scored,) float64 of each text.
+    """
+    import torch
+
+    ids = torch.tensor([list(text[-logits.shape[1] :]) for text in texts], device=logits.device)
+    return list(logits.log_softmax(-1).gather(2, ids[..., None])[..., 0].double().cpu().numpy())
