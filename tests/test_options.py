@@ -17,6 +17,7 @@ from vllm_longmamba.options import KEY, LongMambaOptions, options_from_config
         ({KEY: {"filter": False}}, LongMambaOptions(filter=False)),
         ({KEY: {"table": "t.safetensors", "train_length": 512}}, LongMambaOptions("t.safetensors", None, 512)),
         ({KEY: {"min_retention": 1e-30, "table": None}}, LongMambaOptions(min_retention=1e-30)),
+        ({KEY: {"filter_generated": True}}, LongMambaOptions(filter_generated=True)),
         ({KEY: {"calibrate": False}}, LongMambaOptions(calibrate=False)),
         ({KEY: {"calibrate": "off"}}, LongMambaOptions(calibrate=False)),
         ({KEY: {"calibrate": "on", "calibration_text": "a.txt"}}, LongMambaOptions(calibration_text="a.txt")),
@@ -29,6 +30,7 @@ from vllm_longmamba.options import KEY, LongMambaOptions, options_from_config
         "filter",
         "table-and-length",
         "min-retention",
+        "filter-generated",
         "no",
         "off",
         "on",
@@ -43,7 +45,7 @@ def test_options_from_config(additional_config: Any, expected: LongMambaOptions)
     [
         (
             {"tabel": "x"},
-            r"unknown option tabel; known are table, min_retention, train_length, filter, calibrate, cali",
+            r"unknown option tabel; known are table, min_retention, train_length, filter, filter_generated, cali",
         ),
         ({"b": 1, "a": 2}, r"unknown option a, b; known are"),
         ({3: 1}, r"unknown option 3; known are"),
@@ -55,6 +57,7 @@ def test_options_from_config(additional_config: Any, expected: LongMambaOptions)
         ({"min_retention": 0.0}, r"min_retention must be a number between 0 and 1, but is 0\.0"),
         ({"min_retention": 1}, r"min_retention must be a number between 0 and 1, but is 1"),
         ({"min_retention": float("nan")}, r"min_retention must be a number between 0 and 1, but is nan"),
+        ({"filter_generated": 1}, r"filter_generated must be true or false, but is 1"),
         ({"train_length": 0}, r"train_length must be a positive number of tokens, but is 0"),
         ({"train_length": 512.0}, r"train_length must be a positive number of tokens, but is 512\.0"),
         ({"train_length": True}, r"train_length must be a positive number of tokens, but is True"),

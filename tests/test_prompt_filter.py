@@ -36,7 +36,7 @@ CASES: dict[str, tuple[list[Request], list[int], list[int]]] = {
 
 def step_rows_of(requests: list[Request]) -> StepRows:
     prompt, computed, query = np.array(requests, np.int32).reshape(-1, 3).T
-    return PromptFilter(small_table(), None).step_rows(prompt, computed + query, query)
+    return PromptFilter(small_table()).step_rows(prompt, computed + query, query)
 
 
 def naive_per_token(requests: list[Request]) -> list[int]:
@@ -61,8 +61,19 @@ def test_step_rows(requests: list[Request], rows: list[int], prompt_tokens: list
 
 def test_step_rows_with_an_upper_bound_behind_the_prompt() -> None:
     """vLLM knows only an upper bound of the length of a request that generates."""
-    step = PromptFilter(small_table(), None).step_rows(np.array([20]), np.array([50]), np.array([1]))
+    step = PromptFilter(small_table()).step_rows(np.array([20]), np.array([50]), np.array([1]))
     assert (step.rows.tolist(), step.prompt_tokens.tolist()) == ([0], [0])
+
+
+@pytest.mark.parametrize(
+    ("request_", "row", "tokens"),
+    [((20, 19, 1), 3, 1), ((20, 33, 1), 3, 1), ((20, 15, 10), 3, 10), ((20, 25, 10), 3, 10), ((8, 30, 1), 0, 1),
+     ((0, 0, 1), 0, 0)],
+)  # fmt: skip
+def test_generated_tokens_filtered_by_the_row_of_their_prompt(request_: Request, row: int, tokens: int) -> None:
+    prompt, computed, query = np.array([request_], np.int32).T
+    step = PromptFilter(small_table(), filters_generated=True).step_rows(prompt, computed + query, query)
+    assert (step.rows.tolist(), step.prompt_tokens.tolist()) == ([row], [tokens])
 
 
 @pytest.mark.parametrize(("requests", "rows", "prompt_tokens"), CASES.values(), ids=CASES)
@@ -129,7 +140,7 @@ def common_metadata(requests: list[Request], *, padding: int = 0, **changes: Any
 @pytest.mark.parametrize("padding", [0, 3])
 def test_step_rows_from_metadata(padding: int) -> None:
     requests = CASES["mixed"][0]
-    step = step_rows_from_metadata(PromptFilter(small_table(), None), common_metadata(requests, padding=padding))
+    step = step_rows_from_metadata(PromptFilter(small_table()), common_metadata(requests, padding=padding))
     assert step.rows.tolist() == CASES["mixed"][1] + [0] * padding
     assert step.prompt_tokens.tolist() == CASES["mixed"][2] + [0] * padding
     assert step.per_token().tolist() == naive_per_token(requests)
@@ -139,7 +150,7 @@ def test_step_rows_from_metadata_of_longer_buffers() -> None:
     """vLLM's arrays may be longer than the batch."""
     requests = CASES["mixed"][0]
     common = common_metadata([*requests, (20, 0, 20)], num_reqs=len(requests))
-    step = step_rows_from_metadata(PromptFilter(small_table(), None), common)
+    step = step_rows_from_metadata(PromptFilter(small_table()), common)
     assert step.rows.tolist() == CASES["mixed"][1]
 
 
@@ -147,13 +158,19 @@ def test_step_rows_from_metadata_of_longer_buffers() -> None:
 def test_step_rows_from_metadata_without_lengths(missing: str) -> None:
     common = common_metadata(CASES["mixed"][0], **{missing: None})
     with pytest.raises(RuntimeError, match=r"did not pass the prompt lengths on.* please report it"):
-        step_rows_from_metadata(PromptFilter(small_table(), None), common)
+        step_rows_from_metadata(PromptFilter(small_table()), common)
+
+
+def test_generated_tokens_are_not_filtered_without_prompt_lengths() -> None:
+    common = common_metadata([(20, 20, 1)], rswa_prefix_lens=None)
+    with pytest.raises(RuntimeError, match="did not pass the prompt lengths on"):
+        step_rows_from_metadata(PromptFilter(small_table(), filters_generated=True), common)
 
 
 def test_step_rows_from_metadata_of_a_step_that_only_decodes() -> None:
     requests = [(20, 20, 1), (12, 40, 1)]
     common = common_metadata(requests, padding=2, rswa_prefix_lens=None)
-    step = step_rows_from_metadata(PromptFilter(small_table(), None), common)
+    step = step_rows_from_metadata(PromptFilter(small_table()), common)
     assert step.rows.tolist() == step.prompt_tokens.tolist() == [0] * 4
     assert step.query_lengths.tolist() == [1, 1, 0, 0]
     assert not step.filters

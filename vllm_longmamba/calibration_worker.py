@@ -148,7 +148,7 @@ def use_table(worker: Any, content: bytes) -> None:
     from vllm_longmamba.prompt_filter import PromptFilter
 
     options = options_from_config(worker.vllm_config.additional_config)
-    prompt_filter = PromptFilter(table_from_bytes(content), options.min_retention)
+    prompt_filter = PromptFilter(table_from_bytes(content), options.min_retention, options.filter_generated)
     for mixer in long_mixers(worker.get_model()):
         mixer.set_filter(prompt_filter, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
     # As vLLM does after its own warm-up: a start with and one without calibration must sample the same.

@@ -23,6 +23,8 @@ class LongMambaOptions:
         train_length: tokens of the sequences that the model was trained on (the paper's L). Needed where no table
             exists yet; a table carries its own, and a different value is an error.
         filter: False runs the plain model through the same engine, for comparison.
+        filter_generated: generated tokens are filtered too, by the row of their prompt; for long generations. The paper
+            filters prompts only.
         calibrate: whether the engine makes a table itself where it finds none; "on" and "off" are taken too. Without,
             a missing table is an error.
         calibration_text: path of the text (.txt, .jsonl or .parquet) that the engine then calibrates on. By default
@@ -34,6 +36,7 @@ class LongMambaOptions:
     min_retention: float | None = None
     train_length: int | None = None
     filter: bool = True
+    filter_generated: bool = False
     calibrate: bool = True
     calibration_text: str | None = None
     calibration_method: str = "paper"
@@ -43,6 +46,7 @@ class LongMambaOptions:
         _check("min_retention", self.min_retention, (int, float), "a number between 0 and 1")
         _check("train_length", self.train_length, int, "a positive number of tokens")
         _check("filter", self.filter, bool, "true or false")
+        _check("filter_generated", self.filter_generated, bool, "true or false")
         if isinstance(self.calibrate, str) and self.calibrate in _SWITCH:
             object.__setattr__(self, "calibrate", _SWITCH[self.calibrate])
         _check("calibrate", self.calibrate, bool, 'true or false ("on" or "off")')

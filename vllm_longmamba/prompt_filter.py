@@ -1,4 +1,4 @@
-"""Which tokens of a step are prompt tokens to be filtered, and by which row of the table: one answer for all layers."""
+"""Which tokens of a step are to be filtered, and by which row of the table: one answer for all layers."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +18,15 @@ class PromptFilter:
     Attributes:
         table: thresholds of all layers.
         min_retention: retention above which a channel is global; None means the table's default.
+        filters_generated: generated tokens count as prompt tokens, except that they do not change the row.
     """
 
-    def __init__(self, table: ThresholdTable, min_retention: float | None) -> None:
+    def __init__(
+        self, table: ThresholdTable, min_retention: float | None = None, filters_generated: bool = False
+    ) -> None:
         self.table = table
         self.min_retention = min_retention
+        self.filters_generated = filters_generated
 
     def step_rows(
         self, prompt_lengths: Int32Array, sequence_lengths: Int32Array, query_lengths: Int32Array
@@ -40,9 +44,12 @@ class PromptFilter:
         """
         query_lengths = query_lengths.astype(np.int32, copy=False)
         computed = sequence_lengths - query_lengths
-        if not (computed < prompt_lengths).any():
+        if self.filters_generated:
+            prompt_tokens = np.where(prompt_lengths > 0, query_lengths, 0).astype(np.int32)
+        elif not (computed < prompt_lengths).any():
             return StepRows.without_prompts(query_lengths)
-        prompt_tokens = np.clip(prompt_lengths - computed, 0, query_lengths).astype(np.int32)
+        else:
+            prompt_tokens = np.clip(prompt_lengths - computed, 0, query_lengths).astype(np.int32)
         rows = np.where(prompt_tokens > 0, self.table.rows_of(prompt_lengths), 0).astype(np.int32)
         return StepRows(rows, prompt_tokens, query_lengths)
 
@@ -99,7 +106,8 @@ def step_rows_from_metadata(prompt_filter: PromptFilter, common: Any) -> StepRow
     num_reqs = common.num_reqs
     starts = common.query_start_loc_cpu.numpy()
     query_lengths = starts[1 : num_reqs + 1] - starts[:num_reqs]
-    if common.rswa_prefix_lens is None and common.is_prefilling is not None and not common.is_prefilling.numpy().any():
+    is_decoding = common.is_prefilling is not None and not common.is_prefilling.numpy().any()
+    if common.rswa_prefix_lens is None and is_decoding and not prompt_filter.filters_generated:
         return StepRows.without_prompts(query_lengths)
     if common.rswa_prefix_lens is None or common.seq_lens_cpu_upper_bound is None:
         raise RuntimeError(

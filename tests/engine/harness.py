@@ -150,13 +150,21 @@ def weight_files(model: Path) -> list[Path]:
     ]
 
 
-def assert_exact(model: Path, prompt: list[int], result: Completion, table: ThresholdTable | None) -> None:
+def assert_exact(
+    model: Path,
+    prompt: list[int],
+    result: Completion,
+    table: ThresholdTable | None,
+    filters_generated: bool = False,
+) -> None:
     """Compare an engine's completion with the reference, given the same tokens."""
     filters = None
     if table is not None:
         row = int(np.argmin(np.abs(np.array(ROW_LENGTHS) - len(prompt)))) if len(prompt) > TRAIN_LENGTH else 0
         filters = {layer: table.thresholds(layer)[row] for layer in table.layers}
-    reference = reference_logprobs(model, prompt + result.tokens, prompt_length=len(prompt), filters=filters)
+    tokens = prompt + result.tokens
+    filtered = len(tokens) if filters_generated else len(prompt)
+    reference = reference_logprobs(model, tokens, prompt_length=filtered, filters=filters)
     expected = reference[len(prompt) - 1 : -1].numpy()
     assert result.logprobs.shape == expected.shape
     np.testing.assert_allclose(result.logprobs, expected, rtol=0, atol=LOGPROB_TOLERANCE)

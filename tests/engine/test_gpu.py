@@ -23,17 +23,23 @@ FAMILIES = ["mamba1", "mamba2", "zamba2"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("filters_generated", [False, True])
 def test_cuda_graphs(
-    family: str, engine: Callable[..., Any], tiny_model: Callable[[str], Path], tiny_table: Callable[[str], Any]
+    family: str,
+    filters_generated: bool,
+    engine: Callable[..., Any],
+    tiny_model: Callable[[str], Path],
+    tiny_table: Callable[[str], Any],
 ) -> None:
     path, table = tiny_table(family)
-    running = engine(family, **longmamba(path), enforce_eager=False, max_num_batched_tokens=64)
+    options = longmamba(path, filter_generated=filters_generated)
+    running = engine(family, **options, enforce_eager=False, max_num_batched_tokens=64)
     rng = random.Random(family)
     # Last chunks of one token replay the decode graph; beside other requests and alone.
     for lengths in ([65, 129, 193, 257], [193], [rng.randrange(2, 500) for _ in range(12)]):
         prompts = [random_token_ids(length, seed=rng.randrange(10**6)) for length in lengths]
         for prompt, result in zip(prompts, running.generate(prompts, max_tokens=12), strict=True):
-            assert_exact(tiny_model(family), prompt, result, table)
+            assert_exact(tiny_model(family), prompt, result, table, filters_generated)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,12 +12,20 @@ from .harness import assert_exact, completion, sampling
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("family", ["mamba1", "mamba2", "zamba2"])
+@pytest.mark.parametrize(
+    ("family", "filters_generated"),
+    [("mamba1", False), ("mamba2", False), ("zamba2", False), ("mamba1", True), ("mamba2", True)],
+)
 def test_a_resumed_request_is_filtered_as_before(
-    family: str, engine: Callable[..., Any], tiny_model: Callable[[str], Any], tiny_table: Callable[[str], Any]
+    family: str,
+    filters_generated: bool,
+    engine: Callable[..., Any],
+    tiny_model: Callable[[str], Any],
+    tiny_table: Callable[[str], Any],
 ) -> None:
     path, table = tiny_table(family)
-    running = engine(family, **longmamba(path), max_num_batched_tokens=100).llm.llm_engine
+    options = longmamba(path, filter_generated=filters_generated)
+    running = engine(family, **options, max_num_batched_tokens=100).llm.llm_engine
     prompts = [random_token_ids(length, seed=length) for length in (150, 333)]
     for number, prompt in enumerate(prompts):
         running.add_request(str(number), {"prompt_token_ids": prompt}, sampling(40))
@@ -36,4 +44,4 @@ def test_a_resumed_request_is_filtered_as_before(
             preempted += sum(request.num_preemptions > 0 for request in scheduler.requests.values())
     assert preempted > 0
     for number, prompt in enumerate(prompts):
-        assert_exact(tiny_model(family), prompt, completion(finished[str(number)]), table)
+        assert_exact(tiny_model(family), prompt, completion(finished[str(number)]), table, filters_generated)
