@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.closed_loop_methods import Measuring, ScaledDt, Soft, scale_decay
+from support.closed_loop_methods import Keeping, Measuring, ScaledDt, Soft, scale_decay
 from support.closed_loop_records import read_records, report
 from support.recording import Recording
 
@@ -146,14 +146,14 @@ class Study:
         sequences = self._sequences(length, spec["n"], spec["seed"])
         if spec["joint"]:
             method = self.measuring(spec, length, spec["combine"])
-            found = self._measure(sequences, method)
+            found = self.measure(sequences, method)
         else:
             measured = {name: spec[name] for name in ("theta", "scale", "power", "clamp", "soft", "seed")}
             parts = []
             for number, sequence in enumerate(sequences):
                 file = self.cache / f"{length}-{number}-{'-'.join(f'{k}{v}' for k, v in measured.items())}.pt"
                 if not file.exists():
-                    torch.save(self._measure([sequence], self.measuring(spec, length, None)), file)
+                    torch.save(self.measure([sequence], self.measuring(spec, length, None)), file)
                 parts.append(torch.load(file))
             parts = parts if "only" not in spec else [parts[spec["only"]]]
             found = {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
@@ -170,7 +170,8 @@ class Study:
         raise SystemExit(f"the calibration text has only {len(sequences)} sequences of {length} tokens, not {number}")
 
     @torch.inference_mode()
-    def _measure(self, sequences: list[list[int]], method: Measuring) -> dict[int, torch.Tensor]:
+    def measure(self, sequences: list[list[int]], method: Measuring | Keeping) -> dict[int, torch.Tensor]:
+        """What a method has found when all layers have read sequences of one length."""
         model = self.model.with_method(method)
         ids = torch.tensor(sequences, device=model.device)
         states = [layer.mixer.empty_state(len(sequences)) for layer in model.layers]

@@ -2,9 +2,14 @@
 
     python benchmarks/join_reports.py out/passkey=paper "out/passkey-closed-loop=closed loop" \
         -o benchmarks/results/reference-mamba1-4m/passkey
+    python benchmarks/join_reports.py benchmarks/results/reference-mamba1-4m/passkey --beside out/decimamba/passkey \
+        -o benchmarks/results/reference-mamba1-4m/passkey
 
 Each FOLDER=NAME holds the report.json of `longmamba eval passkey|needles|perplexity --method plain,longmamba`; NAME is
 what tells its LongMamba from the others'. Settings, weights and the figures of the plain model must be the same in all.
+A single FOLDER without a name is a report that was joined before. --beside adds all methods of a report of the same
+questions, weights and hardware, such as `--method torch-plain,decimamba`, under their own names; of perplexities, the
+one that the others are compared with must have the plain model's losses, and is left out.
 """
 
 import argparse
@@ -52,6 +57,42 @@ def join(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     return joined
 
 
+def put_beside(joined: Mapping[str, Any], place: str, report: Mapping[str, Any]) -> dict[str, Any]:
+    """A joined report with all methods of another one.
+
+    Args:
+        joined: with the plain model among its methods.
+        place: of the other, for messages.
+        report: the other.
+
+    Raises:
+        ValueError: other questions, weights or hardware, a method of a name that is there, or another plain model.
+    """
+    for part in ("task", "settings", "hardware"):
+        if report[part] != joined[part]:
+            raise ValueError(f"{place}: {part} is not that of the others: {report[part]} and {joined[part]}")
+    weights = joined["methods"][PLAIN]["weights"]
+    result = dict(joined) | {
+        "methods": dict(joined["methods"]),
+        "command": f"{joined['command']} ; {report['command']}",
+    }
+    first = report.get("compared_with")
+    for method, description in report["methods"].items():
+        if description["weights"] != weights:
+            raise ValueError(f"{place}: {method} has the weights {description['weights']}, the others {weights}")
+        if method in joined["methods"]:
+            raise ValueError(f"{place}: there is a method {method} already")
+        if method == first:
+            plain = _of_method(joined, "by_length", PLAIN)
+            _check_plain(_of_method(report, "by_length", first), plain, place)
+            continue
+        result["methods"][method] = description
+        for key in FIGURES:
+            if key in joined:
+                result[key] = result[key] + _of_method(report, key, method)
+    return result
+
+
 def _of_method(report: Mapping[str, Any], key: str, method: str) -> list[dict[str, Any]]:
     return [row for row in report[key] if row["method"] == method]
 
@@ -63,18 +104,26 @@ def _check_plain(rows: list[dict[str, Any]], expected: list[dict[str, Any]], pla
             raise ValueError(f"{place}: the plain model has {row[value]} at {row['length']}, and {other[value]} before")
 
 
+def _read(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
+
+
 def main() -> None:
     """Write the joined report.json; results_page.py does the rest."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("reports", nargs="+", metavar="FOLDER=NAME")
+    parser.add_argument("reports", nargs="+", metavar="FOLDER=NAME", help="or a single FOLDER")
+    parser.add_argument("--beside", action="append", type=Path, default=[], metavar="FOLDER")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the joined report.json")
     options = parser.parse_args()
     reports = []
     for given in options.reports:
         folder, _, name = given.partition("=")
-        reports.append((name or Path(folder).name, json.loads((Path(folder) / "report.json").read_text())))
+        reports.append((name or Path(folder).name, _read(Path(folder))))
     try:
-        joined = join(reports)
+        joined = dict(reports[0][1]) if len(reports) == 1 else join(reports)
+        for folder in options.beside:
+            joined = put_beside(joined, str(folder), _read(folder))
     except ValueError as error:
         sys.exit(f"join_reports: {error}")
     options.output.mkdir(parents=True, exist_ok=True)

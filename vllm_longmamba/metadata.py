@@ -69,6 +69,8 @@ class _FilterRowsBuilder:
         # Full CUDA graphs read this buffer at each replay.
         self._graph_rows = torch.zeros(self.decode_cudagraph_max_bs, dtype=torch.int32, device=device)  # type: ignore[attr-defined]
         self._graph_rows_are_zero = True
+        # Views of its begin by length: making one takes as long as the rest of a step that filters nothing.
+        self._graph_views: dict[int, torch.Tensor] = {}
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
         """See vLLM's `AttentionMetadataBuilder.build`."""
@@ -100,15 +102,21 @@ class _FilterRowsBuilder:
         return rows
 
     def _decode_rows(self, metadata: Any, step: StepRows) -> torch.Tensor | None:
-        decodes = step[: metadata.num_decodes] if metadata.num_prefills > 0 else step
-        rows = decodes.rows[: metadata.num_decodes]
-        if not self._may_replay_graph(metadata):
-            return self._to_device(rows) if decodes.filters else None
-        if decodes.filters or not self._graph_rows_are_zero:
+        replays = self._may_replay_graph(metadata)
+        if step.filters or not self._graph_rows_are_zero:
+            decodes = step[: metadata.num_decodes]
+            if not replays:
+                return self._to_device(decodes.rows) if decodes.filters else None
             self._graph_rows.zero_()
-            self._graph_rows[: len(rows)].copy_(self._to_device(rows), non_blocking=True)
+            self._graph_rows[: len(decodes.rows)].copy_(self._to_device(decodes.rows), non_blocking=True)
             self._graph_rows_are_zero = not decodes.filters
-        return self._graph_rows[: metadata.num_decodes]
+        return self._graph_view(metadata.num_decodes) if replays else None
+
+    def _graph_view(self, length: int) -> torch.Tensor:
+        view = self._graph_views.get(length)
+        if view is None:
+            view = self._graph_views[length] = self._graph_rows[:length]
+        return view
 
     def _may_replay_graph(self, metadata: Any) -> bool:
         return bool(
