@@ -103,7 +103,7 @@ def _start(name: str, model: Path, mode: str, given: argparse.Namespace) -> dict
         "load_format": "dummy",
         "tensor_parallel_size": given.tp,
         "max_model_len": 32768,
-        "max_num_seqs": 16 if given.tiny else 256,
+        "max_num_seqs": 16 if given.tiny else 128,
         "dtype": "float32" if given.tiny else "bfloat16",
     }
     if given.tiny:
@@ -118,6 +118,8 @@ def _start(name: str, model: Path, mode: str, given: argparse.Namespace) -> dict
     cache = model.parent / f"cache-{name}-{mode}"
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "VLLM_CACHE_ROOT": str(cache / "vllm")}
     environment |= {"VLLM_LOGGING_LEVEL": "INFO", "HF_HUB_OFFLINE": "1", "TRITON_CACHE_DIR": str(cache / "triton")}
+    # Stock vLLM takes no longer prompts than Zamba2's config tells.
+    environment["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     environment |= {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
     script = model.parent / "start.py"
     script.write_text(START)

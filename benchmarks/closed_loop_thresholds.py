@@ -12,8 +12,9 @@ channels: quantiles (10, 50 and 90 %) of ratios.
 from collections.abc import Sequence
 
 import torch
-from closed_loop_research import Study, arguments, parse
+from closed_loop_research import Study, arguments
 from support.closed_loop_methods import Keeping
+from support.closed_loop_specs import parse
 
 from vllm_longmamba.tables import interpolate_thresholds
 

@@ -3,19 +3,20 @@
     python benchmarks/join_reports.py out/passkey=paper "out/passkey-closed-loop=closed loop" \
         -o benchmarks/results/reference-mamba1-4m/passkey
     python benchmarks/join_reports.py benchmarks/results/reference-mamba1-4m/passkey --beside out/decimamba/passkey \
-        -o benchmarks/results/reference-mamba1-4m/passkey
+        --leave-out torch-plain -o benchmarks/results/reference-mamba1-4m/passkey
 
 Each FOLDER=NAME holds the report.json of `longmamba eval passkey|needles|perplexity --method plain,longmamba`; NAME is
 what tells its LongMamba from the others'. Settings, weights and the figures of the plain model must be the same in all.
 A single FOLDER without a name is a report that was joined before. --beside adds all methods of a report of the same
-questions, weights and hardware, such as `--method torch-plain,decimamba`, under their own names; of perplexities, the
-one that the others are compared with must have the plain model's losses, and is left out.
+questions, weights and hardware, such as `--method torch-plain,decimamba`, under their own names, but for those to
+--leave-out; of perplexities, the one that the others are compared with must have the plain model's losses, and is left
+out. A report may have fewer lengths than the others.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,16 @@ def join(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     return joined
 
 
-def put_beside(joined: Mapping[str, Any], place: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    """A joined report with all methods of another one.
+def put_beside(
+    joined: Mapping[str, Any], place: str, report: Mapping[str, Any], leave_out: Collection[str] = ()
+) -> dict[str, Any]:
+    """A joined report with the methods of another one.
 
     Args:
         joined: with the plain model among its methods.
         place: of the other, for messages.
         report: the other.
+        leave_out: methods of the other that are not taken.
 
     Raises:
         ValueError: other questions, weights or hardware, a method of a name that is there, or another plain model.
@@ -82,6 +86,8 @@ def put_beside(joined: Mapping[str, Any], place: str, report: Mapping[str, Any])
             raise ValueError(f"{place}: {method} has the weights {description['weights']}, the others {weights}")
         if method in joined["methods"]:
             raise ValueError(f"{place}: there is a method {method} already")
+        if method in leave_out:
+            continue
         if method == first:
             plain = _of_method(joined, "by_length", PLAIN)
             _check_plain(_of_method(report, "by_length", first), plain, place)
@@ -114,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("reports", nargs="+", metavar="FOLDER=NAME", help="or a single FOLDER")
     parser.add_argument("--beside", action="append", type=Path, default=[], metavar="FOLDER")
+    parser.add_argument("--leave-out", action="append", default=[], metavar="METHOD")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the joined report.json")
     options = parser.parse_args()
     reports = []
@@ -123,11 +130,11 @@ def main() -> None:
     try:
         joined = dict(reports[0][1]) if len(reports) == 1 else join(reports)
         for folder in options.beside:
-            joined = put_beside(joined, str(folder), _read(folder))
+            joined = put_beside(joined, str(folder), _read(folder), options.leave_out)
     except ValueError as error:
         sys.exit(f"join_reports: {error}")
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "report.json").write_text(json.dumps(joined, indent=1) + "\n")
+    (options.output / "report.json").write_text(json.dumps(joined) + "\n")
 
 
 if __name__ == "__main__":

@@ -69,9 +69,8 @@ def _compare(folder: Path, options: argparse.Namespace, with_engine: bool) -> di
 
 def _peer_logprobs(folder: Path, prompts: Sequence[list[int]], scored: int) -> list[Any]:
     import torch
-    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
-    model = MambaLMHeadModel.from_pretrained(str(folder), device="cuda", dtype=torch.float32).eval()
+    model = _peer_class().from_pretrained(str(folder), device="cuda", dtype=torch.float32).eval()
     results = []
     with torch.inference_mode():
         for prompt in prompts:
@@ -80,6 +79,19 @@ def _peer_logprobs(folder: Path, prompts: Sequence[list[int]], scored: int) -> l
             logprobs = logits.double().log_softmax(-1).gather(1, ids[0, -scored:, None])[:, 0]
             results.append(logprobs.cpu().numpy())
     return results
+
+
+def _peer_class() -> Any:
+    """MambaLMHeadModel. vLLM, once imported, sets a variable with which mamba_ssm compiles all launch sizes after all:
+    minutes in float32."""
+    name = "TRITON_CACHE_AUTOTUNING"
+    of_vllm = os.environ.pop(name, None)
+    try:
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+    finally:
+        if of_vllm is not None:
+            os.environ[name] = of_vllm
+    return MambaLMHeadModel
 
 
 def _environment(with_engine: bool) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from .closed_loop import budget_thresholds, combine_thresholds, interpolate_thre
 from .metadata import (
     CLOSED_LOOP,
     COMBINE,
+    DEFAULT_MIN_RETENTION,
     FORMAT_VERSION,
     METHODS,
     PAPER,
+    UNCLAMPED,
     ClosedLoop,
     TableMetadata,
     check_budget,
@@ -18,16 +20,27 @@ from .metadata import (
 )
 from .row_lengths import default_row_lengths
 from .stability import LayerStability, table_stability
-from .storage import TableError, is_table_file, load_table, read_metadata, save_table, table_from_bytes, table_to_bytes
+from .storage import (
+    TableError,
+    is_table_file,
+    load_table,
+    read_metadata,
+    save_bytes,
+    save_table,
+    table_from_bytes,
+    table_to_bytes,
+)
 from .table import NO_FILTER, LayerThresholds, ThresholdTable
 
 __all__ = [
     "CLOSED_LOOP",
     "COMBINE",
+    "DEFAULT_MIN_RETENTION",
     "FORMAT_VERSION",
     "METHODS",
     "NO_FILTER",
     "PAPER",
+    "UNCLAMPED",
     "ClosedLoop",
     "LayerCalibration",
     "LayerStability",
@@ -46,6 +59,7 @@ __all__ = [
     "measured_lengths",
     "merge_channel_shards",
     "read_metadata",
+    "save_bytes",
     "save_table",
     "table_from_bytes",
     "table_stability",

@@ -5,9 +5,13 @@ from typing import Any
 
 FORMAT_VERSION = 1
 
+UNCLAMPED = "unclamped"
 PAPER = "paper"
 CLOSED_LOOP = "closed-loop"
-METHODS = (PAPER, CLOSED_LOOP)
+METHODS = (UNCLAMPED, PAPER, CLOSED_LOOP)
+
+# The theta of a table where none is given: the paper's for its method, for the others docs/closed_loop.md.
+DEFAULT_MIN_RETENTION = {UNCLAMPED: 0.05, PAPER: 0.01, CLOSED_LOOP: 0.05}
 
 # How the thresholds of several sequences become one.
 COMBINE = ("median", "min", "mean")
@@ -72,8 +76,8 @@ class TableMetadata:
         num_sequences: calibration sequences averaged.
         seed: seed that chose the sequences.
         tool_version: version of the program that calibrated.
-        method: "paper", the rule of arXiv 2504.16053 section 4; "closed-loop", see closed_loop.py; or another name for
-            thresholds from elsewhere.
+        method: "paper", the rule of arXiv 2504.16053 section 4; "unclamped", the same without its clamp;
+            "closed-loop", see closed_loop.py; or another name for thresholds from elsewhere.
         closed_loop: how a closed-loop table was measured, None for others.
         format_version: version of the file format.
 
@@ -113,6 +117,11 @@ class TableMetadata:
             raise ValueError(
                 f"TableMetadata.closed_loop must be given with the method {CLOSED_LOOP!r} and no other, got "
                 f"{self.closed_loop!r} with {self.method!r}; pass how the thresholds were measured"
+            )
+        if self.method == UNCLAMPED and self.clamp_percent != 0:
+            raise ValueError(
+                f"TableMetadata: with the method {UNCLAMPED!r} clamp_percent must be 0, got {self.clamp_percent}; "
+                f"with a clamp the method is {PAPER!r}"
             )
         check_train_length(self.train_length, "TableMetadata")
         check_clamp_percent(self.clamp_percent, "TableMetadata")

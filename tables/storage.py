@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -45,8 +46,12 @@ def save_table(table: ThresholdTable, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: the file cannot be written; nothing is left behind.
     """
+    save_bytes(table_to_bytes(table), path)
+
+
+def save_bytes(content: bytes, path: str | os.PathLike[str]) -> None:
+    """Writes what `table_to_bytes` returned, as `save_table` does."""
     target = Path(path)
-    content = table_to_bytes(table)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         # Not tempfile: it would hide the table from other users (mode 0600).
@@ -72,13 +77,16 @@ def load_table(path: str | os.PathLike[str]) -> ThresholdTable:
     return _assemble(str(target), *_read(target, with_tensors=True))
 
 
-def table_from_bytes(content: bytes) -> ThresholdTable:
+def table_from_bytes(content: bytes, place: str = "in memory") -> ThresholdTable:
     """Reads a table from what `table_to_bytes` returned: the same that `load_table` reads from a file.
+
+    Args:
+        content: the bytes.
+        place: where they come from, for messages.
 
     Raises:
         TableError: no table, a damaged one, or one of another format version.
     """
-    place = "in memory"
     try:
         tensors = load(content)
         # The header of a safetensors file: its length in 8 bytes, then JSON.
@@ -91,9 +99,10 @@ def table_from_bytes(content: bytes) -> ThresholdTable:
 def _assemble(place: str, metadata: TableMetadata, tensors: dict[str, np.ndarray]) -> ThresholdTable:
     try:
         row_lengths = _take(tensors, "longmamba.row_lengths")
-        layers: dict[int, LayerThresholds] = {}
-        for layer in sorted(int(match[1]) for match in map(_RETENTION_KEY.fullmatch, tensors) if match):
-            layers[layer] = _take_layer(tensors, layer, row_lengths.size)
+        indices = sorted(int(match[1]) for match in map(_RETENTION_KEY.fullmatch, tensors) if match)
+        with ThreadPoolExecutor() as pool:
+            taken = pool.map(lambda layer: _take_layer(tensors, layer, row_lengths.size), indices)
+            layers = dict(zip(indices, taken, strict=True))
         if tensors:
             raise ValueError(f"tensors {sorted(tensors)} are unknown or lack their layer's retention")
         return ThresholdTable(metadata=metadata, row_lengths=row_lengths, layers=layers)
@@ -136,7 +145,10 @@ def table_to_bytes(table: ThresholdTable) -> bytes:
         content: bytes = save(tensors | raw, metadata)
         if len(content) <= RAW_LIMIT:
             return content
-    packed = {f"{name}.packed": pack_thresholds(array) for name, array in raw.items()}
+    # Packing 100 MB takes seconds of one core.
+    with ThreadPoolExecutor() as pool:
+        arrays = pool.map(pack_thresholds, raw.values())
+        packed = {f"{name}.packed": array for name, array in zip(raw, arrays, strict=True)}
     return bytes(save(tensors | packed, metadata))
 
 

@@ -30,6 +30,7 @@ from vllm_longmamba.options import CALIBRATION_METHODS, options_from_config
 from vllm_longmamba.tables import (
     METHODS,
     ClosedLoop,
+    TableMetadata,
     ThresholdTable,
     budget_thresholds,
     combine_thresholds,
@@ -135,19 +136,46 @@ def test_long_sequences() -> None:
 
 
 def test_settings_refuse() -> None:
-    with pytest.raises(ValueError, match="method must be one of paper, closed-loop, got 'closed'"):
+    with pytest.raises(ValueError, match="method must be one of unclamped, paper, closed-loop, got 'closed'"):
         CalibrationSettings(method="closed")
     with pytest.raises(ValueError, match="combine must be one of median, min, mean, got 'max'"):
         CalibrationSettings(combine="max")
     with pytest.raises(ValueError, match="budget must be a factor above 0, got -1"):
         CalibrationSettings(budget=-1)
+    with pytest.raises(ValueError, match=r"method unclamped has no clamp, got clamp_percent 5"):
+        CalibrationSettings(method="unclamped", clamp_percent=5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "method", "theta", "clamps"),
+    [
+        (CalibrationSettings(), "unclamped", 0.05, (0, 0)),
+        (CalibrationSettings(clamp_percent=0), "unclamped", 0.05, (0, 0)),
+        (CalibrationSettings(clamp_percent=3), "paper", 0.01, (3, 3)),
+        (CalibrationSettings(method="paper"), "paper", 0.01, (20, 5)),
+        (CalibrationSettings(method="paper", clamp_percent=0, min_retention=0.2), "paper", 0.2, (0, 0)),
+        (CalibrationSettings(method="closed-loop"), "closed-loop", 0.05, (20, 5)),
+    ],
+)
+def test_defaults_of_a_method(
+    settings: CalibrationSettings, method: str, theta: float, clamps: tuple[float, float]
+) -> None:
+    assert (settings.method, settings.theta) == (method, theta)
+    assert (settings.clamp("MambaForCausalLM"), settings.clamp("Mamba2ForCausalLM")) == clamps
+
+
+def test_a_table_without_a_clamp_says_so() -> None:
+    unclamped = replace(small_table().metadata, method="unclamped", clamp_percent=0)
+    assert TableMetadata.from_dict(unclamped.to_dict()) == unclamped
+    with pytest.raises(ValueError, match=r"with the method 'unclamped' clamp_percent must be 0, got 5"):
+        replace(unclamped, clamp_percent=5)
 
 
 def test_option() -> None:
     assert CALIBRATION_METHODS == METHODS
-    assert options_from_config({}).calibration_method == "paper"
+    assert options_from_config({}).calibration_method == "unclamped"
     assert options_from_config({"longmamba": {"calibration_method": "closed-loop"}}).calibration_method == "closed-loop"
-    with pytest.raises(ValueError, match='calibration_method must be "paper" or "closed-loop", but is \'open\''):
+    with pytest.raises(ValueError, match='calibration_method must be "unclamped" or "paper" or "closed-loop", but is'):
         options_from_config({"longmamba": {"calibration_method": "open"}})
 
 
@@ -243,4 +271,4 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [CalibrationSettings(method="closed-loop", combine="min", measure_to=300, budget=0.5)]
     assert load_table(tmp_path / "table").metadata.closed_loop == CLOSED
     result = CliRunner().invoke(app, ["calibrate", "m", "--method", "open"])
-    assert (result.exit_code, "method must be one of paper, closed-loop" in result.output) == (1, True)
+    assert (result.exit_code, "method must be one of unclamped, paper, closed-loop" in result.output) == (1, True)

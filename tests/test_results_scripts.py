@@ -115,3 +115,63 @@ def test_calibration_in_the_reference(script: Script, folder: Path, tmp_path: Pa
         expected = calibration.result()
         np.testing.assert_allclose(table.layers[layer].dt_threshold, expected.dt_threshold, rtol=1e-3)
         torch.testing.assert_close(table.layers[layer].retention, expected.retention, rtol=1e-3, atol=1e-12)
+
+
+@pytest.mark.parametrize("generated", ["not filtered", "filtered", "growing"])
+def test_texts_that_are_half_generated_may_be_read_together(script: Script, folder: Path, generated: str) -> None:
+    script  # noqa: B018 - puts benchmarks/ on the path
+    from support.variants import HalfGenerated, Subject
+
+    from vllm_longmamba.torch_reference import LongMamba
+
+    subject = Subject(folder, None, 512, "cpu", segment_tokens=900)
+    model = subject.model.with_method(LongMamba.from_table(subject.table))
+    together = HalfGenerated(model, subject.encoder, generated)
+    alone = HalfGenerated(model, subject.encoder, generated)
+    alone.together = lambda length: 1  # type: ignore[method-assign]
+    subject.encoder.decode = lambda tokens: str(tokens)  # type: ignore[method-assign]
+    prompts = [random_token_ids(length, seed=number) for number, length in enumerate([300, 300, 300, 300, 410, 300])]
+    jobs = [(number, prompt, 3) for number, prompt in enumerate(prompts)]
+    assert together.together(300) == 3
+    assert list(together.complete(jobs)) == list(alone.complete(jobs))
+    texts = list(enumerate(prompts))
+    expected = dict(alone.tail_logprobs(texts, 20))
+    for number, logprobs in together.tail_logprobs(texts, 20):
+        np.testing.assert_allclose(logprobs, expected[number], atol=1e-5)
+
+
+def _report(task: str, shares: dict[str, float], **changes: object) -> dict[str, object]:
+    value = "share" if task == "passkey" else "loss"
+    rows = [{"method": method, "length": 512, value: share} for method, share in shares.items()]
+    compared = {} if task == "passkey" else {"compared_with": next(iter(shares))}
+    methods = {method: {"weights": "these"} for method in shares}
+    report = {"task": task, "settings": {"seeds": [0]}, "hardware": "it", "command": "do", "methods": methods}
+    return report | {"by_length": rows} | compared | changes
+
+
+@pytest.mark.parametrize(("task", "added"), [("passkey", ["torch-plain", "decimamba"]), ("perplexity", ["decimamba"])])
+def test_other_methods_are_put_beside(script: Script, tmp_path: Path, task: str, added: list[str]) -> None:
+    def write(name: str, report: dict[str, object]) -> Path:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+        return tmp_path / name
+
+    ours = write("ours", _report(task, {"plain": 0.5, "longmamba": 0.9}))
+    other = write("other", _report(task, {"torch-plain": 0.5001, "decimamba": 0.6}))
+    script("join_reports", ours, "--beside", other, "-o", tmp_path / "joined")
+    joined = json.loads((tmp_path / "joined" / "report.json").read_text())
+    assert list(joined["methods"]) == ["plain", "longmamba", *added]
+    assert [row["method"] for row in joined["by_length"]] == ["plain", "longmamba", *added]
+    assert joined["command"] == "do ; do"
+    if task == "perplexity":
+        assert joined["compared_with"] == "plain"
+    wrong = {
+        "settings": _report(task, {"torch-plain": 0.5}, settings={"seeds": [1]}),
+        "weights": _report(task, {"torch-plain": 0.5}, methods={"torch-plain": {"weights": "others"}}),
+        "a method plain already": _report(task, {"plain": 0.5}),
+    }
+    if task == "perplexity":
+        wrong["the plain model has 0.7"] = _report(task, {"torch-plain": 0.7, "decimamba": 0.6})
+    for number, (message, report) in enumerate(wrong.items()):
+        with pytest.raises(SystemExit, match=message):
+            script("join_reports", ours, "--beside", write(f"wrong{number}", report), "-o", tmp_path / "joined")

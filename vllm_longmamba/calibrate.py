@@ -17,8 +17,10 @@ from vllm_longmamba.model_length import DEFAULT_MAX_MODEL_LEN, train_length
 from vllm_longmamba.options import KEY, LongMambaOptions
 from vllm_longmamba.tables import (
     CLOSED_LOOP,
+    DEFAULT_MIN_RETENTION,
     METHODS,
     PAPER,
+    UNCLAMPED,
     ClosedLoop,
     LayerThresholds,
     TableMetadata,
@@ -41,28 +43,30 @@ class CalibrationSettings:
     Attributes:
         num_sequences: calibration sequences, each of the training length; the paper takes 5.
         clamp_percent: share of the largest dt's that are clamped (the paper's C). By default 20 for Mamba-1 and 5 for
-            Mamba-2 layers, the paper's choice for Mamba-1.4B and Mamba2-1.3B.
-        min_retention: what the table proposes as retention above which a channel is global (the paper's theta).
+            Mamba-2 layers, the paper's choice for Mamba-1.4B and Mamba2-1.3B; 0 with the method "unclamped".
+        min_retention: what the table proposes as retention above which a channel is global (the paper's theta). By
+            default that of the method.
         train_length: the paper's L; by default what is known of the model.
         max_length: the longest prompt the table is made for, in tokens.
         seed: chooses the sequences.
-        method: "paper", or "closed-loop", whose thresholds come from sequences of the prompts' length.
+        method: "paper"; "unclamped", the same without the clamp; or "closed-loop", whose thresholds come from sequences
+            of the prompts' length. By default "unclamped", or "paper" where clamp_percent is given.
         combine: how the closed-loop thresholds of several sequences become one: "median", "min" or "mean".
         measure_to: the longest closed-loop sequences, in tokens; thresholds of longer prompts are extrapolated. By
             default max_length.
         budget: closed loop: what a channel may keep, as a factor of its sum of dt over the training length.
 
     Raises:
-        ValueError: an unknown method or way to combine, or a budget that is not above 0.
+        ValueError: an unknown method or way to combine, a budget that is not above 0, or a clamp with "unclamped".
     """
 
     num_sequences: int = 5
     clamp_percent: float | None = None
-    min_retention: float = 1e-2
+    min_retention: float | None = None
     train_length: int | None = None
     max_length: int = DEFAULT_MAX_MODEL_LEN
     seed: int = 0
-    method: str = PAPER
+    method: str | None = None
     combine: str = "median"
     measure_to: int | None = None
     budget: float = 1.0
@@ -70,11 +74,27 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         check_combine(self.combine, "CalibrationSettings")
         check_budget(self.budget, "CalibrationSettings")
+        if self.method is None:
+            object.__setattr__(self, "method", PAPER if self.clamp_percent else UNCLAMPED)
         if self.method not in METHODS:
+            raise ValueError(f"CalibrationSettings: method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.method == UNCLAMPED and self.clamp_percent:
             raise ValueError(
-                f"CalibrationSettings: method must be one of {', '.join(METHODS)}, got {self.method!r}; "
-                "the paper's is the default"
+                f"CalibrationSettings: the method {UNCLAMPED} has no clamp, got clamp_percent {self.clamp_percent}; "
+                f"leave it out, or take the method {PAPER}"
             )
+
+    @property
+    def theta(self) -> float:
+        """`min_retention`, or the method's where none is given."""
+        assert self.method is not None
+        return DEFAULT_MIN_RETENTION[self.method] if self.min_retention is None else self.min_retention
+
+    def clamp(self, architecture: str) -> float:
+        """`clamp_percent`, or the method's for models of an architecture where none is given."""
+        if self.clamp_percent is not None:
+            return self.clamp_percent
+        return 0.0 if self.method == UNCLAMPED else default_clamp_percent(architecture)
 
 
 def calibrate(
@@ -154,16 +174,14 @@ def calibrate_groups(
     )
     config = llm.llm_engine.vllm_config
     texts_in_tokens = tokenize(llm.get_tokenizer(), corpus)
-    clamp_percent = settings.clamp_percent
-    if clamp_percent is None:
-        clamp_percent = default_clamp_percent(config.model_config.architecture)
+    clamp_percent = settings.clamp(config.model_config.architecture)
     metadata = TableMetadata(
         model_id=model_name(model),
         weights_fingerprint=_fingerprint(config),
         train_length=length,
         corpus=corpus.name,
         clamp_percent=clamp_percent,
-        min_retention=settings.min_retention,
+        min_retention=settings.theta,
         num_sequences=settings.num_sequences,
         seed=settings.seed,
         tool_version=f"vllm_longmamba {__version__}",
@@ -278,7 +296,7 @@ def _run(
     number = settings.num_sequences
     for place, sequence in enumerate(sequences):
         if place == number:
-            arguments = (number, settings.min_retention, lengths, settings.combine, settings.budget)
+            arguments = (number, settings.theta, lengths, settings.combine, settings.budget)
             llm.collective_rpc("longmamba_close_loop", args=arguments)
         if place >= number:
             llm.collective_rpc("longmamba_start_length", args=(len(sequence),))

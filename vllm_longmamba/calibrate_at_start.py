@@ -17,8 +17,7 @@ from vllm_longmamba.options import options_from_config
 from vllm_longmamba.tables import (
     TableError,
     ThresholdTable,
-    load_table,
-    save_table,
+    save_bytes,
     table_from_bytes,
     table_to_bytes,
 )
@@ -62,12 +61,15 @@ def provide_table(executor: Any, vllm_config: Any, kv_cache_config: Any) -> Thre
     plan = plan_from_config(vllm_config.additional_config)
     if plan is None or not plan.can_filter(vllm_config.model_config.max_model_len):
         return None
-    table = _stored_table(plan)
-    if table is None:
+    stored = _stored_table(plan)
+    if stored is not None:
+        content, table = stored
+    else:
         started = time.monotonic()
+        content = table_to_bytes(_calibrate(plan, executor, vllm_config, kv_cache_config))
         # What is stored is a little coarser for large tables: the first start must filter as all later ones do.
-        table = table_from_bytes(table_to_bytes(_calibrate(plan, executor, vllm_config, kv_cache_config)))
-        is_stored = _store(plan, table)
+        table = table_from_bytes(content)
+        is_stored = _store(plan, content)
         min_retention = options_from_config(vllm_config.additional_config).min_retention
         global_channels = sum(int(table.is_global(layer, min_retention).sum()) for layer in table.layers)
         logger.info(
@@ -80,23 +82,26 @@ def provide_table(executor: Any, vllm_config: Any, kv_cache_config: Any) -> Thre
             sum(len(layer.retention) for layer in table.layers.values()),
             f"stored in {plan.store}" if is_stored else "not stored",
         )
-    executor.collective_rpc(use_table, args=(table_to_bytes(table),))
+    executor.collective_rpc(use_table, args=(content,))
     return table
 
 
-def _stored_table(plan: CalibrationPlan) -> ThresholdTable | None:
+def _stored_table(plan: CalibrationPlan) -> tuple[bytes, ThresholdTable] | None:
+    """The table that an earlier start has stored, and what its file holds."""
     if plan.store is None:
         return None
     try:
-        table = load_table(plan.store)
-    except TableError as error:
-        if Path(plan.store).exists():
-            logger.warning("LongMamba: the stored table cannot be used, calibrating again: %s", error)
+        content = Path(plan.store).read_bytes()
+        table = table_from_bytes(content, plan.store)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, TableError) as error:
+        logger.warning("LongMamba: the stored table cannot be used, calibrating again: %s", error)
         return None
     if table.metadata.weights_fingerprint != plan.weights_fingerprint:
         return None
     logger.info("LongMamba: thresholds from %s, made at an earlier start", plan.store)
-    return table
+    return content, table
 
 
 def _calibrate(plan: CalibrationPlan, executor: Any, vllm_config: Any, kv_cache_config: Any) -> ThresholdTable:
@@ -207,12 +212,12 @@ def _step(executor: Any, scheduler: Any) -> None:
     scheduler.update_from_output(output, result)
 
 
-def _store(plan: CalibrationPlan, table: ThresholdTable) -> bool:
+def _store(plan: CalibrationPlan, content: bytes) -> bool:
     if plan.store is None:
         return False
     try:
         Path(plan.store).parent.mkdir(parents=True, exist_ok=True)
-        save_table(table, plan.store)
+        save_bytes(content, plan.store)
     except OSError as error:
         logger.warning("LongMamba: the table cannot be stored, the next start will calibrate again: %s", error)
         return False

@@ -14,6 +14,7 @@ from vllm_longmamba.architectures import is_mamba1
 from vllm_longmamba.fingerprint import DUMMY
 from vllm_longmamba.model_length import DEFAULT_MAX_MODEL_LEN
 from vllm_longmamba.tables import (
+    CLOSED_LOOP,
     FORMAT_VERSION,
     PAPER,
     ClosedLoop,
@@ -48,8 +49,8 @@ class CalibrationPlan:
         seed: chooses the sequences.
         texts: paths of the text; none stands for the sample that comes with the package.
         corpus: name of the text, with a hash of its contents.
-        method: "paper" or "closed-loop".
-        measured_lengths: tokens of the closed-loop sequences; none with the paper's method.
+        method: see `CalibrationSettings`.
+        measured_lengths: tokens of the closed-loop sequences; none with another method.
         store: file that keeps the table, None where none does.
     """
 
@@ -80,8 +81,8 @@ class CalibrationPlan:
         settings = asdict(self)
         for name in ("model_id", "weights_fingerprint", "texts", "store"):
             del settings[name]
-        if self.method == PAPER:
-            # Their key has been without it.
+        if self.method != CLOSED_LOOP:
+            # Clamp and theta tell the others apart.
             del settings["method"], settings["measured_lengths"]
         content = json.dumps([settings, FORMAT_VERSION, _VERSION], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
@@ -103,7 +104,7 @@ class CalibrationPlan:
             seed=self.seed,
             tool_version=f"vllm_longmamba {__version__}",
             method=self.method,
-            closed_loop=None if self.method == PAPER else self._closed_loop(text_tokens),
+            closed_loop=self._closed_loop(text_tokens) if self.method == CLOSED_LOOP else None,
         )
 
     def _closed_loop(self, text_tokens: int) -> ClosedLoop:
@@ -152,7 +153,7 @@ def make_plan(vllm_config: Any, options: Any, fingerprint: str) -> CalibrationPl
     from vllm_longmamba.model_length import train_length
     from vllm_longmamba.table_lookup import cache_folder
 
-    model_config, settings = vllm_config.model_config, CalibrationSettings()
+    model_config, settings = vllm_config.model_config, CalibrationSettings(method=options.calibration_method)
     length = train_length(model_config.hf_text_config, options)
     texts = [Path(options.calibration_text).expanduser().absolute()] if options.calibration_text else []
     try:
@@ -167,8 +168,8 @@ def make_plan(vllm_config: Any, options: Any, fingerprint: str) -> CalibrationPl
         train_length=length,
         max_length=max(model_config.max_model_len, DEFAULT_MAX_MODEL_LEN),
         num_sequences=settings.num_sequences,
-        clamp_percent=default_clamp_percent(model_config.architecture),
-        min_retention=settings.min_retention,
+        clamp_percent=settings.clamp(model_config.architecture),
+        min_retention=settings.theta,
         seed=settings.seed,
         texts=tuple(str(path) for path in texts),
         corpus=corpus.name,
@@ -185,7 +186,7 @@ def make_plan(vllm_config: Any, options: Any, fingerprint: str) -> CalibrationPl
 
 def _measured_lengths(plan: CalibrationPlan, vllm_config: Any) -> tuple[int, ...]:
     """Of a closed loop, whose sequences must each run in one step of the engine to be served with."""
-    if plan.method == PAPER:
+    if plan.method != CLOSED_LOOP:
         return ()
     # One token follows each sequence, and another one is generated.
     steps, positions = vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.max_model_len

@@ -6,7 +6,7 @@ from typing import Any
 KEY = "longmamba"
 
 # Named again by tables/metadata.py, whose package loads torch.
-CALIBRATION_METHODS = ("paper", "closed-loop")
+CALIBRATION_METHODS = ("unclamped", "paper", "closed-loop")
 
 _SWITCH = {"on": True, "off": False}
 
@@ -29,7 +29,8 @@ class LongMambaOptions:
             a missing table is an error.
         calibration_text: path of the text (.txt, .jsonl or .parquet) that the engine then calibrates on. By default
             the sample that comes with the package.
-        calibration_method: "paper", or "closed-loop", which measures thresholds on text as long as the prompts.
+        calibration_method: how the table is then made: "paper"; "unclamped", the paper's method without its clamp; or
+            "closed-loop", which measures thresholds on text as long as the prompts.
     """
 
     table: str | None = None
@@ -39,7 +40,7 @@ class LongMambaOptions:
     filter_generated: bool = False
     calibrate: bool = True
     calibration_text: str | None = None
-    calibration_method: str = "paper"
+    calibration_method: str = "unclamped"
 
     def __post_init__(self) -> None:
         _check("table", self.table, str, "the path of a .safetensors file")
@@ -52,7 +53,8 @@ class LongMambaOptions:
         _check("calibrate", self.calibrate, bool, 'true or false ("on" or "off")')
         _check("calibration_text", self.calibration_text, str, "the path of a .txt, .jsonl or .parquet file")
         if self.calibration_method not in CALIBRATION_METHODS:
-            raise ValueError(_message("calibration_method", '"paper" or "closed-loop"', self.calibration_method))
+            rule = " or ".join(f'"{method}"' for method in CALIBRATION_METHODS)
+            raise ValueError(_message("calibration_method", rule, self.calibration_method))
         if self.min_retention is not None and not 0.0 < self.min_retention < 1.0:
             raise ValueError(_message("min_retention", "a number between 0 and 1", self.min_retention))
         if self.train_length is not None and self.train_length < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from vllm_longmamba.calibrate import draw_sequences, tokenize
 from vllm_longmamba.calibration_text import read_corpus
 from vllm_longmamba.evaluate.methods import ModelSettings
 from vllm_longmamba.evaluate.statistics import Floats
+from vllm_longmamba.evaluate.texts import Encoder
 from vllm_longmamba.evaluate.torch_contestant import TorchContestant, TorchRunner, tail_logprobs
 from vllm_longmamba.options import LongMambaOptions
 from vllm_longmamba.table_lookup import Weights, find_table
@@ -67,6 +68,13 @@ class Subject:
         return TorchContestant(ModelSettings(str(self.folder), {}, {"max_model_len": self._max_length}), "plain")
 
     @cached_property
+    def encoder(self) -> Encoder:
+        """Its tokenizer. It reads every text once: all variants are asked about the same books."""
+        encoder = self.contestant.encoder
+        encoder.encode = cache(encoder.encode)  # type: ignore[method-assign]
+        return encoder
+
+    @cached_property
     def table(self) -> ThresholdTable:
         """Its table."""
         weights = Weights(self.folder, [str(file) for file in weight_files(self.folder)])
@@ -100,7 +108,7 @@ class Subject:
             seed: chooses the sequences.
         """
         corpus, metadata = read_corpus(list(texts)), self.table.metadata
-        tokens = tokenize(_Tokenizer(self.contestant.encoder), corpus)
+        tokens = tokenize(_Tokenizer(self.encoder), corpus)
         recording = Recording()
         model = self.model.with_method(recording)
         layers = {
@@ -136,7 +144,7 @@ class Variant:
         generated: Generated | None = None,
     ) -> None:
         self._subject, self._method, self._generated = subject, method, generated
-        self.encoder = subject.contestant.encoder
+        self.encoder = subject.encoder
         self.train_length = subject.table.metadata.train_length
         of_model = {**subject.contestant.description, "train_length": self.train_length}
         self.description: dict[str, Any] = {**of_model, **description}

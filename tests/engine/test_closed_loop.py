@@ -14,13 +14,21 @@ from tiny_models import random_token_ids
 import vllm_longmamba.tables.shipped as shipped
 from vllm_longmamba.calibrate import CalibrationSettings, calibrate, draw_sequences
 from vllm_longmamba.closed_loop import closed_loop_sequences
-from vllm_longmamba.tables import ClosedLoop, ThresholdTable, interpolate_thresholds, load_table
+from vllm_longmamba.tables import (
+    CLOSED_LOOP,
+    DEFAULT_MIN_RETENTION,
+    ClosedLoop,
+    ThresholdTable,
+    interpolate_thresholds,
+    load_table,
+)
 
 from .harness import MEMORY, TRAIN_LENGTH, Engine
 
 pytestmark = pytest.mark.engine
 
-SEQUENCES, THETA, SEED = 3, 1e-2, 5
+# Theta is what an engine takes that calibrates itself.
+SEQUENCES, THETA, SEED = 3, DEFAULT_MIN_RETENTION[CLOSED_LOOP], 5
 
 
 class ClosingSteps(TimeSteps):

@@ -15,7 +15,7 @@ from vllm_longmamba.evaluate.tuning_settings import BUDGETS, CLAMP_PERCENTS, THE
 from vllm_longmamba.evaluate.tuning_tables import TableMaker
 from vllm_longmamba.tables import ClosedLoop, ThresholdTable
 
-PAPER, CLOSED = CalibrationSettings(), CalibrationSettings(method="closed-loop")
+PAPER, CLOSED = CalibrationSettings(method="paper"), CalibrationSettings(method="closed-loop")
 Calibrated = list[CalibrationSettings]
 
 
@@ -121,7 +121,7 @@ def test_make_grid() -> None:
 
 
 def test_lengths_for() -> None:
-    assert settings_of(make_grid("paper"), PAPER).lengths_for(512) == [2048, 4096]
+    assert settings_of(make_grid("paper"), PAPER).lengths_for(512) == [4096, 8192]
     assert settings_of(make_grid("closed-loop"), CLOSED).lengths_for(512) == [4096, 8192]
     assert settings_of(make_grid("closed-loop"), CLOSED, [1000]).lengths_for(512) == [1000]
 
@@ -134,6 +134,7 @@ def test_lengths_for() -> None:
         ("paper", {"thetas": [0.1, 0.1]}, "--thetas must be different"),
         ("paper", {"clamp_percents": [0.0, 100.0]}, "--clamp-percents must be different numbers between 0 and 100"),
         ("paper", {"budgets": [1.0]}, "--budgets has a part in the method closed-loop only"),
+        ("unclamped", {}, "--method must be paper or closed-loop, got 'unclamped'; paper tries tables without a clamp"),
         ("closed-loop", {"budgets": [0.0, 1.0]}, "--budgets must be different numbers above 0, got 0.0, 1.0"),
         ("closed-loop", {"clamp_percents": [5.0]}, "--clamp-percents: C has no part in the method closed-loop"),
         ("closed-loop", {"refine": 1}, "--refine: with the method closed-loop every theta takes a calibration"),

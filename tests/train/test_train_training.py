@@ -62,6 +62,23 @@ def test_minutes_end_a_run(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert 0 < curves.steps[-1]["lr"] < 0.1 * settings.peak_lr
 
 
+def test_longer_evaluations_and_exports(text_file: Path) -> None:
+    settings = small("mamba2", steps=8, evaluations=4, evaluated_lengths=(1, 2), exports=(0.3, 0.6))
+    lines, shares = [], []
+    books = read_books(text_file, torch.device("cpu"))
+    curves = train(make_model(settings), settings, books, report=lines.append, export=shares.append)
+    assert shares == [0.3, 0.6]
+    assert all("  x2: " in line for line in lines)
+    assert set(curves.evaluations[0]) > {"passkey", "passkey_x2", "four_needles_x2", "text_loss_x2"}
+
+
+def test_initial_steps_and_decays_lie_in_their_ranges() -> None:
+    mixer = make_model(small("mamba2", dt_min=0.02, dt_max=0.03, a_min=2, a_max=3)).backbone.layers[0].mixer
+    dt, decay = torch.nn.functional.softplus(mixer.dt_bias), mixer.A_log.exp()
+    assert 0.02 <= dt.min() < dt.max() <= 0.03 + 1e-6
+    assert 2 <= decay.min() < decay.max() <= 3 + 1e-6
+
+
 def test_losses_by_hand() -> None:
     """Two classes in the logits of three targets: text, an answer, and a digit that cannot be known."""
     logits = torch.zeros(1, 3, 264)
@@ -135,6 +152,10 @@ def test_settings_survive_a_file(tmp_path: Path) -> None:
         ({"family": "zamba2"}, "needs hybrid_layers"),
         ({"family": "zamba2", "hybrid_layers": (8,)}, "below n_layer 8"),
         ({"stages": (Stage(0.5, {"text": 1.0}, 1.0),)}, "the last at 1"),
+        ({"dt_min": 0.2}, "dt_min <= dt_max"),
+        ({"a_min": 0}, "0 < a_min"),
+        ({"evaluated_lengths": (4,)}, "ascend from 1"),
+        ({"exports": (0.5, 1)}, "exports must ascend between 0 and 1"),
     ],
 )
 def test_wrong_settings_are_refused(changes: dict[str, object], message: str) -> None:
@@ -153,6 +174,8 @@ def test_command_line(text_file: Path, tmp_path: Path) -> None:
     changes = {name: value for name, value in SMALL.items() if name != "warmup_steps"} | {"evaluation_sequences": 2}
     (tmp_path / "changes.json").write_text(json.dumps(changes))
     arguments = ["mamba2", "--text", text_file, "--out", tmp_path / "out", "--settings", tmp_path / "changes.json"]
+    stage = {"until": 1, "shares": {"passkey": 1}, "answer_weight": 0.5}
+    arguments += ["--set", f"stages={json.dumps([stage])}", "--set", "exports=[0.5]", "--set", "evaluations=2"]
     result = CliRunner().invoke(app, [*map(str, arguments), "--steps", "2", "--set", "warmup_steps=1"])
     assert result.exit_code == 0, result.output
     curves = json.loads((tmp_path / "out" / "curves.json").read_text())

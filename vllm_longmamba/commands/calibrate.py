@@ -39,11 +39,18 @@ def calibrate(
     ] = None,
     clamp_percent: Annotated[
         float | None,
-        typer.Option(min=0, max=99.9, help="Per cent of the largest dt's to clamp. [default: 20; Mamba-2: 5]"),
+        typer.Option(
+            min=0, max=99.9, help="Paper's method: per cent of the largest dt's to clamp. [default: 20; Mamba-2: 5]"
+        ),
     ] = None,
     min_retention: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Retention above which a channel is global; serving may change it.")
-    ] = 1e-2,
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Retention above which a channel is global; serving may change it. [default: 0.05; paper: 0.01]",
+        ),
+    ] = None,
     train_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens the model was trained on. [default: what is known of the model]")
     ] = None,
@@ -52,12 +59,13 @@ def calibrate(
     ] = DEFAULT_MAX_MODEL_LEN,
     seed: Annotated[int, typer.Option(help="Chooses the sequences; groups count up from it.")] = 0,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="paper: stretch what sequences of the training length show. closed-loop: measure with sequences "
-            "as long as the prompts, the filter already on in the layers below."
+            help="paper: stretch what sequences of the training length show. unclamped: the same without the clamp. "
+            "closed-loop: measure with sequences as long as the prompts, the filter already on in the layers below. "
+            "[default: unclamped; with --clamp-percent: paper]"
         ),
-    ] = "paper",
+    ] = None,
     combine: Annotated[
         str, typer.Option(help="Closed loop: what becomes of the thresholds of all sequences: median, min or mean.")
     ] = "median",

@@ -44,13 +44,14 @@ def tune(
         Path | None, typer.Option(help="Where the best table goes. [default: your cache, where vllm serve finds it]")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="How tables are made, as for longmamba calibrate: paper, or closed-loop.")
+        str,
+        typer.Option(help="How tables are made, as for longmamba calibrate: paper (C 0 as well) or closed-loop."),
     ] = "paper",
     thetas: Annotated[
         str | None,
         typer.Option(
             help="min_retention to try, separated by commas; in the closed loop each takes a calibration. "
-            "[default: 1e-40,1e-20,1e-10,1e-5,1e-3,1e-2,1e-1; closed loop: 0.01,0.05,0.2,0.5,0.7]"
+            "[default: 1e-40,1e-20,1e-10,1e-5,1e-3,1e-2,0.05,0.2,0.5,0.7; closed loop: the last five from 0.01]"
         ),
     ] = None,
     clamp_percents: Annotated[
@@ -73,9 +74,7 @@ def tune(
     score: Annotated[str, typer.Option(help="What decides: passkey, perplexity or both.")] = "both",
     lengths: Annotated[
         str | None,
-        typer.Option(
-            help="Tokens of prompts and windows. [default: 4 and 8 times the training length; closed loop: 8 and 16]"
-        ),
+        typer.Option(help="Tokens of prompts and windows. [default: 8 and 16 times the training length]"),
     ] = None,
     depths: Depths = 8,
     seeds: Seeds = "0",

@@ -10,13 +10,16 @@ from vllm_longmamba.tables import CLOSED_LOOP, PAPER
 
 # The grids where none is given. The paper searches theta between 1e-40 and 1e-1. In the closed loop every theta takes a
 # calibration; these span the best of the models tried (docs/closed_loop.md).
-THETAS = {PAPER: (1e-40, 1e-20, 1e-10, 1e-5, 1e-3, 1e-2, 1e-1), CLOSED_LOOP: (0.01, 0.05, 0.2, 0.5, 0.7)}
+THETAS = {
+    PAPER: (1e-40, 1e-20, 1e-10, 1e-5, 1e-3, 1e-2, 0.05, 0.2, 0.5, 0.7),
+    CLOSED_LOOP: (0.01, 0.05, 0.2, 0.5, 0.7),
+}
 CLAMP_PERCENTS = (0.0, 5.0, 10.0, 20.0)
 BUDGETS = (1.0,)
 REFINE = {PAPER: 1, CLOSED_LOOP: 0}
-# Multiples of the training length to score at where no lengths are given. What the closed loop's theta does to text
+# Multiples of the training length to score at where no lengths are given. What theta does to text and the clamp to keys
 # shows from 16 times on (docs/closed_loop.md).
-MULTIPLES = {PAPER: (4, 8), CLOSED_LOOP: (8, 16)}
+MULTIPLES = (8, 16)
 
 _CLOSED_LOOP_ONLY = f"has a part in the method {CLOSED_LOOP} only; leave it out, or give --method {CLOSED_LOOP}"
 
@@ -63,6 +66,10 @@ def make_grid(
     Raises:
         ValueError: as `Grid`, or something given that has no part in the method.
     """
+    if method not in THETAS:
+        raise ValueError(
+            f"--method must be {' or '.join(THETAS)}, got {method!r}; {PAPER} tries tables without a clamp, too"
+        )
     closed = method == CLOSED_LOOP
     if closed and clamp_percents is not None:
         raise ValueError(f"--clamp-percents: C has no part in the method {CLOSED_LOOP}; leave it out")
@@ -121,7 +128,7 @@ class TuningSettings:
 
     def lengths_for(self, train_length: int) -> list[int]:
         """Tokens of prompts and windows."""
-        return list(self.lengths or [factor * train_length for factor in MULTIPLES[self.calibration.method]])
+        return list(self.lengths or [factor * train_length for factor in MULTIPLES])
 
 
 def _check(name: str, values: Sequence[float], rule: str, holds: bool) -> None:
