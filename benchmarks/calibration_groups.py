@@ -57,6 +57,9 @@ def main() -> None:
     parser.add_argument(
         "--sequences", type=int, nargs="+", default=[5], help="settings: sequences of a calibration [5]"
     )
+    parser.add_argument("--method", help="as for longmamba calibrate")
+    parser.add_argument("--clamp-percent", type=float, help="likewise")
+    parser.add_argument("--min-retention", type=float, help="likewise")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096], help="prompts, in bytes [2048 4096]")
     parser.add_argument("--seeds", type=int, default=3, help="questions for each length and place [%(default)s]")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "calibration_groups.md")
@@ -71,7 +74,7 @@ def main() -> None:
     longest = int(shipped.row_lengths[-1])
     settings = [Setting("shipped, made of a book", [shipped])]
     for number in options.sequences:
-        tables = _calibrate(options.groups, number, longest)
+        tables = _calibrate(number, longest, options)
         settings.append(Setting(f"self-made, {number} sequences", tables))
     haystack = read_haystack()
     tasks = {
@@ -89,11 +92,18 @@ def main() -> None:
     print(options.output.read_text())
 
 
-def _calibrate(groups: int, num_sequences: int, longest: int) -> list[Any]:
+def _calibrate(num_sequences: int, longest: int, options: argparse.Namespace) -> list[Any]:
     from vllm_longmamba.calibrate import CalibrationSettings, calibrate_groups
 
-    settings = CalibrationSettings(num_sequences=num_sequences, train_length=TRAIN_LENGTH, max_length=longest)
-    return list(calibrate_groups(groups, str(MODEL), None, settings, **_memory(), **ENGINE))
+    settings = CalibrationSettings(
+        num_sequences=num_sequences,
+        train_length=TRAIN_LENGTH,
+        max_length=longest,
+        method=options.method,
+        clamp_percent=options.clamp_percent,
+        min_retention=options.min_retention,
+    )
+    return list(calibrate_groups(options.groups, str(MODEL), None, settings, **_memory(), **ENGINE))
 
 
 def _engine() -> Any:
