@@ -126,7 +126,7 @@ def test_training_length_of_another_model(tiny_model: Callable[[str], Path], tin
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"tabel": "x"}, "unknown option tabel; known are table, min_retention, train_length, filter, filter_generated, cali"),
+        ({"tabel": "x"}, "unknown option tabel; known are table, min_retention, train_length, filter, filter_gen"),
         ({"calibrate": "maybe"}, """calibrate must be true or false ("on" or "off"), but is 'maybe'"""),
         ({"filter": "no"}, "filter must be true or false, but is 'no'"),
         ({"min_retention": 2}, "min_retention must be a number between 0 and 1, but is 2"),
