@@ -1,4 +1,4 @@
-"""Writes a trained model as its family publishes checkpoints."""
+"""Writes a trained model as its family publishes checkpoints, and reads it back."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .settings import CHECKPOINT_BYTES, END_OF_TEXT, VOCABULARY, Settings
@@ -41,6 +41,19 @@ def export_model(model: nn.Module, settings: Settings, path: Path, dtype: torch.
     if file.stat().st_size > CHECKPOINT_BYTES:
         raise ValueError(f"{file}: must have at most {CHECKPOINT_BYTES} bytes, has {file.stat().st_size}")
     return file
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict, in the dtypes of the file, of a model that `export_model` wrote into a folder.
+
+    Raises:
+        FileNotFoundError: the folder has no weights.
+    """
+    if (path / "model.safetensors").exists():
+        weights = load_file(path / "model.safetensors")
+    else:
+        weights = torch.load(path / "pytorch_model.bin", weights_only=True)
+    return {name: weight for name, weight in weights.items() if name != "lm_head.weight"}
 
 
 def _stored(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

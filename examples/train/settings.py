@@ -62,6 +62,10 @@ class Settings:
         exports: shares of the training, ascending; the model is also written at the first evaluation behind each.
         bf16: matrix products in bfloat16.
         compile: torch.compile.
+        start: folder of a checkpoint of the same shape, as `--out` has it, to go on from; empty: untrained weights.
+        retention_ceiling: over a sequence, a Mamba-2 head should keep at most this share of its state (mixers.py,
+            `excess_retention`); 1: any share.
+        retention_weight: of the excess in the loss.
         seed: of weights and data. With `minutes`, runs differ all the same, by what the clock says.
     """
 
@@ -98,6 +102,9 @@ class Settings:
     exports: tuple[float, ...] = ()
     bf16: bool = True
     compile: bool = True
+    start: str = ""
+    retention_ceiling: float = 1.0
+    retention_weight: float = 3.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -114,6 +121,10 @@ class Settings:
                 raise ValueError(
                     f"settings: 0 < {low} <= {high} must hold, got {getattr(self, low)} and {getattr(self, high)}"
                 )
+        if not 0 < self.retention_ceiling <= 1:
+            raise ValueError(f"settings: retention_ceiling must be above 0 and at most 1, got {self.retention_ceiling}")
+        if self.retention_ceiling < 1 and self.family == "mamba1":
+            raise ValueError("settings: retention_ceiling is for Mamba-2's heads, leave it out for mamba1")
         if list(self.evaluated_lengths) != sorted({1, *self.evaluated_lengths}):
             raise ValueError(f"settings: evaluated_lengths must ascend from 1, got {self.evaluated_lengths}")
         if list(self.exports) != sorted(share for share in self.exports if 0 < share < 1):

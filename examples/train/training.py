@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -10,7 +11,9 @@ from torch import nn
 
 from .books import Books
 from .evaluation import Evaluation, evaluation_of, precision
+from .export import read_weights
 from .mamba import MambaLM
+from .mixers import Mamba2Mixer
 from .nouns import NOUNS
 from .optimizer import learning_rate, make_optimizers
 from .sentences import write_sentences
@@ -36,9 +39,22 @@ class Curves:
 
 
 def make_model(settings: Settings) -> nn.Module:
-    """An untrained model in float32 on the CPU, from the settings' seed."""
+    """A model in float32 on the CPU: untrained, from the settings' seed, or the checkpoint that they start from.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        RuntimeError: its tensors are others than the settings' model has.
+    """
     torch.manual_seed(settings.seed)
-    return Zamba2LM(settings) if settings.family == "zamba2" else MambaLM(settings)
+    model = Zamba2LM(settings) if settings.family == "zamba2" else MambaLM(settings)
+    if settings.start:
+        model.load_state_dict(read_weights(Path(settings.start)))
+    return model
+
+
+def excess_retention(model: nn.Module) -> torch.Tensor | float:
+    """What the Mamba-2 mixers of a model with a ceiling of retention have just exceeded it by, over all layers."""
+    return sum((part.excess for part in model.modules() if isinstance(part, Mamba2Mixer)), 0.0)
 
 
 def losses(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +125,10 @@ def train(
         batch = drawn.pop()
         with autocast:
             text_loss, answer_loss = loss_of(model(batch.tokens[:, :-1]), batch)
-        (text_loss + stage.answer_weight * answer_loss).backward()
+        loss = text_loss + stage.answer_weight * answer_loss
+        if settings.retention_ceiling < 1:
+            loss = loss + settings.retention_weight * excess_retention(model)
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         for optimizer in optimizers:
             optimizer.step()

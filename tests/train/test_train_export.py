@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from reference_lm import reference_logprobs
-from safetensors.torch import load_file
 from tiny_models import random_token_ids, write_mamba1_original, write_mamba2_original, write_zamba2
 from torch import nn
-from train.export import export_model
+from train.export import export_model, read_weights
 from train.settings import CHECKPOINT_BYTES, FAMILIES, Settings, family_settings
 from train.training import make_model
 
@@ -37,12 +36,6 @@ def tiny_model(family: str) -> nn.Module:
     return model
 
 
-def weights_in(path: Path) -> dict[str, torch.Tensor]:
-    if (path / "model.safetensors").exists():
-        return load_file(path / "model.safetensors")
-    return torch.load(path / "pytorch_model.bin", weights_only=True)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exported_model_is_the_trained_one(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
@@ -56,20 +49,30 @@ def test_exported_model_is_the_trained_one(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_training_goes_on_from_a_checkpoint(family: str, tmp_path: Path) -> None:
+    model, settings = tiny_model(family), tiny_settings(family, start=str(tmp_path), seed=5)
+    export_model(model, settings, tmp_path, dtype=torch.float32)
+    started = make_model(settings).state_dict()
+    assert all(torch.equal(started[name], weight) for name, weight in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make_model(tiny_settings(family, start=str(tmp_path), d_model=32))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_format_is_that_of_the_family(family: str, tmp_path: Path) -> None:
     export_model(tiny_model(family), tiny_settings(family, n_layer=4), tmp_path / "ours")
     if family == "zamba2":
         # Theirs has two shared blocks with adapters in the attention, and another layout of layers.
         theirs = write_zamba2(tmp_path / "theirs")
-        names = {name for name in weights_in(tmp_path / "ours") if "layers.1." in name}
-        expected = {name for name in weights_in(theirs) if "layers.1." in name and "linear_" not in name}
+        names = {name for name in read_weights(tmp_path / "ours") if "layers.1." in name}
+        expected = {name for name in read_weights(theirs) if "layers.1." in name and "linear_" not in name}
         expected = {name.replace("adapter_list.2.", "adapter_list.1.") for name in expected}
         assert names == expected
     else:
         write = write_mamba1_original if family == "mamba1" else write_mamba2_original
         sizes = {} if family == "mamba1" else {"d_state": 24, "headdim": 16, "chunk_size": 16}
         theirs = write(tmp_path / "theirs", n_layer=4, d_model=64, vocab_size=264, **sizes)
-        ours, expected = weights_in(tmp_path / "ours"), weights_in(theirs)
+        ours, expected = read_weights(tmp_path / "ours"), read_weights(theirs)
         # theirs pads the vocabulary of a Mamba-2 to a multiple of 16
         shapes = {name: tuple(weight.shape) for name, weight in expected.items() if "layers." in name}
         assert {name: tuple(ours[name].shape) for name in shapes} == shapes
@@ -77,7 +80,7 @@ def test_format_is_that_of_the_family(family: str, tmp_path: Path) -> None:
         assert ours["lm_head.weight"].data_ptr() == ours["backbone.embedding.weight"].data_ptr()
         config, reference = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "ours", theirs))
         assert config == reference | {"pad_vocab_size_multiple": 8}
-    assert weights_in(tmp_path / "ours")[_matrix(family)].dtype == torch.bfloat16
+    assert read_weights(tmp_path / "ours")[_matrix(family)].dtype == torch.bfloat16
     assert (tmp_path / "ours" / "tokenizer.json").exists()
 
 
@@ -94,8 +97,8 @@ def test_example_model_has_the_format_of_the_recipe(tmp_path: Path) -> None:
     export_model(make_model(settings), settings, tmp_path)
     example = Path(__file__).resolve().parents[2] / "examples" / "passkey-mamba2-4m"
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads((example / "config.json").read_text())
-    expected = {name: (weight.shape, weight.dtype) for name, weight in weights_in(example).items()}
-    assert {name: (weight.shape, weight.dtype) for name, weight in weights_in(tmp_path).items()} == expected
+    expected = {name: (weight.shape, weight.dtype) for name, weight in read_weights(example).items()}
+    assert {name: (weight.shape, weight.dtype) for name, weight in read_weights(tmp_path).items()} == expected
 
 
 def test_too_large_a_model_is_refused(tmp_path: Path) -> None:

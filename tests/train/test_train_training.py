@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from train import training
 from train.__main__ import app
 from train.books import read_books
 from train.evaluation import evaluation_of
+from train.mixers import Mamba2Mixer, excess_retention
 from train.optimizer import learning_rate, make_optimizers
 from train.settings import FAMILIES, Settings, Stage, family_settings, read_settings
 from train.tasks import Batch
@@ -77,6 +79,34 @@ def test_initial_steps_and_decays_lie_in_their_ranges() -> None:
     dt, decay = torch.nn.functional.softplus(mixer.dt_bias), mixer.A_log.exp()
     assert 0.02 <= dt.min() < dt.max() <= 0.03 + 1e-6
     assert 2 <= decay.min() < decay.max() <= 3 + 1e-6
+
+
+def test_excess_retention_by_hand() -> None:
+    """Heads that forget evenly enough, half enough, not at all, and all in one of sixteen tokens."""
+    needed = math.log(4)
+    dt = torch.stack([torch.full((16,), needed / 16), torch.full((16,), needed / 32), torch.zeros(16), torch.zeros(16)])
+    dt[3, 0] = needed
+    excess = excess_retention(dt.T[None] / 2, torch.full((4,), -2.0), 0.25)
+    assert excess.item() == pytest.approx((0 + 0.5**2 + 1 + 0.5**2) / 4)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "zamba2"])
+def test_a_ceiling_of_retention_is_learnt(family: str, text_file: Path) -> None:
+    """From heads that hardly forget over the 96 bytes."""
+    lingering = {"dt_min": 1e-4, "dt_max": 2e-4, "a_max": 1.0, "steps": 30, "peak_lr": 0.05}
+    books = read_books(text_file, torch.device("cpu"))
+    excess = {}
+    for ceiling in (1.0, 0.2):
+        model = make_model(small(family, retention_ceiling=ceiling, retention_weight=10.0, **lingering))
+        train(model, small(family, retention_ceiling=ceiling, retention_weight=10.0, **lingering), books)
+        for part in model.modules():
+            if isinstance(part, Mamba2Mixer):
+                part.retention_ceiling = 0.2
+        with torch.no_grad():
+            model(books.held_out[None, :96].long())
+        excess[ceiling] = float(training.excess_retention(model))
+    assert excess[1.0] > 1.5  # of 2 layers with at most 1 each
+    assert excess[0.2] < 0.5 * excess[1.0]
 
 
 def test_losses_by_hand() -> None:
@@ -155,6 +185,8 @@ def test_settings_survive_a_file(tmp_path: Path) -> None:
         ({"dt_min": 0.2}, "dt_min <= dt_max"),
         ({"a_min": 0}, "0 < a_min"),
         ({"evaluated_lengths": (4,)}, "ascend from 1"),
+        ({"retention_ceiling": 1.5}, "above 0 and at most 1"),
+        ({"retention_ceiling": 0.2, "family": "mamba1"}, "leave it out"),
         ({"exports": (0.5, 1)}, "exports must ascend between 0 and 1"),
     ],
 )
