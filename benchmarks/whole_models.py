@@ -10,10 +10,13 @@ matplotlib is installed); `support/report.py` makes these from the JSON alone.
 """
 
 import argparse
+import fcntl
 import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-decode", action="store_true")
     parser.add_argument("--no-prefill", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print the kernels of an 8k and of a decode run")
+    parser.add_argument(
+        "--turn",
+        type=Path,
+        help="measure only while holding the lock on this file: engines of several runs may start beside each other",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     parser.add_argument("--name", default="whole_models", help="of the files written to --out")
     given = parser.parse_args()
@@ -88,6 +96,17 @@ class Pair:
     def close(self) -> None:
         for engine in self.engines.values():
             engine.close()
+
+
+@contextmanager
+def turn(file: Path | None) -> Iterator[None]:
+    """Waits until no other process holds the lock on a file; None: does not wait."""
+    if file is None:
+        yield
+        return
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def take_turns(pair: Pair, repeats: int, modes: tuple[str, ...], method: str, *args: Any) -> dict[str, Any]:
@@ -174,11 +193,12 @@ def main() -> None:
                 pair.start()
                 print(f"{name}: engines started in {pair.start_seconds} s", flush=True)
                 result = document["models"].setdefault(name, {})
-                for what, figure in measure(pair, given, result):
-                    print(f"{name:16} {what:18} {describe(figure)}", flush=True)
-                    file.write_text(json.dumps(document, indent=1) + "\n")
-                if given.profile:
-                    profile(pair, DECODE_BATCHES)
+                with turn(given.turn):
+                    for what, figure in measure(pair, given, result):
+                        print(f"{name:16} {what:18} {describe(figure)}", flush=True)
+                        file.write_text(json.dumps(document, indent=1) + "\n")
+                    if given.profile:
+                        profile(pair, DECODE_BATCHES)
             except (RuntimeError, TimeoutError, EOFError) as error:
                 failures.append(f"{name}: {error!r}")
                 print(failures[-1], flush=True)

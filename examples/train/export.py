@@ -44,16 +44,15 @@ def export_model(model: nn.Module, settings: Settings, path: Path, dtype: torch.
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict, in the dtypes of the file, of a model that `export_model` wrote into a folder.
+    """The tensors that `export_model` wrote into a folder, a tied head included.
 
     Raises:
         FileNotFoundError: the folder has no weights.
     """
     if (path / "model.safetensors").exists():
-        weights = load_file(path / "model.safetensors")
-    else:
-        weights = torch.load(path / "pytorch_model.bin", weights_only=True)
-    return {name: weight for name, weight in weights.items() if name != "lm_head.weight"}
+        return load_file(path / "model.safetensors")
+    weights: dict[str, torch.Tensor] = torch.load(path / "pytorch_model.bin", weights_only=True)
+    return weights
 
 
 def _stored(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -48,7 +48,9 @@ def make_model(settings: Settings) -> nn.Module:
     torch.manual_seed(settings.seed)
     model = Zamba2LM(settings) if settings.family == "zamba2" else MambaLM(settings)
     if settings.start:
-        model.load_state_dict(read_weights(Path(settings.start)))
+        weights = read_weights(Path(settings.start))
+        weights.pop("lm_head.weight", None)  # tied
+        model.load_state_dict(weights)
     return model
 
 
