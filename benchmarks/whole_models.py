@@ -49,11 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-decode", action="store_true")
     parser.add_argument("--no-prefill", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print the kernels of an 8k and of a decode run")
-    parser.add_argument(
-        "--turn",
-        type=Path,
-        help="measure only while holding the lock on this file: engines of several runs may start beside each other",
-    )
+    parser.add_argument("--turn", type=Path, help="lock file: runs that name the same one measure one after the other")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     parser.add_argument("--name", default="whole_models", help="of the files written to --out")
     given = parser.parse_args()
@@ -99,13 +95,13 @@ class Pair:
 
 
 @contextmanager
-def turn(file: Path | None) -> Iterator[None]:
-    """Waits until no other process holds the lock on a file; None: does not wait."""
+def turn(file: Path | None, *, alone: bool) -> Iterator[None]:
+    """Waits for the runs that share a GPU: several may start their engines, and one measures, with no other in either."""
     if file is None:
         yield
         return
     with file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield
 
 
@@ -190,10 +186,11 @@ def main() -> None:
         for name in given.models:
             pair = Pair(name, Path(folder), given)
             try:
-                pair.start()
+                with turn(given.turn, alone=False):
+                    pair.start()
                 print(f"{name}: engines started in {pair.start_seconds} s", flush=True)
                 result = document["models"].setdefault(name, {})
-                with turn(given.turn):
+                with turn(given.turn, alone=True):
                     for what, figure in measure(pair, given, result):
                         print(f"{name:16} {what:18} {describe(figure)}", flush=True)
                         file.write_text(json.dumps(document, indent=1) + "\n")
