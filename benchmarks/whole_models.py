@@ -96,7 +96,7 @@ class Pair:
 
 @contextmanager
 def turn(file: Path | None, *, alone: bool) -> Iterator[None]:
-    """Waits for the runs that share a GPU: several may start their engines, and one measures, with no other in either."""
+    """Waits for the runs that share a GPU: several start their engines at once, one measures, and never both."""
     if file is None:
         yield
         return
