@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--method", help="as for longmamba calibrate")
     parser.add_argument("--clamp-percent", type=float, help="likewise")
     parser.add_argument("--min-retention", type=float, help="likewise")
+    parser.add_argument("--combine", help="likewise")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096], help="prompts, in bytes [2048 4096]")
     parser.add_argument("--seeds", type=int, default=3, help="questions for each length and place [%(default)s]")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "calibration_groups.md")
@@ -93,7 +94,8 @@ def main() -> None:
 
 
 def _calibrate(num_sequences: int, longest: int, options: argparse.Namespace) -> list[Any]:
-    from vllm_longmamba.calibrate import CalibrationSettings, calibrate_groups
+    from vllm_longmamba.calibrate import calibrate_groups
+    from vllm_longmamba.calibration_settings import CalibrationSettings
 
     settings = CalibrationSettings(
         num_sequences=num_sequences,
@@ -102,6 +104,7 @@ def _calibrate(num_sequences: int, longest: int, options: argparse.Namespace) ->
         method=options.method,
         clamp_percent=options.clamp_percent,
         min_retention=options.min_retention,
+        combine=options.combine,
     )
     return list(calibrate_groups(options.groups, str(MODEL), None, settings, **_memory(), **ENGINE))
 
@@ -155,7 +158,8 @@ def _report(settings: list[Setting], questions: int, seconds: float) -> str:
         "# Calibration on different samples of text",
         "",
         f"`{' '.join(['python', *sys.argv])}`: {MODEL.name}, sequences of {made.train_length} bytes; the self-made "
-        f"tables from {made.corpus}; C = {made.clamp_percent:g} %, theta = {made.min_retention:g}; vLLM "
+        f"tables from {made.corpus}; C = {made.clamp_percent:g} %, theta = {made.min_retention:g}, "
+        f"{made.combine} of the thresholds of the sequences; vLLM "
         f"{installed_vllm_version()}, float32, {device}, {seconds:.0f} s. Every table is asked the same {questions} "
         "questions of each length.",
         "",

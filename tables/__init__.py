@@ -8,8 +8,10 @@ from .closed_loop import budget_thresholds, combine_thresholds, interpolate_thre
 from .metadata import (
     CLOSED_LOOP,
     COMBINE,
+    DEFAULT_COMBINE,
     DEFAULT_MIN_RETENTION,
     FORMAT_VERSION,
+    MEAN,
     METHODS,
     PAPER,
     UNCLAMPED,
@@ -35,8 +37,10 @@ from .table import NO_FILTER, LayerThresholds, ThresholdTable
 __all__ = [
     "CLOSED_LOOP",
     "COMBINE",
+    "DEFAULT_COMBINE",
     "DEFAULT_MIN_RETENTION",
     "FORMAT_VERSION",
+    "MEAN",
     "METHODS",
     "NO_FILTER",
     "PAPER",

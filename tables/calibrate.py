@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .metadata import check_clamp_percent, check_train_length
+from .closed_loop import combine_thresholds
+from .metadata import MEAN, check_clamp_percent, check_combine, check_train_length
 from .row_lengths import check_row_lengths
 from .stretch import crossing_values
 from .table import NO_FILTER, LayerThresholds
@@ -24,13 +25,20 @@ class LayerCalibration:
         train_length: L in tokens.
         row_lengths: (rows,) integers, ascending from train_length; see `default_row_lengths`.
         clamp_percent: C, per cent of the dt's above the clamp, 0 <= C < 100.
+        combine: how the thresholds of the sequences become one, see COMBINE; the paper takes their mean. Retention is
+            a mean whatever it says.
 
     Raises:
-        ValueError: another shape, A not negative, row_lengths or clamp_percent out of range.
+        ValueError: another shape, A not negative, row_lengths or clamp_percent out of range, another way to combine.
     """
 
     def __init__(
-        self, A: Tensor, train_length: int, row_lengths: np.ndarray | Sequence[int], clamp_percent: float
+        self,
+        A: Tensor,
+        train_length: int,
+        row_lengths: np.ndarray | Sequence[int],
+        clamp_percent: float,
+        combine: str = MEAN,
     ) -> None:
         if A.ndim not in (1, 2) or A.numel() == 0 or not bool(((A < 0) & torch.isfinite(A)).all()):
             raise ValueError(
@@ -39,16 +47,20 @@ class LayerCalibration:
             )
         check_train_length(train_length, "LayerCalibration")
         check_clamp_percent(clamp_percent, "LayerCalibration")
+        check_combine(combine, "LayerCalibration")
         lengths = check_row_lengths(np.asarray(row_lengths), train_length, "LayerCalibration")
         self.train_length = train_length
         self.clamp_percent = float(clamp_percent)
+        self.combine = combine
         self.num_sequences = 0
         # (channels, d_state), d_state 1 for Mamba-2.
         self._A = A.detach().to("cpu", torch.float64).reshape(A.shape[0], -1)
         self._lengths: tuple[int, ...] = tuple(lengths[1:].tolist())
         self._dt_sum = torch.zeros(A.shape[0], dtype=torch.float64)
         self._retention_sum = torch.zeros(A.shape[0], dtype=torch.float64)
+        # (rows - 1, channels) each: one running sum for the mean, otherwise one of every sequence.
         self._threshold_sum = torch.zeros(len(self._lengths), A.shape[0], dtype=torch.float64)
+        self._thresholds: list[Tensor] = []
 
     def add(self, dt: Tensor) -> None:
         """Adds one calibration sequence.
@@ -74,14 +86,18 @@ class LayerCalibration:
         dt_sum = dt.sum(dim=0, dtype=torch.float64).cpu()
         self._dt_sum += dt_sum
         self._retention_sum += torch.exp(self._A * dt_sum.unsqueeze(1)).mean(dim=1)
+        found = torch.empty_like(self._threshold_sum)
         chunk = max(1, _SORT_ELEMENTS // self.train_length)
         with _one_thread():
             for begin in range(0, channels, chunk):
                 # (chunk, train_length)
                 ascending = dt[:, begin : begin + chunk].t().contiguous().sort(dim=1).values.double()
                 curve = torch.minimum(ascending, _clamp_value(ascending, self.clamp_percent)).flip(1)
-                thresholds = crossing_values(curve, self._lengths)
-                self._threshold_sum[:, begin : begin + chunk] += thresholds.t().cpu()
+                found[:, begin : begin + chunk] = crossing_values(curve, self._lengths).t().cpu()
+        if self.combine == MEAN:
+            self._threshold_sum += found
+        else:
+            self._thresholds.append(found.float())
         self.num_sequences += 1
 
     def budget(self) -> Tensor:
@@ -94,18 +110,22 @@ class LayerCalibration:
         return self._dt_sum / self.num_sequences
 
     def result(self) -> LayerThresholds:
-        """Returns the means over the sequences; row 0 is -1.0, "no filter".
+        """Returns the mean retention and the combined thresholds; row 0 is -1.0, "no filter".
 
-        A sequence whose running sum never exceeds the target (all dt zero) has nothing to filter. It enters the mean as
-        0, the threshold that leaves every token with dt > 0 alone; where no sequence has a threshold, the row is -1.0.
+        A sequence whose running sum never exceeds the target (all dt zero) has nothing to filter. It counts as 0, the
+        threshold that leaves every token with dt > 0 alone; where the sequences together come to 0, the row is -1.0.
 
         Raises:
             ValueError: no sequence was added.
         """
         self._check_added("result")
-        mean = self._threshold_sum / self.num_sequences
-        thresholds = torch.full((len(self._lengths) + 1, mean.shape[1]), NO_FILTER, dtype=torch.float32)
-        thresholds[1:] = torch.where(self._threshold_sum > 0, mean, NO_FILTER)
+        thresholds = torch.full((len(self._lengths) + 1, len(self._dt_sum)), NO_FILTER, dtype=torch.float32)
+        if self.combine == MEAN:
+            mean = self._threshold_sum / self.num_sequences
+            thresholds[1:] = torch.where(self._threshold_sum > 0, mean, NO_FILTER)
+        else:
+            each = torch.stack([found.flatten() for found in self._thresholds])
+            thresholds[1:] = combine_thresholds(each, self.combine).view_as(thresholds[1:])
         # exp of a tiny negative number may round to 1, and so may the mean of ones.
         retention = (self._retention_sum / self.num_sequences).clamp_(max=1.0)
         return LayerThresholds(retention=retention, dt_threshold=thresholds)

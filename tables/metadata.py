@@ -14,7 +14,13 @@ METHODS = (UNCLAMPED, PAPER, CLOSED_LOOP)
 DEFAULT_MIN_RETENTION = {UNCLAMPED: 0.05, PAPER: 0.01, CLOSED_LOOP: 0.05}
 
 # How the thresholds of several sequences become one.
-COMBINE = ("median", "min", "mean")
+MEDIAN = "median"
+MEAN = "mean"
+COMBINE = (MEDIAN, "min", MEAN)
+
+# The one of a method where none is given. Without a clamp a threshold hangs on the few largest dt's of a sequence, and
+# the mean on the sequence with the largest ones: docs/closed_loop.md.
+DEFAULT_COMBINE = {UNCLAMPED: MEDIAN, PAPER: MEAN, CLOSED_LOOP: MEDIAN}
 
 _METADATA_TYPES: dict[str, type] = {
     "format_version": int,
@@ -28,6 +34,7 @@ _METADATA_TYPES: dict[str, type] = {
     "seed": int,
     "tool_version": str,
     "method": str,
+    "combine": str,
 }
 
 
@@ -73,11 +80,13 @@ class TableMetadata:
         corpus: the calibration text, in words.
         clamp_percent: C, per cent of the calibration dt's that exceed the clamp, 0 <= C < 100.
         min_retention: the default theta, 0 <= theta <= 1; a channel of a larger retention is global.
-        num_sequences: calibration sequences averaged.
+        num_sequences: calibration sequences.
         seed: seed that chose the sequences.
         tool_version: version of the program that calibrated.
         method: "paper", the rule of arXiv 2504.16053 section 4; "unclamped", the same without its clamp;
             "closed-loop", see closed_loop.py; or another name for thresholds from elsewhere.
+        combine: how the thresholds of the sequences became one, see COMBINE; "mean" except with "unclamped", and in the
+            tables of that method that do not tell. A closed loop has its own in `closed_loop`.
         closed_loop: how a closed-loop table was measured, None for others.
         format_version: version of the file format.
 
@@ -95,6 +104,7 @@ class TableMetadata:
     seed: int
     tool_version: str
     method: str = PAPER
+    combine: str = MEAN
     closed_loop: ClosedLoop | None = None
     format_version: int = FORMAT_VERSION
 
@@ -123,6 +133,12 @@ class TableMetadata:
                 f"TableMetadata: with the method {UNCLAMPED!r} clamp_percent must be 0, got {self.clamp_percent}; "
                 f"with a clamp the method is {PAPER!r}"
             )
+        check_combine(self.combine, "TableMetadata")
+        if self.combine != MEAN and self.method != UNCLAMPED:
+            raise ValueError(
+                f"TableMetadata.combine must be {MEAN!r} with the method {self.method!r}, got {self.combine!r}; only "
+                f"{UNCLAMPED!r} has others"
+            )
         check_train_length(self.train_length, "TableMetadata")
         check_clamp_percent(self.clamp_percent, "TableMetadata")
         check_min_retention(self.min_retention, "TableMetadata")
@@ -133,10 +149,12 @@ class TableMetadata:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, from which `from_dict` makes the same; without `closed_loop` where there is none."""
+        """Plain values, from which `from_dict` makes the same; those that say nothing new are left out."""
         values = asdict(self)
         if self.closed_loop is None:
             del values["closed_loop"]
+        if self.combine == MEAN:
+            del values["combine"]
         return values
 
     @classmethod

@@ -177,8 +177,9 @@ def _metadata_from(path: Path | str, header: dict[str, str] | None) -> TableMeta
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise _error(path, f"written by format version {version}, this release reads {FORMAT_VERSION}")
-    # Tables are older than the closed loop.
-    expected = {entry.name for entry in fields(TableMetadata)} - {"closed_loop"} | (set(content) & {"closed_loop"})
+    # Tables are older than these.
+    optional = {"closed_loop", "combine"}
+    expected = {entry.name for entry in fields(TableMetadata)} - optional | (set(content) & optional)
     if set(content) != expected:
         raise _error(
             path, f"metadata missing: {sorted(expected - set(content))}, unknown: {sorted(set(content) - expected)}"

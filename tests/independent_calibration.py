@@ -8,6 +8,9 @@ The text (LongMamba, arXiv 2504.16053, sections 3 and 4, as the project's design
   the sorted curve linearly from L to S points, sum it up; g(S) is the value where the running sum first exceeds the
   clamped sum over the L tokens. Averaged over the sequences.
 
+Two steps are other ones in the method "unclamped" (docs/calibration.md): nothing is clamped, C = 0, and a channel's
+threshold is the median over the sequences, not their average.
+
 The text leaves two things open, which are read here as numpy reads them: "the value that the top C % exceed" is
 np.percentile(dt, 100 - C), which interpolates between neighbouring dt's; a curve "stretched linearly" keeps both its
 ends, np.linspace(0, L - 1, S). The authors' code (load_align_target.py of GATECH-EIC/LongMamba) clamps at the smallest
@@ -32,13 +35,15 @@ def retention(A: np.ndarray, sequences: list[np.ndarray]) -> np.ndarray:
     return np.mean(kept, axis=0)
 
 
-def dt_threshold(sequences: list[np.ndarray], prompt_length: int, clamp_percent: float) -> np.ndarray:
-    """g(prompt_length) of every channel, (channels,); prompt_length > L."""
+def dt_threshold(
+    sequences: list[np.ndarray], prompt_length: int, clamp_percent: float, combine: str = "mean"
+) -> np.ndarray:
+    """g(prompt_length) of every channel, (channels,); prompt_length > L; combine "mean" or "median"."""
     per_sequence = [
         [_threshold_of(channel, prompt_length, clamp_percent) for channel in dt.astype(np.float64).T]
         for dt in sequences
     ]
-    return np.mean(per_sequence, axis=0)
+    return {"mean": np.mean, "median": np.median}[combine](per_sequence, axis=0)
 
 
 def _threshold_of(dt: np.ndarray, prompt_length: int, clamp_percent: float) -> float:

@@ -11,8 +11,8 @@ from small_tables import small_table
 from typer.testing import CliRunner
 
 import vllm_longmamba.calibrate as calibrate_module
-from vllm_longmamba.calibrate import CalibrationSettings
 from vllm_longmamba.calibration_report import stability_table, unstable_layers, write_stability
+from vllm_longmamba.calibration_settings import CalibrationSettings
 from vllm_longmamba.cli import app
 from vllm_longmamba.tables import LayerThresholds, ThresholdTable, load_table, table_stability
 

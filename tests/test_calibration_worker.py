@@ -32,6 +32,17 @@ def expected(given: list[torch.Tensor]) -> LayerThresholds:
     return calibration.result()
 
 
+def test_a_recorder_combines_as_told() -> None:
+    given = sequences(3)
+    made = CalibrationRecorder(LENGTH, ROWS, 0.0, "median")
+    made.attach(SimpleNamespace(layer_index=0, dt_recorder=None), A)
+    calibration = LayerCalibration(A, LENGTH, ROWS, 0.0, "median")
+    for sequence in given:
+        made.record(0, sequence)
+        calibration.add(sequence)
+    assert_same(made.finish(3)[0], calibration.result())
+
+
 def assert_same(found: LayerThresholds, wanted: LayerThresholds) -> None:
     assert torch.equal(found.retention, wanted.retention)
     assert torch.equal(found.dt_threshold, wanted.dt_threshold)

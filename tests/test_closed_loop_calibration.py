@@ -15,8 +15,9 @@ from small_tables import small_table
 from typer.testing import CliRunner
 
 import vllm_longmamba.calibrate as calibrate_module
-from vllm_longmamba.calibrate import CalibrationSettings, draw_sequences
+from vllm_longmamba.calibrate import draw_sequences
 from vllm_longmamba.calibration_plan import PLAN_KEY, _measured_lengths, plan_from_config
+from vllm_longmamba.calibration_settings import CalibrationSettings
 from vllm_longmamba.calibration_worker import CalibrationRecorder
 from vllm_longmamba.cli import app
 from vllm_longmamba.closed_loop import (
@@ -42,7 +43,7 @@ from vllm_longmamba.tables import (
 LENGTH, ROWS, THETA = 12, [12, 18, 24, 48], 1e-2
 A = -torch.tensor([0.01, 5.0, 0.1])
 CLOSED = ClosedLoop(combine="min", lengths=(18, 36), text_tokens=400)
-CLOSED_PLAN = replace(PAPER_PLAN, method="closed-loop")
+CLOSED_PLAN = replace(PAPER_PLAN, method="closed-loop", combine="median")
 
 
 def dt_of(count: int, length: int, seed: int) -> list[torch.Tensor]:
@@ -144,23 +145,26 @@ def test_settings_refuse() -> None:
         CalibrationSettings(budget=-1)
     with pytest.raises(ValueError, match=r"method unclamped has no clamp, got clamp_percent 5"):
         CalibrationSettings(method="unclamped", clamp_percent=5)
+    with pytest.raises(ValueError, match="method paper takes the mean over the sequences, got combine 'median'"):
+        CalibrationSettings(method="paper", combine="median")
 
 
 @pytest.mark.parametrize(
-    ("settings", "method", "theta", "clamps"),
+    ("settings", "method", "theta", "clamps", "combine"),
     [
-        (CalibrationSettings(), "unclamped", 0.05, (0, 0)),
-        (CalibrationSettings(clamp_percent=0), "unclamped", 0.05, (0, 0)),
-        (CalibrationSettings(clamp_percent=3), "paper", 0.01, (3, 3)),
-        (CalibrationSettings(method="paper"), "paper", 0.01, (20, 5)),
-        (CalibrationSettings(method="paper", clamp_percent=0, min_retention=0.2), "paper", 0.2, (0, 0)),
-        (CalibrationSettings(method="closed-loop"), "closed-loop", 0.05, (20, 5)),
+        (CalibrationSettings(), "unclamped", 0.05, (0, 0), "median"),
+        (CalibrationSettings(clamp_percent=0), "unclamped", 0.05, (0, 0), "median"),
+        (CalibrationSettings(combine="mean"), "unclamped", 0.05, (0, 0), "mean"),
+        (CalibrationSettings(clamp_percent=3), "paper", 0.01, (3, 3), "mean"),
+        (CalibrationSettings(method="paper"), "paper", 0.01, (20, 5), "mean"),
+        (CalibrationSettings(method="paper", clamp_percent=0, min_retention=0.2), "paper", 0.2, (0, 0), "mean"),
+        (CalibrationSettings(method="closed-loop"), "closed-loop", 0.05, (20, 5), "median"),
     ],
 )
 def test_defaults_of_a_method(
-    settings: CalibrationSettings, method: str, theta: float, clamps: tuple[float, float]
+    settings: CalibrationSettings, method: str, theta: float, clamps: tuple[float, float], combine: str
 ) -> None:
-    assert (settings.method, settings.theta) == (method, theta)
+    assert (settings.method, settings.theta, settings.way_to_combine) == (method, theta, combine)
     assert (settings.clamp("MambaForCausalLM"), settings.clamp("Mamba2ForCausalLM")) == clamps
 
 
@@ -169,6 +173,20 @@ def test_a_table_without_a_clamp_says_so() -> None:
     assert TableMetadata.from_dict(unclamped.to_dict()) == unclamped
     with pytest.raises(ValueError, match=r"with the method 'unclamped' clamp_percent must be 0, got 5"):
         replace(unclamped, clamp_percent=5)
+
+
+def test_a_table_tells_how_its_sequences_were_combined() -> None:
+    papers = small_table().metadata
+    assert (papers.method, papers.combine, "combine" in papers.to_dict()) == ("paper", "mean", False)
+    median = replace(papers, method="unclamped", clamp_percent=0, combine="median")
+    assert TableMetadata.from_dict(json.loads(json.dumps(median.to_dict()))) == median
+    # Those of earlier versions, which knew the mean only.
+    told = {name: value for name, value in median.to_dict().items() if name != "combine"}
+    assert TableMetadata.from_dict(told) == replace(median, combine="mean")
+    with pytest.raises(ValueError, match="combine must be one of median, min, mean, got 'max'"):
+        replace(median, combine="max")
+    with pytest.raises(ValueError, match="combine must be 'mean' with the method 'paper', got 'median'"):
+        replace(papers, combine="median")
 
 
 def test_option() -> None:
@@ -183,8 +201,11 @@ def test_plan() -> None:
     """A closed loop is another table, and of other lengths yet another; the paper's keep the keys they had."""
     paper, closed = PAPER_PLAN, replace(CLOSED_PLAN, measured_lengths=(144, 288))
     longer = replace(closed, measured_lengths=(144, 288, 576))
+    unclamped = replace(paper, method="unclamped", clamp_percent=0.0, min_retention=0.05, combine="median")
     assert paper.key() == "68ea5378dc0021398e77591659236e27"
-    assert len({plan.key() for plan in (paper, closed, longer)}) == 3
+    plans = (paper, closed, longer, unclamped, replace(unclamped, combine="mean"))
+    assert len({plan.key() for plan in plans}) == len(plans)
+    assert (paper.metadata().combine, unclamped.metadata().combine) == ("mean", "median")
     assert plan_from_config(json.loads(json.dumps({PLAN_KEY: asdict(closed)}))) == closed
     assert (paper.metadata(7).method, paper.metadata(7).closed_loop) == ("paper", None)
     expected = ClosedLoop(combine="median", lengths=(144, 288), text_tokens=7)

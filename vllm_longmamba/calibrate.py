@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +10,19 @@ import numpy as np
 
 from vllm_longmamba import __version__
 from vllm_longmamba.architectures import MODEL_IMPL
-from vllm_longmamba.calibration_plan import default_clamp_percent
+from vllm_longmamba.calibration_settings import CalibrationSettings
 from vllm_longmamba.calibration_text import Corpus, read_corpus
 from vllm_longmamba.closed_loop import closed_loop_sequences
-from vllm_longmamba.model_length import DEFAULT_MAX_MODEL_LEN, train_length
+from vllm_longmamba.model_length import train_length
 from vllm_longmamba.options import KEY, LongMambaOptions
 from vllm_longmamba.tables import (
     CLOSED_LOOP,
-    DEFAULT_MIN_RETENTION,
-    METHODS,
-    PAPER,
+    MEAN,
     UNCLAMPED,
     ClosedLoop,
     LayerThresholds,
     TableMetadata,
     ThresholdTable,
-    check_budget,
-    check_combine,
     default_row_lengths,
     measured_lengths,
 )
@@ -34,67 +30,6 @@ from vllm_longmamba.tables import (
 # Share of a GPU's memory for vLLM where long sequences are measured.
 _MEMORY_BESIDE_DT = 0.7
 _EXTENSION = "vllm_longmamba.calibration_worker.CalibrationWorkerExtension"
-
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """How a table is made.
-
-    Attributes:
-        num_sequences: calibration sequences, each of the training length; the paper takes 5.
-        clamp_percent: share of the largest dt's that are clamped (the paper's C). By default 20 for Mamba-1 and 5 for
-            Mamba-2 layers, the paper's choice for Mamba-1.4B and Mamba2-1.3B; 0 with the method "unclamped".
-        min_retention: what the table proposes as retention above which a channel is global (the paper's theta). By
-            default that of the method.
-        train_length: the paper's L; by default what is known of the model.
-        max_length: the longest prompt the table is made for, in tokens.
-        seed: chooses the sequences.
-        method: "paper"; "unclamped", the same without the clamp; or "closed-loop", whose thresholds come from sequences
-            of the prompts' length. By default "unclamped", or "paper" where clamp_percent is given.
-        combine: how the closed-loop thresholds of several sequences become one: "median", "min" or "mean".
-        measure_to: the longest closed-loop sequences, in tokens; thresholds of longer prompts are extrapolated. By
-            default max_length.
-        budget: closed loop: what a channel may keep, as a factor of its sum of dt over the training length.
-
-    Raises:
-        ValueError: an unknown method or way to combine, a budget that is not above 0, or a clamp with "unclamped".
-    """
-
-    num_sequences: int = 5
-    clamp_percent: float | None = None
-    min_retention: float | None = None
-    train_length: int | None = None
-    max_length: int = DEFAULT_MAX_MODEL_LEN
-    seed: int = 0
-    method: str | None = None
-    combine: str = "median"
-    measure_to: int | None = None
-    budget: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_combine(self.combine, "CalibrationSettings")
-        check_budget(self.budget, "CalibrationSettings")
-        if self.method is None:
-            object.__setattr__(self, "method", PAPER if self.clamp_percent else UNCLAMPED)
-        if self.method not in METHODS:
-            raise ValueError(f"CalibrationSettings: method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        if self.method == UNCLAMPED and self.clamp_percent:
-            raise ValueError(
-                f"CalibrationSettings: the method {UNCLAMPED} has no clamp, got clamp_percent {self.clamp_percent}; "
-                f"leave it out, or take the method {PAPER}"
-            )
-
-    @property
-    def theta(self) -> float:
-        """`min_retention`, or the method's where none is given."""
-        assert self.method is not None
-        return DEFAULT_MIN_RETENTION[self.method] if self.min_retention is None else self.min_retention
-
-    def clamp(self, architecture: str) -> float:
-        """`clamp_percent`, or the method's for models of an architecture where none is given."""
-        if self.clamp_percent is not None:
-            return self.clamp_percent
-        return 0.0 if self.method == UNCLAMPED else default_clamp_percent(architecture)
 
 
 def calibrate(
@@ -186,12 +121,14 @@ def calibrate_groups(
         seed=settings.seed,
         tool_version=f"vllm_longmamba {__version__}",
         method=settings.method,
+        combine=settings.way_to_combine if settings.method == UNCLAMPED else MEAN,
         closed_loop=_closed_loop(settings, lengths, texts_in_tokens),
     )
     for seed in range(settings.seed, settings.seed + groups):
         sequences = draw_sequences(texts_in_tokens, length, settings.num_sequences, seed)
         sequences += closed_loop_sequences(texts_in_tokens, lengths, settings.num_sequences, seed)
-        llm.collective_rpc("longmamba_start_calibration", args=(length, row_lengths.tolist(), clamp_percent))
+        arguments = (length, row_lengths.tolist(), clamp_percent, metadata.combine)
+        llm.collective_rpc("longmamba_start_calibration", args=arguments)
         layers = _run(llm, progress(sequences), settings, lengths)
         yield ThresholdTable(metadata=replace(metadata, seed=seed), row_lengths=row_lengths, layers=layers)
 
@@ -281,7 +218,9 @@ def _closed_loop(settings: CalibrationSettings, lengths: list[int], texts: list[
     if settings.method != CLOSED_LOOP:
         return None
     tokens = sum(map(len, texts))
-    return ClosedLoop(combine=settings.combine, lengths=tuple(lengths), text_tokens=tokens, budget=settings.budget)
+    return ClosedLoop(
+        combine=settings.way_to_combine, lengths=tuple(lengths), text_tokens=tokens, budget=settings.budget
+    )
 
 
 def _run(
@@ -296,7 +235,7 @@ def _run(
     number = settings.num_sequences
     for place, sequence in enumerate(sequences):
         if place == number:
-            arguments = (number, settings.theta, lengths, settings.combine, settings.budget)
+            arguments = (number, settings.theta, lengths, settings.way_to_combine, settings.budget)
             llm.collective_rpc("longmamba_close_loop", args=arguments)
         if place >= number:
             llm.collective_rpc("longmamba_start_length", args=(len(sequence),))

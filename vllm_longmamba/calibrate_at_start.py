@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vllm_longmamba.calibration_plan import COMBINE_AT_START, CalibrationPlan, plan_from_config
+from vllm_longmamba.calibration_plan import CalibrationPlan, plan_from_config
 from vllm_longmamba.fingerprint import DUMMY
 from vllm_longmamba.options import options_from_config
 from vllm_longmamba.tables import (
@@ -112,7 +112,9 @@ def _calibrate(plan: CalibrationPlan, executor: Any, vllm_config: Any, kv_cache_
     corpus = read_corpus([Path(path) for path in plan.texts])
     texts = tokenize(_tokenizer(vllm_config.model_config), corpus)
     sequences = draw_sequences(texts, plan.train_length, plan.num_sequences, plan.seed)
-    settings = (plan.train_length, plan.row_lengths.tolist(), plan.clamp_percent, plan.weights_fingerprint == DUMMY)
+    metadata = plan.metadata(sum(map(len, texts)))
+    is_dummy = plan.weights_fingerprint == DUMMY
+    settings = (plan.train_length, plan.row_lengths.tolist(), plan.clamp_percent, metadata.combine, is_dummy)
     executor.collective_rpc(start_calibration, args=settings)
     run = _Runner(executor, vllm_config, kv_cache_config)
     for sequence in sequences:
@@ -121,7 +123,6 @@ def _calibrate(plan: CalibrationPlan, executor: Any, vllm_config: Any, kv_cache_
         _close_loop(plan, executor, texts, run)
     run.end()
     layers = merge_workers(executor.collective_rpc(finish_calibration, args=(len(sequences),)))
-    metadata = plan.metadata(sum(map(len, texts)))
     return ThresholdTable(metadata=metadata, row_lengths=plan.row_lengths, layers=layers)
 
 
@@ -134,7 +135,7 @@ def _close_loop(plan: CalibrationPlan, executor: Any, texts: list[list[int]], ru
             f"closed-loop calibration needs a max_model_len of {lengths[-1] + 2} at the start, but the cache has "
             f"room for {run.max_model_len} tokens; give --max-model-len {run.max_model_len}"
         )
-    executor.collective_rpc(close_loop, args=(plan.num_sequences, plan.min_retention, lengths, COMBINE_AT_START))
+    executor.collective_rpc(close_loop, args=(plan.num_sequences, plan.min_retention, lengths, plan.combine))
     for sequence in closed_loop_sequences(texts, lengths, plan.num_sequences, plan.seed):
         executor.collective_rpc(start_length, args=(len(sequence),))
         run(sequence)

@@ -16,7 +16,9 @@ from vllm_longmamba.model_length import DEFAULT_MAX_MODEL_LEN
 from vllm_longmamba.tables import (
     CLOSED_LOOP,
     FORMAT_VERSION,
+    MEAN,
     PAPER,
+    UNCLAMPED,
     ClosedLoop,
     LayerThresholds,
     TableMetadata,
@@ -26,8 +28,6 @@ from vllm_longmamba.tables import (
 )
 
 PLAN_KEY = "longmamba_calibration"
-
-COMBINE_AT_START = "median"
 
 # To be raised where the same settings and text give another table than before.
 _VERSION = 1
@@ -49,7 +49,7 @@ class CalibrationPlan:
         seed: chooses the sequences.
         texts: paths of the text; none stands for the sample that comes with the package.
         corpus: name of the text, with a hash of its contents.
-        method: see `CalibrationSettings`.
+        method, combine: see `CalibrationSettings`.
         measured_lengths: tokens of the closed-loop sequences; none with another method.
         store: file that keeps the table, None where none does.
     """
@@ -67,6 +67,7 @@ class CalibrationPlan:
     texts: tuple[str, ...]
     corpus: str
     method: str = PAPER
+    combine: str = MEAN
     measured_lengths: tuple[int, ...] = ()
     store: str | None = None
 
@@ -81,8 +82,11 @@ class CalibrationPlan:
         settings = asdict(self)
         for name in ("model_id", "weights_fingerprint", "texts", "store"):
             del settings[name]
+        if self.combine == MEAN:
+            # Plans are older than this setting.
+            del settings["combine"]
         if self.method != CLOSED_LOOP:
-            # Clamp and theta tell the others apart.
+            # Clamp, theta and the way to combine tell the others apart.
             del settings["method"], settings["measured_lengths"]
         content = json.dumps([settings, FORMAT_VERSION, _VERSION], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
@@ -104,11 +108,12 @@ class CalibrationPlan:
             seed=self.seed,
             tool_version=f"vllm_longmamba {__version__}",
             method=self.method,
+            combine=self.combine if self.method == UNCLAMPED else MEAN,
             closed_loop=self._closed_loop(text_tokens) if self.method == CLOSED_LOOP else None,
         )
 
     def _closed_loop(self, text_tokens: int) -> ClosedLoop:
-        return ClosedLoop(combine=COMBINE_AT_START, lengths=self.measured_lengths, text_tokens=text_tokens)
+        return ClosedLoop(combine=self.combine, lengths=self.measured_lengths, text_tokens=text_tokens)
 
     def empty_table(self, channels: dict[int, int]) -> ThresholdTable:
         """A table of the right shape that filters nothing: it holds the place until the model runs.
@@ -148,7 +153,8 @@ def make_plan(vllm_config: Any, options: Any, fingerprint: str) -> CalibrationPl
     Raises:
         ValueError: an unknown training length, an unreadable or too short text.
     """
-    from vllm_longmamba.calibrate import CalibrationSettings, model_name
+    from vllm_longmamba.calibrate import model_name
+    from vllm_longmamba.calibration_settings import CalibrationSettings
     from vllm_longmamba.calibration_text import read_corpus
     from vllm_longmamba.model_length import train_length
     from vllm_longmamba.table_lookup import cache_folder
@@ -174,6 +180,7 @@ def make_plan(vllm_config: Any, options: Any, fingerprint: str) -> CalibrationPl
         texts=tuple(str(path) for path in texts),
         corpus=corpus.name,
         method=options.calibration_method,
+        combine=settings.way_to_combine,
     )
     if plan.can_filter(model_config.max_model_len):
         _check_length(corpus.characters, plan)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_longmamba.tables import LayerCalibration, LayerThresholds, merge_channel_shards, table_from_bytes
+from vllm_longmamba.tables import MEAN, LayerCalibration, LayerThresholds, merge_channel_shards, table_from_bytes
 
 # Tensor-parallel rank of a worker, and its channels of its layers: (retention, dt_threshold).
 WorkerLayers = tuple[int, dict[int, tuple[torch.Tensor, torch.Tensor]]]
@@ -22,12 +22,14 @@ class CalibrationRecorder:
         train_length: tokens of a sequence (L).
         row_lengths: prompt lengths of the table's rows.
         clamp_percent: share of the largest dt's that are clamped (the paper's C).
+        combine: how the thresholds of the sequences become one.
     """
 
-    def __init__(self, train_length: int, row_lengths: list[int], clamp_percent: float) -> None:
+    def __init__(self, train_length: int, row_lengths: list[int], clamp_percent: float, combine: str = MEAN) -> None:
         self.train_length = train_length
         self.row_lengths = row_lengths
         self.clamp_percent = clamp_percent
+        self.combine = combine
         self.layers: dict[int, LayerCalibration] = {}
         self._A: dict[int, torch.Tensor] = {}
         # Layer -> (train_length, channels) on the host and how much of it is filled, where a sequence comes in chunks.
@@ -80,7 +82,7 @@ class CalibrationRecorder:
     def _add(self, layer_index: int, dt: torch.Tensor) -> None:
         if layer_index not in self.layers:
             self.layers[layer_index] = LayerCalibration(
-                self._A[layer_index], self.train_length, self.row_lengths, self.clamp_percent
+                self._A[layer_index], self.train_length, self.row_lengths, self.clamp_percent, self.combine
             )
         with _without_thread_warnings():
             self.layers[layer_index].add(dt)
@@ -99,7 +101,12 @@ def _without_thread_warnings() -> Iterator[None]:
 
 
 def start_calibration(
-    worker: Any, train_length: int, row_lengths: list[int], clamp_percent: float, dummy_weights: bool = False
+    worker: Any,
+    train_length: int,
+    row_lengths: list[int],
+    clamp_percent: float,
+    combine: str,
+    dummy_weights: bool = False,
 ) -> None:
     """Attach a recorder to all mixers of a worker.
 
@@ -108,11 +115,12 @@ def start_calibration(
         train_length: tokens of a sequence (L).
         row_lengths: prompt lengths of the table's rows.
         clamp_percent: share of the largest dt's that are clamped.
+        combine: how the thresholds of the sequences become one.
         dummy_weights: the weights are random, A among them, which then is made negative as a real one is.
     """
     from vllm_longmamba.models import long_mixers
 
-    worker.longmamba_recorder = CalibrationRecorder(train_length, row_lengths, clamp_percent)
+    worker.longmamba_recorder = CalibrationRecorder(train_length, row_lengths, clamp_percent, combine)
     for mixer in long_mixers(worker.get_model()):
         A = mixer.A.data
         worker.longmamba_recorder.attach(mixer, -A.abs().clamp(min=1e-6) if dummy_weights else A)
@@ -168,9 +176,11 @@ def merge_workers(results: Iterable[WorkerLayers]) -> dict[int, LayerThresholds]
 class CalibrationWorkerExtension:
     """Methods that `longmamba calibrate` calls in every worker (vLLM's `worker_extension_cls`)."""
 
-    def longmamba_start_calibration(self, train_length: int, row_lengths: list[int], clamp_percent: float) -> None:
+    def longmamba_start_calibration(
+        self, train_length: int, row_lengths: list[int], clamp_percent: float, combine: str
+    ) -> None:
         """See `start_calibration`."""
-        start_calibration(self, train_length, row_lengths, clamp_percent)
+        start_calibration(self, train_length, row_lengths, clamp_percent, combine)
 
     def longmamba_close_loop(
         self, num_sequences: int, min_retention: float, lengths: list[int], combine: str, budget: float

@@ -11,10 +11,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from .selective_scan import selective_scan
-from .settings import Settings
+from .settings import EXPAND, Settings
 from .ssd import ssd
 
-EXPAND = 2
 D_CONV = 4
 NORM_EPS = 1e-5
 # The forgetting of a head counts at a token up to so many times its even share: no few tokens can do all of it.
@@ -88,7 +87,8 @@ class Mamba2Mixer(nn.Module):
     """Mamba-2 (arXiv 2405.21060) with one group of B and C, and the gate before the norm.
 
     Attributes:
-        excess: `excess_retention` of the last call, where the settings have a ceiling; otherwise None.
+        ceilings: (nheads,), of the retention over a sequence; None without.
+        excess: `excess_retention` of the last call; None without ceilings.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -105,7 +105,7 @@ class Mamba2Mixer(nn.Module):
         self.D = nn.Parameter(torch.ones(self.nheads))
         self.norm = RMSNorm(self.d_inner)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
-        self.retention_ceiling = settings.retention_ceiling
+        self.register_buffer("ceilings", None, persistent=False)
         self.excess: torch.Tensor | None = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -116,26 +116,26 @@ class Mamba2Mixer(nn.Module):
         x = x.unflatten(-1, (self.nheads, self.headdim))
         dt = F.softplus(dt.float() + self.dt_bias)
         A = -self.A_log.float().exp()
-        if self.retention_ceiling < 1:
-            self.excess = excess_retention(dt, A, self.retention_ceiling)
+        if self.ceilings is not None:
+            self.excess = excess_retention(dt, A, self.ceilings)
         y = ssd(x, dt, A, B, C, self.chunk_size)
         y = (y + self.D.to(x.dtype)[:, None] * x).flatten(-2)
         return self.out_proj(self.norm(y * F.silu(z)))
 
 
-def excess_retention(dt: torch.Tensor, A: torch.Tensor, ceiling: float) -> torch.Tensor:
+def excess_retention(dt: torch.Tensor, A: torch.Tensor, ceilings: torch.Tensor) -> torch.Tensor:
     """How far heads are from forgetting as much as they should in a sequence: a mean over sequences and heads.
 
-    A head that keeps `ceiling` of its state has a sum of -A dt of -log(ceiling). What it lacks of this sum, as a share,
-    is squared.
+    A head that keeps its ceiling of its state has a sum of -A dt of -log(ceiling). What it lacks of this sum, as a
+    share, is squared.
 
     Args:
         dt: (batch, tokens, heads).
         A: (heads,), negative.
-        ceiling: largest retention that costs nothing, between 0 and 1.
+        ceilings: (heads,) largest retention that costs nothing, between 0 and 1.
     """
-    needed = -math.log(ceiling)
-    forgetting = (-A * dt).clamp(max=FORGETTING_SPREAD * needed / dt.shape[1]).sum(1)
+    needed = -ceilings.log()
+    forgetting = torch.minimum(-A * dt, FORGETTING_SPREAD * needed / dt.shape[1]).sum(1)
     return (1 - forgetting / needed).clamp(min=0).square().mean()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = ("mamba1", "mamba2", "zamba2")
+EXPAND = 2  # channels of a mixer per channel of the model
 VOCABULARY = 264  # 256 bytes, end of text, padding to a multiple of 8
 END_OF_TEXT = 256
 CHECKPOINT_BYTES = 8_000_000  # the largest weight file that the repository takes
@@ -65,6 +66,8 @@ class Settings:
         start: folder of a checkpoint of the same shape, as `--out` has it, to go on from; empty: untrained weights.
         retention_ceiling: over a sequence, a Mamba-2 head should keep at most this share of its state (mixers.py,
             `excess_retention`); 1: any share.
+        memory_heads: (layer, head) of heads with a ceiling of their own.
+        memory_ceiling: that of memory_heads.
         retention_weight: of the excess in the loss.
         seed: of weights and data. With `minutes`, runs differ all the same, by what the clock says.
     """
@@ -104,6 +107,8 @@ class Settings:
     compile: bool = True
     start: str = ""
     retention_ceiling: float = 1.0
+    memory_heads: tuple[tuple[int, int], ...] = ()
+    memory_ceiling: float = 1.0
     retention_weight: float = 3.0
     seed: int = 0
 
@@ -121,10 +126,18 @@ class Settings:
                 raise ValueError(
                     f"settings: 0 < {low} <= {high} must hold, got {getattr(self, low)} and {getattr(self, high)}"
                 )
-        if not 0 < self.retention_ceiling <= 1:
-            raise ValueError(f"settings: retention_ceiling must be above 0 and at most 1, got {self.retention_ceiling}")
+        for name in ("retention_ceiling", "memory_ceiling"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"settings: {name} must be above 0 and at most 1, got {getattr(self, name)}")
         if self.retention_ceiling < 1 and self.family == "mamba1":
             raise ValueError("settings: retention_ceiling is for Mamba-2's heads, leave it out for mamba1")
+        if self.memory_heads and 1 in (self.retention_ceiling, self.memory_ceiling):
+            raise ValueError("settings: memory_heads need a retention_ceiling and a memory_ceiling below 1")
+        if any(not (0 <= layer < self.n_layer and 0 <= head < self.nheads) for layer, head in self.memory_heads):
+            raise ValueError(
+                f"settings: memory_heads must be of {self.n_layer} layers with {self.nheads} heads each, "
+                f"got {self.memory_heads}"
+            )
         if list(self.evaluated_lengths) != sorted({1, *self.evaluated_lengths}):
             raise ValueError(f"settings: evaluated_lengths must ascend from 1, got {self.evaluated_lengths}")
         if list(self.exports) != sorted(share for share in self.exports if 0 < share < 1):
@@ -132,6 +145,11 @@ class Settings:
         ends = [stage.until for stage in self.stages]
         if not ends or ends != sorted(ends) or ends[-1] < 1:
             raise ValueError(f"settings: stages must end in rising order, the last at 1, got {ends}")
+
+    @property
+    def nheads(self) -> int:
+        """Heads of a Mamba-2 mixer."""
+        return EXPAND * self.d_model // self.headdim
 
     def stage(self, progress: float) -> Stage:
         """The stage at a share of the training, 0 to 1."""
@@ -158,6 +176,8 @@ def family_settings(family: str, **changes: Any) -> Settings:
     for name in ("hybrid_layers", "evaluated_lengths", "exports"):
         if name in changes:
             changes[name] = tuple(changes[name])
+    if "memory_heads" in changes:
+        changes["memory_heads"] = tuple((layer, head) for layer, head in changes["memory_heads"])
     if "stages" in changes:
         changes["stages"] = tuple(stage if isinstance(stage, Stage) else Stage(**stage) for stage in changes["stages"])
     return replace(Settings(family, **FAMILY_DEFAULTS.get(family, {})), **changes)

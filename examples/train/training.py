@@ -51,12 +51,21 @@ def make_model(settings: Settings) -> nn.Module:
         weights = read_weights(Path(settings.start))
         weights.pop("lm_head.weight", None)  # tied
         model.load_state_dict(weights)
+    if settings.retention_ceiling < 1:
+        for layer, mixer in enumerate(_mamba2_mixers(model)):
+            mixer.ceilings = torch.full((settings.nheads,), settings.retention_ceiling)
+            mixer.ceilings[[head for of, head in settings.memory_heads if of == layer]] = settings.memory_ceiling
     return model
 
 
 def excess_retention(model: nn.Module) -> torch.Tensor | float:
-    """What the Mamba-2 mixers of a model with a ceiling of retention have just exceeded it by, over all layers."""
-    return sum((part.excess for part in model.modules() if isinstance(part, Mamba2Mixer)), 0.0)
+    """What the Mamba-2 mixers of a model with ceilings of retention have just exceeded them by, over all layers."""
+    return sum(mixer.excess for mixer in _mamba2_mixers(model))
+
+
+def _mamba2_mixers(model: nn.Module) -> list[Mamba2Mixer]:
+    """From the first layer to the last."""
+    return [part for part in model.modules() if isinstance(part, Mamba2Mixer)]
 
 
 def losses(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,13 +9,8 @@ import torch
 from reference_lm import _read_weights, reference_dt
 from tiny_models import random_token_ids
 
-from vllm_longmamba.calibrate import (
-    CalibrationSettings,
-    calibrate,
-    calibrate_groups,
-    choose_sequences,
-    draw_sequences,
-)
+from vllm_longmamba.calibrate import calibrate, calibrate_groups, choose_sequences, draw_sequences
+from vllm_longmamba.calibration_settings import CalibrationSettings
 from vllm_longmamba.tables import LayerCalibration, table_to_bytes
 
 from .harness import MEMORY, TRAIN_LENGTH
@@ -23,13 +18,16 @@ from .harness import MEMORY, TRAIN_LENGTH
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
-def test_calibrate(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "clamp_percent", "combine"), [("mamba1", 10.0, "mean"), ("mamba2", None, "median")])
+def test_calibrate(
+    family: str, clamp_percent: float | None, combine: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The paper's method with a clamp of its own, and the default."""
     model = tiny_model(family)
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(token % 96 + 32) for token in random_token_ids(2000, seed=1)))
     settings = CalibrationSettings(
-        num_sequences=3, train_length=TRAIN_LENGTH, max_length=400, clamp_percent=10.0, seed=5
+        num_sequences=3, train_length=TRAIN_LENGTH, max_length=400, clamp_percent=clamp_percent, seed=5
     )
     seen = []
 
@@ -44,10 +42,11 @@ def test_calibrate(family: str, tiny_model: Callable[[str], Path], tmp_path: Pat
     assert other.digest() != table.digest()
 
     assert len(seen) == 3
+    assert table.metadata.combine == combine
     weights = _read_weights(model)
     for layer, thresholds in table.layers.items():
         A = -torch.exp(weights[f"backbone.layers.{layer}.mixer.A_log"].double())
-        expected = LayerCalibration(A, TRAIN_LENGTH, table.row_lengths, 10.0)
+        expected = LayerCalibration(A, TRAIN_LENGTH, table.row_lengths, clamp_percent or 0.0, combine)
         for sequence in seen:
             expected.add(reference_dt(model, sequence)[layer].float())
         np.testing.assert_allclose(thresholds.retention, expected.result().retention, rtol=1e-3)

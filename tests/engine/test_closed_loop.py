@@ -12,7 +12,8 @@ from reference_lm import TimeSteps, _logprobs, _read_weights, reference_dt
 from tiny_models import random_token_ids
 
 import vllm_longmamba.tables.shipped as shipped
-from vllm_longmamba.calibrate import CalibrationSettings, calibrate, draw_sequences
+from vllm_longmamba.calibrate import calibrate, draw_sequences
+from vllm_longmamba.calibration_settings import CalibrationSettings
 from vllm_longmamba.closed_loop import closed_loop_sequences
 from vllm_longmamba.tables import (
     CLOSED_LOOP,

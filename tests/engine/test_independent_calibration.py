@@ -14,7 +14,8 @@ import torch
 from example_modules import EXAMPLES
 from reference_lm import _read_weights, reference_dt
 
-from vllm_longmamba.calibrate import CalibrationSettings, calibrate
+from vllm_longmamba.calibrate import calibrate
+from vllm_longmamba.calibration_settings import CalibrationSettings
 
 from .harness import MEMORY, TRAIN_LENGTH
 
@@ -26,10 +27,13 @@ EXAMPLE_MODEL = EXAMPLES / "passkey-mamba2-4m"
 TOLERANCE = 1e-3
 
 
-@pytest.mark.parametrize("family", ["mamba1", "mamba2", "example"])
-def test_same_table(family: str, tiny_model: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("family", "clamp_percent", "combine"),
+    [("mamba1", 20.0, "mean"), ("mamba2", 5.0, "mean"), ("example", None, "median")],
+)
+def test_same_table(family: str, clamp_percent: float | None, combine: str, tiny_model: Callable[[str], Path]) -> None:
     model = EXAMPLE_MODEL if family == "example" else tiny_model(family)
-    train_length, clamp_percent = (512, 5.0) if family == "example" else (TRAIN_LENGTH, 20.0)
+    train_length = 512 if family == "example" else TRAIN_LENGTH
     settings = CalibrationSettings(
         num_sequences=3, train_length=train_length, max_length=6 * train_length, clamp_percent=clamp_percent, seed=11
     )
@@ -53,5 +57,6 @@ def test_same_table(family: str, tiny_model: Callable[[str], Path]) -> None:
             np.testing.assert_array_equal(table.is_global(layer, min_retention).numpy(), retention > min_retention)
         assert (thresholds.dt_threshold[0] == -1).all()
         for row in (1, len(table.row_lengths) // 2, len(table.row_lengths) - 1):
-            expected = independent_calibration.dt_threshold(of_layer, int(table.row_lengths[row]), clamp_percent)
+            length = int(table.row_lengths[row])
+            expected = independent_calibration.dt_threshold(of_layer, length, clamp_percent or 0.0, combine)
             np.testing.assert_allclose(thresholds.dt_threshold[row].numpy(), expected, rtol=TOLERANCE)

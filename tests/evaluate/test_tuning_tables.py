@@ -9,7 +9,7 @@ import pytest
 from small_tables import small_table
 
 import vllm_longmamba.evaluate.tuning_tables as tuning_tables
-from vllm_longmamba.calibrate import CalibrationSettings
+from vllm_longmamba.calibration_settings import CalibrationSettings
 from vllm_longmamba.evaluate.tuning import candidate
 from vllm_longmamba.evaluate.tuning_settings import BUDGETS, CLAMP_PERCENTS, THETAS, Grid, TuningSettings, make_grid
 from vllm_longmamba.evaluate.tuning_tables import TableMaker
@@ -59,7 +59,8 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> Calibrated:
                 combine=settings.combine, lengths=lengths, text_tokens=9, budget=settings.budget
             )
         else:
-            metadata["clamp_percent"] = settings.clamp_percent
+            metadata |= {"clamp_percent": settings.clamp("Mamba2ForCausalLM")}
+            metadata |= {"combine": settings.way_to_combine, "min_retention": settings.theta}
         return small_table(**metadata)
 
     monkeypatch.setattr(tuning_tables, "calibrate", calibrate)
@@ -76,16 +77,20 @@ def maker(settings: TuningSettings, folder: Path) -> TableMaker:
 
 
 def test_make_paper(calibrated: Calibrated, tmp_path: Path) -> None:
-    settings = settings_of(make_grid("paper", thetas=[1e-4, 1e-2], clamp_percents=[5.0, 20.0]), PAPER)
+    settings = settings_of(make_grid("paper", thetas=[1e-4, 1e-2], clamp_percents=[5.0, 20.0, 0.0]), PAPER)
     tables = maker(settings, tmp_path / "out").make(16)
-    assert calibrated == [replace(PAPER, clamp_percent=clamp) for clamp in (5.0, 20.0)]
-    assert [(one.table.metadata.clamp_percent, list(one.thetas)) for one in tables] == [
-        (5.0, [1e-4, 1e-2]),
-        (20.0, [1e-4, 1e-2]),
+    # Without a clamp the table is what `longmamba calibrate` makes by default.
+    assert calibrated == [*(replace(PAPER, clamp_percent=clamp) for clamp in (5.0, 20.0)), CalibrationSettings()]
+    of_tables = [one.table.metadata for one in tables]
+    assert [(of.method, of.clamp_percent, of.combine) for of in of_tables] == [
+        ("paper", 5.0, "mean"),
+        ("paper", 20.0, "mean"),
+        ("unclamped", 0.0, "median"),
     ]
+    assert [list(one.thetas) for one in tables] == [[1e-4, 1e-2]] * 3
     again = maker(settings, tmp_path / "out").make(16)
     assert [one.path for one in again] == [one.path for one in tables]
-    assert len(calibrated) == 2
+    assert len(calibrated) == 3
 
 
 def test_make_closed_loop(calibrated: Calibrated, tmp_path: Path) -> None:

@@ -185,6 +185,32 @@ def test_layer_calibration_add_refuses(dt: torch.Tensor, message: str) -> None:
         calibration.result()
 
 
+def test_layer_calibration_combines_as_told() -> None:
+    """One sequence of five has a dt that outweighs all others: the mean follows it, median and minimum do not."""
+    A, length, rows = -torch.ones(2), 40, [40, 60, 400]
+    sequences = [_dt(length, 2, seed) for seed in range(5)]
+    sequences[3][7] = 50.0
+    alone = []
+    for dt in sequences:
+        calibration = LayerCalibration(A, length, rows, 0.0)
+        calibration.add(dt)
+        alone.append(calibration.result().dt_threshold[1:].numpy())
+    expected = {"mean": np.mean(alone, axis=0), "median": np.median(alone, axis=0), "min": np.min(alone, axis=0)}
+    assert (expected["mean"] > 2 * expected["median"]).all()
+    for combine, thresholds in expected.items():
+        calibration = LayerCalibration(A, length, rows, 0.0, combine)
+        for dt in sequences:
+            calibration.add(dt)
+        result = calibration.result()
+        assert result.dt_threshold[0].tolist() == [-1.0, -1.0]
+        np.testing.assert_allclose(result.dt_threshold[1:].numpy(), thresholds, rtol=TOLERANCE)
+        # Retention stays a mean.
+        totals = torch.stack(sequences).double().sum(dim=1)
+        torch.testing.assert_close(result.retention, torch.exp(-totals).mean(dim=0), rtol=1e-12, atol=0.0)
+    with pytest.raises(ValueError, match="LayerCalibration: combine must be one of median, min, mean, got 'max'"):
+        LayerCalibration(A, length, rows, 0.0, "max")
+
+
 def test_merge_channel_shards() -> None:
     dt = _dt(20, 6, seed=2)
     A = -torch.rand(6) - 0.1

@@ -13,7 +13,7 @@ from train import training
 from train.__main__ import app
 from train.books import read_books
 from train.evaluation import evaluation_of
-from train.mixers import Mamba2Mixer, excess_retention
+from train.mixers import excess_retention
 from train.optimizer import learning_rate, make_optimizers
 from train.settings import FAMILIES, Settings, Stage, family_settings, read_settings
 from train.tasks import Batch
@@ -86,7 +86,7 @@ def test_excess_retention_by_hand() -> None:
     needed = math.log(4)
     dt = torch.stack([torch.full((16,), needed / 16), torch.full((16,), needed / 32), torch.zeros(16), torch.zeros(16)])
     dt[3, 0] = needed
-    excess = excess_retention(dt.T[None] / 2, torch.full((4,), -2.0), 0.25)
+    excess = excess_retention(dt.T[None] / 2, torch.full((4,), -2.0), torch.full((4,), 0.25))
     assert excess.item() == pytest.approx((0 + 0.5**2 + 1 + 0.5**2) / 4)
 
 
@@ -96,17 +96,21 @@ def test_a_ceiling_of_retention_is_learnt(family: str, text_file: Path) -> None:
     lingering = {"dt_min": 1e-4, "dt_max": 2e-4, "a_max": 1.0, "steps": 30, "peak_lr": 0.05}
     books = read_books(text_file, torch.device("cpu"))
     excess = {}
-    for ceiling in (1.0, 0.2):
-        model = make_model(small(family, retention_ceiling=ceiling, retention_weight=10.0, **lingering))
-        train(model, small(family, retention_ceiling=ceiling, retention_weight=10.0, **lingering), books)
-        for part in model.modules():
-            if isinstance(part, Mamba2Mixer):
-                part.retention_ceiling = 0.2
+    for weight in (0.0, 10.0):
+        settings = small(family, retention_ceiling=0.2, retention_weight=weight, **lingering)
+        model = make_model(settings)
+        train(model, settings, books)
         with torch.no_grad():
             model(books.held_out[None, :96].long())
-        excess[ceiling] = float(training.excess_retention(model))
-    assert excess[1.0] > 1.5  # of 2 layers with at most 1 each
-    assert excess[0.2] < 0.5 * excess[1.0]
+        excess[weight] = float(training.excess_retention(model))
+    assert excess[0.0] > 1.5  # of 2 layers with at most 1 each
+    assert excess[10.0] < 0.5 * excess[0.0]
+
+
+def test_memory_heads_have_a_ceiling_of_their_own() -> None:
+    settings = small("mamba2", retention_ceiling=0.01, memory_heads=((0, 1), (1, 0), (1, 3)), memory_ceiling=0.5)
+    found = [layer.mixer.ceilings.tolist() for layer in make_model(settings).backbone.layers]
+    assert found == [pytest.approx([0.01, 0.5, 0.01, 0.01]), pytest.approx([0.5, 0.01, 0.01, 0.5])]
 
 
 def test_losses_by_hand() -> None:
@@ -185,7 +189,9 @@ def test_settings_survive_a_file(tmp_path: Path) -> None:
         ({"dt_min": 0.2}, "dt_min <= dt_max"),
         ({"a_min": 0}, "0 < a_min"),
         ({"evaluated_lengths": (4,)}, "ascend from 1"),
-        ({"retention_ceiling": 1.5}, "above 0 and at most 1"),
+        ({"retention_ceiling": 1.5}, "retention_ceiling must be above 0 and at most 1"),
+        ({"memory_heads": ((0, 0),)}, "need a retention_ceiling and a memory_ceiling below 1"),
+        ({"retention_ceiling": 0.1, "memory_ceiling": 0.2, "memory_heads": ((0, 16),)}, "8 layers with 16 heads each"),
         ({"retention_ceiling": 0.2, "family": "mamba1"}, "leave it out"),
         ({"exports": (0.5, 1)}, "exports must ascend between 0 and 1"),
     ],

@@ -61,14 +61,18 @@ def calibrate(
     method: Annotated[
         str | None,
         typer.Option(
-            help="paper: stretch what sequences of the training length show. unclamped: the same without the clamp. "
+            help="paper: stretch what sequences of the training length show. unclamped: the same without the clamp, "
+            "and with the median over the sequences. "
             "closed-loop: measure with sequences as long as the prompts, the filter already on in the layers below. "
             "[default: unclamped; with --clamp-percent: paper]"
         ),
     ] = None,
     combine: Annotated[
-        str, typer.Option(help="Closed loop: what becomes of the thresholds of all sequences: median, min or mean.")
-    ] = "median",
+        str | None,
+        typer.Option(
+            help="What becomes of the thresholds of all sequences: median, min or mean. [default: median; paper: mean]"
+        ),
+    ] = None,
     budget: Annotated[
         float,
         typer.Option(help="Closed loop: what a channel may keep, as a factor of its sum over the training length."),
@@ -87,7 +91,8 @@ def calibrate(
     tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "--tp", min=1)] = 1,
 ) -> None:
     """Make the threshold table of MODEL from text like that of its training."""
-    from vllm_longmamba.calibrate import CalibrationSettings, calibrate_groups
+    from vllm_longmamba.calibrate import calibrate_groups
+    from vllm_longmamba.calibration_settings import CalibrationSettings
     from vllm_longmamba.table_lookup import cached_table_path
     from vllm_longmamba.tables import save_table
 

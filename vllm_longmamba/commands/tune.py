@@ -66,7 +66,9 @@ def tune(
         str | None,
         typer.Option(help="Closed loop: budget to try, as for longmamba calibrate, separated by commas. [default: 1]"),
     ] = None,
-    combine: Annotated[str, typer.Option(help="Closed loop: as for longmamba calibrate.")] = "median",
+    combine: Annotated[
+        str | None, typer.Option(help="Closed loop: as for longmamba calibrate. [default: median]")
+    ] = None,
     measure_to: Annotated[
         int | None,
         typer.Option(min=2, help="Closed loop: as for longmamba calibrate. [default: the longest of --lengths]"),
@@ -92,7 +94,7 @@ def tune(
 ) -> None:
     """Search the min_retention and clamp_percent (closed loop: budget) that serve MODEL best; write the best table."""
     with user_errors("tune"):
-        from vllm_longmamba.calibrate import CalibrationSettings
+        from vllm_longmamba.calibration_settings import CalibrationSettings
         from vllm_longmamba.evaluate.report import provenance
         from vllm_longmamba.evaluate.texts import read_books
         from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
@@ -151,7 +153,7 @@ def tune(
             "sequences": sequences,
         }
         if metadata.closed_loop is not None:
-            what |= {"combine": combine, "measured": list(metadata.closed_loop.lengths)}
+            what |= {"combine": metadata.closed_loop.combine, "measured": list(metadata.closed_loop.lengths)}
         report = {
             "task": "tune",
             **provenance(model, {"model": result.contestant}, what),
