@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .metadata import check_combine
+from .metadata import CLIPPED, MEAN, MEDIAN, check_combine
 from .table import NO_FILTER
 
 # Elements of dt that are looked at at a time: 256 MB of float32.
@@ -77,7 +77,8 @@ def combine_thresholds(thresholds: Tensor, combine: str) -> Tensor:
 
     Args:
         thresholds: (sequences, channels) floating point, -1.0 for no filter, which counts as 0.
-        combine: "median" (the mean of the middle two, where the number of sequences is even), "min" or "mean".
+        combine: "median" (the mean of the middle two, where the number of sequences is even), "min", "mean" or
+            "clipped" (the mean, where no sequence counts as more than twice the median).
 
     Returns:
         (channels,) of the same dtype; -1.0 where the result is 0.
@@ -92,12 +93,13 @@ def combine_thresholds(thresholds: Tensor, combine: str) -> Tensor:
             f"{tuple(thresholds.shape)}; measure one first"
         )
     values = thresholds.clamp(min=0.0)
-    if combine == "median":
+    if combine in (MEDIAN, CLIPPED):
         # What quantile(0.5) returns, which takes no more than 2^24 numbers.
         ordered, last = values.sort(dim=0).values, len(values) - 1
-        combined = torch.lerp(ordered[last // 2], ordered[last - last // 2], 0.5)
+        median = torch.lerp(ordered[last // 2], ordered[last - last // 2], 0.5)
+        combined = median if combine == MEDIAN else torch.minimum(values, 2 * median).mean(dim=0)
     else:
-        combined = values.mean(dim=0) if combine == "mean" else values.amin(dim=0)
+        combined = values.mean(dim=0) if combine == MEAN else values.amin(dim=0)
     return torch.where(combined > 0, combined, NO_FILTER)
 
 

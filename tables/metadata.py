@@ -13,14 +13,16 @@ METHODS = (UNCLAMPED, PAPER, CLOSED_LOOP)
 # The theta of a table where none is given: the paper's for its method, for the others docs/closed_loop.md.
 DEFAULT_MIN_RETENTION = {UNCLAMPED: 0.05, PAPER: 0.01, CLOSED_LOOP: 0.05}
 
-# How the thresholds of several sequences become one.
+# How the thresholds of several sequences become one. "clipped": the mean, where a sequence's counts at most as twice
+# their median.
 MEDIAN = "median"
 MEAN = "mean"
-COMBINE = (MEDIAN, "min", MEAN)
+CLIPPED = "clipped"
+COMBINE = (MEDIAN, "min", MEAN, CLIPPED)
 
 # The one of a method where none is given. Without a clamp a threshold hangs on the few largest dt's of a sequence, and
-# the mean on the sequence with the largest ones: docs/closed_loop.md.
-DEFAULT_COMBINE = {UNCLAMPED: MEDIAN, PAPER: MEAN, CLOSED_LOOP: MEDIAN}
+# the plain mean on the sequence with the largest ones: docs/closed_loop.md.
+DEFAULT_COMBINE = {UNCLAMPED: CLIPPED, PAPER: MEAN, CLOSED_LOOP: MEDIAN}
 
 _METADATA_TYPES: dict[str, type] = {
     "format_version": int,

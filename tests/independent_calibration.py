@@ -9,7 +9,7 @@ The text (LongMamba, arXiv 2504.16053, sections 3 and 4, as the project's design
   clamped sum over the L tokens. Averaged over the sequences.
 
 Two steps are other ones in the method "unclamped" (docs/calibration.md): nothing is clamped, C = 0, and a channel's
-threshold is the median over the sequences, not their average.
+average over the sequences is taken of the smaller of each threshold and twice their median.
 
 The text leaves two things open, which are read here as numpy reads them: "the value that the top C % exceed" is
 np.percentile(dt, 100 - C), which interpolates between neighbouring dt's; a curve "stretched linearly" keeps both its
@@ -38,12 +38,14 @@ def retention(A: np.ndarray, sequences: list[np.ndarray]) -> np.ndarray:
 def dt_threshold(
     sequences: list[np.ndarray], prompt_length: int, clamp_percent: float, combine: str = "mean"
 ) -> np.ndarray:
-    """g(prompt_length) of every channel, (channels,); prompt_length > L; combine "mean" or "median"."""
+    """g(prompt_length) of every channel, (channels,); prompt_length > L; combine "mean" or "clipped"."""
     per_sequence = [
         [_threshold_of(channel, prompt_length, clamp_percent) for channel in dt.astype(np.float64).T]
         for dt in sequences
     ]
-    return {"mean": np.mean, "median": np.median}[combine](per_sequence, axis=0)
+    if combine == "clipped":
+        per_sequence = np.minimum(per_sequence, 2 * np.median(per_sequence, axis=0))
+    return np.mean(per_sequence, axis=0)
 
 
 def _threshold_of(dt: np.ndarray, prompt_length: int, clamp_percent: float) -> float:

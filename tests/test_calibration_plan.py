@@ -112,7 +112,7 @@ def test_plan_of_an_engine_without_a_table(configure: Configure, tmp_path: Path)
     plan = plan_of(configure(train_length=96))
     assert (plan.model_id, plan.dtype, plan.quantization, plan.train_length) == ("model", "float32", None, 96)
     assert (plan.method, plan.num_sequences, plan.clamp_percent, plan.min_retention) == ("unclamped", 5, 0.0, 0.05)
-    assert plan.metadata().combine == "median"
+    assert plan.metadata().combine == "clipped"
     papers = plan_of(configure(train_length=96, calibration_method="paper"))
     assert (papers.method, papers.clamp_percent, papers.min_retention) == ("paper", 5.0, 0.01)
     assert papers.metadata().combine == "mean"

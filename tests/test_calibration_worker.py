@@ -34,9 +34,9 @@ def expected(given: list[torch.Tensor]) -> LayerThresholds:
 
 def test_a_recorder_combines_as_told() -> None:
     given = sequences(3)
-    made = CalibrationRecorder(LENGTH, ROWS, 0.0, "median")
+    made = CalibrationRecorder(LENGTH, ROWS, 0.0, "clipped")
     made.attach(SimpleNamespace(layer_index=0, dt_recorder=None), A)
-    calibration = LayerCalibration(A, LENGTH, ROWS, 0.0, "median")
+    calibration = LayerCalibration(A, LENGTH, ROWS, 0.0, "clipped")
     for sequence in given:
         made.record(0, sequence)
         calibration.add(sequence)

@@ -139,7 +139,7 @@ def test_long_sequences() -> None:
 def test_settings_refuse() -> None:
     with pytest.raises(ValueError, match="method must be one of unclamped, paper, closed-loop, got 'closed'"):
         CalibrationSettings(method="closed")
-    with pytest.raises(ValueError, match="combine must be one of median, min, mean, got 'max'"):
+    with pytest.raises(ValueError, match="combine must be one of median, min, mean, clipped, got 'max'"):
         CalibrationSettings(combine="max")
     with pytest.raises(ValueError, match="budget must be a factor above 0, got -1"):
         CalibrationSettings(budget=-1)
@@ -152,8 +152,8 @@ def test_settings_refuse() -> None:
 @pytest.mark.parametrize(
     ("settings", "method", "theta", "clamps", "combine"),
     [
-        (CalibrationSettings(), "unclamped", 0.05, (0, 0), "median"),
-        (CalibrationSettings(clamp_percent=0), "unclamped", 0.05, (0, 0), "median"),
+        (CalibrationSettings(), "unclamped", 0.05, (0, 0), "clipped"),
+        (CalibrationSettings(clamp_percent=0), "unclamped", 0.05, (0, 0), "clipped"),
         (CalibrationSettings(combine="mean"), "unclamped", 0.05, (0, 0), "mean"),
         (CalibrationSettings(clamp_percent=3), "paper", 0.01, (3, 3), "mean"),
         (CalibrationSettings(method="paper"), "paper", 0.01, (20, 5), "mean"),
@@ -178,13 +178,13 @@ def test_a_table_without_a_clamp_says_so() -> None:
 def test_a_table_tells_how_its_sequences_were_combined() -> None:
     papers = small_table().metadata
     assert (papers.method, papers.combine, "combine" in papers.to_dict()) == ("paper", "mean", False)
-    median = replace(papers, method="unclamped", clamp_percent=0, combine="median")
-    assert TableMetadata.from_dict(json.loads(json.dumps(median.to_dict()))) == median
+    clipped = replace(papers, method="unclamped", clamp_percent=0, combine="clipped")
+    assert TableMetadata.from_dict(json.loads(json.dumps(clipped.to_dict()))) == clipped
     # Those of earlier versions, which knew the mean only.
-    told = {name: value for name, value in median.to_dict().items() if name != "combine"}
-    assert TableMetadata.from_dict(told) == replace(median, combine="mean")
-    with pytest.raises(ValueError, match="combine must be one of median, min, mean, got 'max'"):
-        replace(median, combine="max")
+    told = {name: value for name, value in clipped.to_dict().items() if name != "combine"}
+    assert TableMetadata.from_dict(told) == replace(clipped, combine="mean")
+    with pytest.raises(ValueError, match="combine must be one of median, min, mean, clipped, got 'max'"):
+        replace(clipped, combine="max")
     with pytest.raises(ValueError, match="combine must be 'mean' with the method 'paper', got 'median'"):
         replace(papers, combine="median")
 
@@ -201,11 +201,11 @@ def test_plan() -> None:
     """A closed loop is another table, and of other lengths yet another; the paper's keep the keys they had."""
     paper, closed = PAPER_PLAN, replace(CLOSED_PLAN, measured_lengths=(144, 288))
     longer = replace(closed, measured_lengths=(144, 288, 576))
-    unclamped = replace(paper, method="unclamped", clamp_percent=0.0, min_retention=0.05, combine="median")
+    unclamped = replace(paper, method="unclamped", clamp_percent=0.0, min_retention=0.05, combine="clipped")
     assert paper.key() == "68ea5378dc0021398e77591659236e27"
     plans = (paper, closed, longer, unclamped, replace(unclamped, combine="mean"))
     assert len({plan.key() for plan in plans}) == len(plans)
-    assert (paper.metadata().combine, unclamped.metadata().combine) == ("mean", "median")
+    assert (paper.metadata().combine, unclamped.metadata().combine) == ("mean", "clipped")
     assert plan_from_config(json.loads(json.dumps({PLAN_KEY: asdict(closed)}))) == closed
     assert (paper.metadata(7).method, paper.metadata(7).closed_loop) == ("paper", None)
     expected = ClosedLoop(combine="median", lengths=(144, 288), text_tokens=7)

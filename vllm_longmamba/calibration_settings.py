@@ -29,11 +29,11 @@ class CalibrationSettings:
         train_length: the paper's L; by default what is known of the model.
         max_length: the longest prompt the table is made for, in tokens.
         seed: chooses the sequences.
-        method: "paper"; "unclamped", the same without the clamp, and with the median over the sequences; or
-            "closed-loop", whose thresholds come from sequences of the prompts' length. By default "unclamped", or
+        method: "paper"; "unclamped", the same without the clamp, and with the clipped mean over the sequences;
+            or "closed-loop", whose thresholds come from sequences of the prompts' length. By default "unclamped", or
             "paper" where clamp_percent is given.
-        combine: how the thresholds of several sequences become one: "median", "min" or "mean". By default "median";
-            the paper's method takes the mean.
+        combine: how the thresholds of several sequences become one: "median", "min", "mean" or "clipped", see
+            `combine_thresholds`. By default "clipped", in the closed loop "median"; the paper's method takes the mean.
         measure_to: the longest closed-loop sequences, in tokens; thresholds of longer prompts are extrapolated. By
             default max_length.
         budget: closed loop: what a channel may keep, as a factor of its sum of dt over the training length.

@@ -29,7 +29,7 @@ class LongMambaOptions:
             a missing table is an error.
         calibration_text: path of the text (.txt, .jsonl or .parquet) that the engine then calibrates on. By default
             the sample that comes with the package.
-        calibration_method: how the table is then made: "paper"; "unclamped", without its clamp, and with the median; or
+        calibration_method: how the table is then made: "paper"; "unclamped", without its clamp, with a clipped mean; or
             "closed-loop", which measures thresholds on text as long as the prompts.
     """
 

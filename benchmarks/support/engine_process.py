@@ -160,3 +160,22 @@ def stop_profile(worker: Any, rows: int) -> str:
         share = event.self_device_time_total / total
         lines.append(f"{event.self_device_time_total / 1e3:10.2f} ms {share:6.1%} {event.count:6} x {event.key[:90]}")
     return "\n".join(lines)
+
+
+def start_host_profile(worker: Any) -> None:
+    """On the worker: record the Python functions of its thread from now on."""
+    import cProfile
+
+    worker.host_profile = cProfile.Profile()
+    worker.host_profile.enable()
+
+
+def stop_host_profile(worker: Any, rows: int) -> str:
+    """On the worker: the functions with the most time, callees included, as text."""
+    import io
+    import pstats
+
+    worker.host_profile.disable()
+    text = io.StringIO()
+    pstats.Stats(worker.host_profile, stream=text).sort_stats("cumulative").print_stats(rows)
+    return text.getvalue()

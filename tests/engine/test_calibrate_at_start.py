@@ -88,7 +88,7 @@ def assert_thresholds_agree(found: LayerThresholds, expected: LayerThresholds) -
 
 
 def assert_table_of_the_sample(model: Path, table: ThresholdTable) -> None:
-    """Compare with DESIGN's formulas on the reference's dt, without the clamp, and with the median."""
+    """Compare with DESIGN's formulas on the reference's dt, without the clamp, and with the clipped mean."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
@@ -98,7 +98,7 @@ def assert_table_of_the_sample(model: Path, table: ThresholdTable) -> None:
     for layer, thresholds in table.layers.items():
         (A_log,) = (value for name, value in weights.items() if f"layers.{layer}." in name and name.endswith("A_log"))
         expected = LayerCalibration(
-            -torch.exp(A_log.double()), TRAIN_LENGTH, table.row_lengths, clamp_percent=0.0, combine="median"
+            -torch.exp(A_log.double()), TRAIN_LENGTH, table.row_lengths, clamp_percent=0.0, combine="clipped"
         )
         for dt in all_dt:
             expected.add(dt[layer].float())

@@ -85,7 +85,7 @@ def test_make_paper(calibrated: Calibrated, tmp_path: Path) -> None:
     assert [(of.method, of.clamp_percent, of.combine) for of in of_tables] == [
         ("paper", 5.0, "mean"),
         ("paper", 20.0, "mean"),
-        ("unclamped", 0.0, "median"),
+        ("unclamped", 0.0, "clipped"),
     ]
     assert [list(one.thetas) for one in tables] == [[1e-4, 1e-2]] * 3
     again = maker(settings, tmp_path / "out").make(16)

@@ -71,8 +71,11 @@ def test_combine_thresholds() -> None:
     assert combine_thresholds(values, "min").tolist() == [1.0, -1.0, -1.0, 1.0]
     assert combine_thresholds(values[:2], "median").tolist() == [1.5, -1.0, 1.5, 2.5]
     assert combine_thresholds(values, "mean").tolist() == pytest.approx([4.0, -1.0, 3.0, 7 / 3])
+    # Twice the median is 4, 0, 6 and 4.
+    assert combine_thresholds(values, "clipped").tolist() == pytest.approx([7 / 3, -1.0, 3.0, 7 / 3])
+    assert combine_thresholds(torch.tensor([[1.0], [3.0], [99.0], [2.0]]), "clipped").tolist() == [2.75]
     assert combine_thresholds(values[:1], "median").tolist() == values[0].tolist()
-    with pytest.raises(ValueError, match="combine must be one of median, min, mean, got 'max'"):
+    with pytest.raises(ValueError, match="combine must be one of median, min, mean, clipped, got 'max'"):
         combine_thresholds(values, "max")
     with pytest.raises(ValueError, match=r"at least one sequence, got \(0, 4\)"):
         combine_thresholds(values[:0], "min")

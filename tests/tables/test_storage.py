@@ -52,6 +52,15 @@ def test_save_table(make_table: MakeTable, tmp_path: Path) -> None:
     assert set(load_file(path)) == parts | {"longmamba.row_lengths"}
 
 
+def test_save_table_tells_how_sequences_were_combined(make_table: MakeTable, tmp_path: Path) -> None:
+    """Except for the plain mean: such a file is one of those that know no other."""
+    for combine in ("clipped", "mean"):
+        table = make_table(method="unclamped", clamp_percent=0, combine=combine)
+        save_table(table, tmp_path / combine)
+        _assert_same(load_table(tmp_path / combine), table)
+        assert (b"combine" in (tmp_path / combine).read_bytes()) is (combine == "clipped")
+
+
 def test_save_table_readable_by_others(make_table: MakeTable, tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:

@@ -62,7 +62,7 @@ def calibrate(
         str | None,
         typer.Option(
             help="paper: stretch what sequences of the training length show. unclamped: the same without the clamp, "
-            "and with the median over the sequences. "
+            "and with the clipped mean over the sequences. "
             "closed-loop: measure with sequences as long as the prompts, the filter already on in the layers below. "
             "[default: unclamped; with --clamp-percent: paper]"
         ),
@@ -70,7 +70,8 @@ def calibrate(
     combine: Annotated[
         str | None,
         typer.Option(
-            help="What becomes of the thresholds of all sequences: median, min or mean. [default: median; paper: mean]"
+            help="What becomes of the thresholds of all sequences: median, min, mean or clipped, the mean without "
+            "outliers. [default: clipped; paper: mean; closed loop: median]"
         ),
     ] = None,
     budget: Annotated[
