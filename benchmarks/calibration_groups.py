@@ -159,7 +159,7 @@ def _report(settings: list[Setting], questions: int, seconds: float) -> str:
         "",
         f"`{' '.join(['python', *sys.argv])}`: {MODEL.name}, sequences of {made.train_length} bytes; the self-made "
         f"tables from {made.corpus}; C = {made.clamp_percent:g} %, theta = {made.min_retention:g}, "
-        f"{made.combine} of the thresholds of the sequences; vLLM "
+        f"sequences combined by {made.combine!r}; vLLM "
         f"{installed_vllm_version()}, float32, {device}, {seconds:.0f} s. Every table is asked the same {questions} "
         "questions of each length.",
         "",
