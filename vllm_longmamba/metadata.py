@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.mamba2_attn import (
     Mamba2AttentionMetadata,
     Mamba2AttentionMetadataBuilder,
 )
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID, mamba_get_block_table_tensor
 
 from vllm_longmamba.prompt_filter import PromptFilter, StepRows, step_rows_from_metadata
 
@@ -71,6 +72,7 @@ class _FilterRowsBuilder:
         self._graph_rows_are_zero = True
         # Views of its begin by length: making one takes as long as the rest of a step that filters nothing.
         self._graph_views: dict[int, torch.Tensor] = {}
+        self._slot_views: dict[int, torch.Tensor] = {}
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
         """See vLLM's `AttentionMetadataBuilder.build`."""
@@ -84,11 +86,41 @@ class _FilterRowsBuilder:
 
     def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
         """See vLLM's builder: the same step's metadata for another group of layers, which has its own graph buffer."""
-        updated = super().update_block_table(metadata, blk_table, slot_mapping)  # type: ignore[misc]
+        if self._writes_slots_only(metadata):
+            updated = _shallow_copy(metadata)
+            cache_mode = self.vllm_config.cache_config.mamba_cache_mode  # type: ignore[attr-defined]
+            slots = mamba_get_block_table_tensor(blk_table, metadata.seq_lens, self.kv_cache_spec, cache_mode)  # type: ignore[attr-defined]
+            updated.state_indices_tensor_d = slots[:, :1]
+            self._update_metadata_for_cudagraph_capture(updated)
+        else:
+            updated = super().update_block_table(metadata, blk_table, slot_mapping)  # type: ignore[misc]
         rows = metadata.filter_rows
         if rows is not None:
             updated.filter_rows = rows.with_decode(self._decode_rows(metadata, rows.step))
         return updated
+
+    def _update_metadata_for_cudagraph_capture(self, metadata: Any) -> Any:
+        """See vLLM's builder. Here without copies of all fields, which a hybrid model's step makes for each group."""
+        if not self._writes_slots_only(metadata):
+            return super()._update_metadata_for_cudagraph_capture(metadata)  # type: ignore[misc]
+        slots = self._slot_views.get(metadata.num_reqs)
+        if slots is None:
+            slots = self._slot_views[metadata.num_reqs] = self.state_indices_tensor_d[: metadata.num_reqs]  # type: ignore[attr-defined]
+        if metadata.num_reqs == metadata.num_decodes:
+            slots.copy_(metadata.state_indices_tensor_d, non_blocking=True)
+        else:
+            slots[: metadata.num_decodes].copy_(metadata.state_indices_tensor_d, non_blocking=True)
+            slots[metadata.num_decodes :] = NULL_BLOCK_ID
+        metadata.state_indices_tensor_d = slots
+        return metadata
+
+    def _writes_slots_only(self, metadata: Any) -> bool:
+        """Whether the slots of the states are all that a captured graph reads of a step, besides its rows."""
+        return (
+            self._may_replay_graph(metadata)
+            and not (self.use_spec_decode or self.use_replayssm or self.use_flashinfer_replayssm)  # type: ignore[attr-defined]
+            and getattr(metadata, "checkpoint_meta", None) is None
+        )
 
     def _filter_rows(self, metadata: Any, step: StepRows) -> FilterRows:
         rows = FilterRows(decode=self._decode_rows(metadata, step), step=step)
@@ -129,6 +161,13 @@ class _FilterRowsBuilder:
         values = np.ascontiguousarray(values)
         on_device: torch.Tensor = async_tensor_h2d(values, dtype=torch.int32, device=self._graph_rows.device)
         return on_device
+
+
+def _shallow_copy(metadata: Any) -> Any:
+    """`copy.copy` and `dataclasses.replace` take several times as long."""
+    copied = object.__new__(type(metadata))
+    copied.__dict__.update(metadata.__dict__)
+    return copied
 
 
 class LongMamba1MetadataBuilder(_FilterRowsBuilder, Mamba1AttentionMetadataBuilder):  # type: ignore[misc]
