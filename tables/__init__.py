@@ -33,6 +33,7 @@ from .storage import (
     table_to_bytes,
 )
 from .table import NO_FILTER, LayerThresholds, ThresholdTable
+from .unfiltered import filtered_channels, leave_unfiltered
 
 __all__ = [
     "CLOSED_LOOP",
@@ -57,8 +58,10 @@ __all__ = [
     "check_combine",
     "combine_thresholds",
     "default_row_lengths",
+    "filtered_channels",
     "interpolate_thresholds",
     "is_table_file",
+    "leave_unfiltered",
     "load_table",
     "measured_lengths",
     "merge_channel_shards",

@@ -90,6 +90,7 @@ class TableMetadata:
         combine: how the thresholds of the sequences became one, see COMBINE; "mean" except with "unclamped", and in the
             tables of that method that do not tell. A closed loop has its own in `closed_loop`.
         closed_loop: how a closed-loop table was measured, None for others.
+        unfiltered: what is not filtered though it is global, "LAYER" or "LAYER.CHANNEL" each; see unfiltered.py.
         format_version: version of the file format.
 
     Raises:
@@ -108,6 +109,7 @@ class TableMetadata:
     method: str = PAPER
     combine: str = MEAN
     closed_loop: ClosedLoop | None = None
+    unfiltered: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -125,6 +127,9 @@ class TableMetadata:
                 f"TableMetadata.format_version must be {FORMAT_VERSION}, got {self.format_version}; "
                 "leave it out to get this release's"
             )
+        if not all(isinstance(name, str) for name in self.unfiltered):
+            raise ValueError(f"TableMetadata.unfiltered must be names such as '7' or '7.2', got {self.unfiltered!r}")
+        object.__setattr__(self, "unfiltered", tuple(self.unfiltered))
         if (self.method == CLOSED_LOOP) != isinstance(self.closed_loop, ClosedLoop):
             raise ValueError(
                 f"TableMetadata.closed_loop must be given with the method {CLOSED_LOOP!r} and no other, got "
@@ -157,6 +162,8 @@ class TableMetadata:
             del values["closed_loop"]
         if self.combine == MEAN:
             del values["combine"]
+        if not self.unfiltered:
+            del values["unfiltered"]
         return values
 
     @classmethod

@@ -178,7 +178,7 @@ def _metadata_from(path: Path | str, header: dict[str, str] | None) -> TableMeta
     if version != FORMAT_VERSION:
         raise _error(path, f"written by format version {version}, this release reads {FORMAT_VERSION}")
     # Tables are older than these.
-    optional = {"closed_loop", "combine"}
+    optional = {"closed_loop", "combine", "unfiltered"}
     expected = {entry.name for entry in fields(TableMetadata)} - optional | (set(content) & optional)
     if set(content) != expected:
         raise _error(

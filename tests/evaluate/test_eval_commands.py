@@ -119,17 +119,24 @@ def test_tune(tmp_path: Path) -> None:
     arguments = ["tune", MODEL, "--text", str(EXAMPLES / "texts" / "calibration.txt"), "--held-out", HAYSTACK]
     arguments += ["--train-length", "512", "--max-length", "4096", "--clamp-percents", "5", "--thetas", "1e-30,1e-2"]
     arguments += ["--refine", "0", "--lengths", "2048", "--depths", "3", "--windows", "2", *ENGINE]
-    arguments += ["-o", str(tmp_path / "out"), "--table", str(tmp_path / "best.safetensors")]
+    arguments += ["-o", str(tmp_path / "out"), "--table", str(tmp_path / "best.safetensors"), "--search-unfiltered"]
     assert "keys found" in run(*arguments)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    few, many = sorted(report["tried"], key=lambda score: score["candidate"]["global_channels"])
+    tried = sorted(report["tried"], key=lambda score: score["candidate"]["global_channels"])
+    few, many = (score for score in tried if not score["candidate"]["unfiltered"])
     assert few["candidate"]["min_retention"] == report["best"]["min_retention"] == 1e-2
+    left_out = [score for score in tried if score["candidate"]["unfiltered"]]
+    assert left_out
+    for score in left_out:
+        setting = score["candidate"]
+        assert setting["global_channels"] == few["candidate"]["global_channels"] - len(setting["unfiltered"])
     assert few["found"]["share"] == 1.0
     assert 0 < few["candidate"]["global_channels"] < many["candidate"]["global_channels"]
     assert report["plain"]["found"]["share"] < 1.0
     assert report["plain"]["difference"]["loss"] == 0.0
     metadata = read_metadata(tmp_path / "best.safetensors")
     assert (metadata.min_retention, metadata.clamp_percent, metadata.train_length) == (1e-2, 5.0, 512)
+    assert sorted(metadata.unfiltered) == sorted(report["best"]["unfiltered"])
     # Nothing is calibrated or scored a second time.
     records = (tmp_path / "out" / "records.jsonl").read_bytes()
     run(*arguments)
@@ -142,7 +149,7 @@ def test_tune(tmp_path: Path) -> None:
 def test_tune_closed_loop(tmp_path: Path) -> None:
     arguments = ["tune", MODEL, "--method", "closed-loop", "--held-out", HAYSTACK, "--train-length", "512"]
     arguments += ["--max-length", "4096", "--thetas", "1e-3,0.05", "--sequences", "3", "--lengths", "2048"]
-    arguments += ["--depths", "4", "--windows", "2", *ENGINE]
+    arguments += ["--depths", "4", "--windows", "2", "--needles", "2", *ENGINE]
     arguments += ["-o", str(tmp_path / "out"), "--table", str(tmp_path / "best.safetensors")]
     assert "Tuning of the closed loop" in run(*arguments)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -152,6 +159,8 @@ def test_tune_closed_loop(tmp_path: Path) -> None:
     assert few["found"]["share"] > report["plain"]["found"]["share"]
     assert report["best"] in [{"budget": 1.0, "min_retention": theta} for theta in (1e-3, 0.05)]
     assert report["settings"]["method"] == "closed-loop"
+    assert report["settings"]["needles"] == 2
+    assert few["found"]["questions"] == 8  # a key and a needle at each depth
     metadata = read_metadata(tmp_path / "best.safetensors")
     assert (metadata.method, metadata.min_retention) == ("closed-loop", report["best"]["min_retention"])
     assert metadata.closed_loop is not None

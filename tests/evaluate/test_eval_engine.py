@@ -1,6 +1,6 @@
 """The tasks through the real engine: log-probabilities against the reference, tuning against a fresh engine."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from tiny_models import random_token_ids, write_mamba2_original
 
 from vllm_longmamba.evaluate.engine import EngineContestant, EngineRunner
 from vllm_longmamba.evaluate.tuning import EXTENSION
-from vllm_longmamba.tables import ThresholdTable, load_table
+from vllm_longmamba.tables import ThresholdTable, filtered_channels, leave_unfiltered, load_table
 
 pytestmark = pytest.mark.engine
 
@@ -56,8 +56,8 @@ def runner(model: Path, tables: list[Path]) -> Iterator[EngineRunner]:
         yield running
 
 
-def set_filter(runner: EngineRunner, table: Path, min_retention: float) -> None:
-    runner.llm.collective_rpc("longmamba_set_filter", args=(str(table), min_retention))
+def set_filter(runner: EngineRunner, table: Path, min_retention: float, unfiltered: Sequence[str] = ()) -> None:
+    runner.llm.collective_rpc("longmamba_set_filter", args=(str(table), min_retention, list(unfiltered)))
 
 
 def expected_logprobs(model: Path, prompt: list[int], table: ThresholdTable, min_retention: float) -> np.ndarray:
@@ -83,6 +83,20 @@ def test_tail_logprobs_under_changing_filters(
     for i, prompt in enumerate(PROMPTS):
         expected = expected_logprobs(model, prompt, table, min_retention)
         np.testing.assert_allclose(results[i], expected, rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+def test_tail_logprobs_with_channels_left_unfiltered(runner: EngineRunner, model: Path, tables: list[Path]) -> None:
+    whole = load_table(tables[0])
+    last, rest = max(whole.layers), [f"0.{channel}" for channel in filtered_channels(whole)[0][::2]]
+    results = {}
+    for unfiltered in ([str(last), *rest], []):
+        set_filter(runner, tables[0], 1e-2, unfiltered)
+        results[len(unfiltered)] = dict(runner.tail_logprobs(enumerate(PROMPTS), SCORED))
+    table = leave_unfiltered(whole, [str(last), *rest])
+    for i, prompt in enumerate(PROMPTS):
+        expected = expected_logprobs(model, prompt, table, 1e-2)
+        np.testing.assert_allclose(results[1 + len(rest)][i], expected, rtol=0, atol=LOGPROB_TOLERANCE)
+    assert np.abs(results[0][4] - results[1 + len(rest)][4]).max() > 10 * LOGPROB_TOLERANCE
 
 
 def test_complete_continues_greedily(runner: EngineRunner, tables: list[Path]) -> None:

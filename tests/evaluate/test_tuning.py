@@ -18,6 +18,7 @@ from vllm_longmamba.evaluate.tuning import (
     search,
 )
 from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
+from vllm_longmamba.evaluate.tuning_unfiltered import parts_of, search_unfiltered
 from vllm_longmamba.tables import ClosedLoop
 
 THETAS = (1e-9, 1e-4, 1e-1)
@@ -102,6 +103,54 @@ def test_search() -> None:
     assert {clamp for clamp, _ in asked[7:]} == {20.0}
     assert finer == pytest.approx([10**-6.5, 10**-2.5, 10**-3.25, 10**-1.75])
     assert choose(scores[1:]).candidate.min_retention == pytest.approx(10**-3.25)
+
+
+def test_search_unfiltered() -> None:
+    """At theta 1e-4, channels 1 and 2 of two layers are global; the filter of three of them costs text."""
+    cost = {"0.1": 0.1, "0.2": 0.4, "1.1": -0.2, "1.2": 0.2}
+    asked = []
+
+    def score_text(setting: Candidate) -> Score:
+        return scored(setting, None, 2.0 - sum(cost[part] for part in setting.unfiltered))
+
+    def score(setting: Candidate) -> Score:
+        asked.append(setting.unfiltered)
+        return scored(setting, 1.0 - 0.5 * ("0.1" in setting.unfiltered), score_text(setting).loss["loss"])
+
+    best = score(candidate(TABLES[0], 1e-4))
+    scores = search_unfiltered(score, score_text, TABLES[0], best)
+    assert asked[1:] == [("0.2",), ("0.2", "1.2"), ("0.2", "1.2", "0.1")]
+    assert [one.candidate.global_channels for one in scores] == [3, 2, 1]
+    assert len({one.candidate.thresholds for one in (best, *scores)}) == 4
+    # The last one has the smallest loss, but half the keys.
+    chosen = choose([best, *scores])
+    assert chosen.candidate.unfiltered == ("0.2", "1.2")
+    assert chosen.candidate.label() == "C 5, theta 0.0001, without 0.2, 1.2"
+    report = {**HEAD, **summarize_tuning([scored(plain(TABLES[0]), 0.1, 2.0), best, *scores], chosen)}
+    assert json.loads(json.dumps(report)) == report
+    text = tuning_markdown(report, [])
+    assert "Best: clamp_percent 5, min_retention 0.0001, without 0.2, 1.2. " in text
+    assert "| C (%) | theta | unfiltered | global channels |" in text
+    assert "| **5** | **0.0001** | **0.2, 1.2** | 2 | 1.00 " in text
+    assert "| 5 | 0.0001 | - | 4 | 1.00 " in text
+
+
+def test_search_unfiltered_goes_on_from_what_is_left_out() -> None:
+    given = candidate(TABLES[0], 1e-4, ["1"])
+    tried = []
+
+    def score_text(setting: Candidate) -> Score:
+        tried.append(setting.unfiltered)
+        return scored(setting, None, 2.0)
+
+    assert search_unfiltered(score_text, score_text, TABLES[0], scored(given, 1.0, 2.0)) == []
+    assert tried == [("1", "0.1"), ("1", "0.2")]
+
+
+def test_parts_are_channels_or_layers() -> None:
+    assert parts_of(TABLES[0].table, 1e-4) == ["0.1", "0.2", "1.1", "1.2"]
+    many = small_table(layers=(0, 3), channels=600)
+    assert parts_of(many, 1e-4) == ["0", "3"]
 
 
 def test_search_of_the_closed_loop() -> None:

@@ -80,6 +80,17 @@ def tune(
     ] = None,
     depths: Depths = 8,
     seeds: Seeds = "0",
+    needles: Annotated[
+        int,
+        typer.Option(min=0, help="Ask also for one of so many named numbers, as often as for the key. [default: none]"),
+    ] = 0,
+    search_unfiltered: Annotated[
+        bool,
+        typer.Option(
+            "--search-unfiltered",
+            help="Then search global channels (Mamba-1: layers) whose filter costs text, and leave them unfiltered.",
+        ),
+    ] = False,
     windows: Annotated[int, typer.Option(min=1, help="At most so many windows of each length in each text.")] = 10,
     scored_tokens: Annotated[int, typer.Option(min=1, help="Tokens scored at the end of each window.")] = 100,
     sequences: Annotated[int, typer.Option(min=1, help="Number of calibration sequences.")] = 5,
@@ -132,6 +143,8 @@ def tune(
             seeds=numbers(seeds),
             windows=windows,
             scored_tokens=scored_tokens,
+            needles=needles,
+            search_unfiltered=search_unfiltered,
         )
         engine_args = engine_arguments(dtype, tokenizer, tensor_parallel_size, max_model_len, engine_arg)
         with progress_bars() as progress:
@@ -152,6 +165,8 @@ def tune(
             "corpus": metadata.corpus,
             "sequences": sequences,
         }
+        if needles:
+            what["needles"] = needles
         if metadata.closed_loop is not None:
             what |= {"combine": metadata.closed_loop.combine, "measured": list(metadata.closed_loop.lengths)}
         report = {
@@ -160,4 +175,6 @@ def tune(
             **summarize_tuning(result.scores, result.best),
         }
         write_report(output, report, tuning_markdown(report, drawn(lambda: draw_tuning(report, output))))
-        console.print(f"table with min_retention {metadata.min_retention:.3g} as its default: {path}", markup=False)
+        without = f", without {', '.join(metadata.unfiltered)}," if metadata.unfiltered else ""
+        default = f"table with min_retention {metadata.min_retention:.3g} as its default{without}"
+        console.print(f"{default}: {path}", markup=False)

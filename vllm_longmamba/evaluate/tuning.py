@@ -16,7 +16,7 @@ from vllm_longmamba.evaluate.records import Records, settings_key
 from vllm_longmamba.evaluate.report import difference, loss_of, share_of, summarize_perplexity, summarize_questions
 from vllm_longmamba.evaluate.runs import ask_questions, question_identity, score_windows, window_identity
 from vllm_longmamba.evaluate.texts import Encoder
-from vllm_longmamba.tables import ThresholdTable
+from vllm_longmamba.tables import ThresholdTable, filtered_channels, leave_unfiltered
 
 EXTENSION = "vllm_longmamba.evaluate.tuning_worker.TuningWorkerExtension"
 # Within this much of the most keys found, settings count as equally good at finding them.
@@ -50,6 +50,7 @@ class Candidate:
         global_channels: channels that it filters, in all layers.
         thresholds: stands for the thresholds in force; settings that share it are the same model.
         table: name of the table's file.
+        unfiltered: global channels that it leaves unfiltered; names as in `leave_unfiltered`.
     """
 
     clamp_percent: float | None
@@ -58,6 +59,7 @@ class Candidate:
     global_channels: int
     thresholds: str
     table: str
+    unfiltered: tuple[str, ...] = ()
 
     @property
     def is_plain(self) -> bool:
@@ -69,7 +71,8 @@ class Candidate:
         if self.is_plain:
             return "plain"
         table = f"C {self.clamp_percent:g}" if self.budget is None else f"budget {self.budget:g}"
-        return f"{table}, theta {self.min_retention:.3g}"
+        left_out = f", without {', '.join(self.unfiltered)}" if self.unfiltered else ""
+        return f"{table}, theta {self.min_retention:.3g}{left_out}"
 
 
 @dataclass(frozen=True)
@@ -91,22 +94,21 @@ class Score:
     by_length: Mapping[str, Any]
 
 
-def candidate(tried: TriedTable, min_retention: float) -> Candidate:
-    """The setting of a table and a theta."""
-    table, metadata = tried.table, tried.table.metadata
+def candidate(tried: TriedTable, min_retention: float, unfiltered: Sequence[str] = ()) -> Candidate:
+    """The setting of a table, a theta and what is left unfiltered."""
+    table, metadata = leave_unfiltered(tried.table, unfiltered), tried.table.metadata
     digest = blake3()
-    channels = 0
     for layer in sorted(table.layers):
-        channels += int(table.is_global(layer, min_retention).sum())
         digest.update(table.thresholds(layer, min_retention).numpy().tobytes())
     closed = metadata.closed_loop
     return Candidate(
         clamp_percent=metadata.clamp_percent if closed is None else None,
         budget=closed.budget if closed is not None else None,
         min_retention=min_retention,
-        global_channels=channels,
+        global_channels=sum(map(len, filtered_channels(table, min_retention).values())),
         thresholds=str(digest.hexdigest()[:32]),
         table=tried.path.name,
+        unfiltered=tuple(unfiltered),
     )
 
 
@@ -124,7 +126,7 @@ class Trial:
         encoder: the model's tokenizer.
         folder: of the tables.
         plain: the setting that filters nothing.
-        questions: passkeys; none for perplexity alone.
+        questions: pass keys and needles; none for perplexity alone.
         haystack: tokens of the text that hides them.
         windows: windows of text; none for passkeys alone.
         books: tokens of the texts.
@@ -169,7 +171,8 @@ class Trial:
         windows = [one for one in self.windows if window_identity(one, run) not in self.records]
         if questions or windows:
             table = self.folder / setting.table
-            self.runner.llm.collective_rpc("longmamba_set_filter", args=(str(table), setting.min_retention))
+            given = (str(table), setting.min_retention, list(setting.unfiltered))
+            self.runner.llm.collective_rpc("longmamba_set_filter", args=given)
             advance = self.progress(setting.label(), len(questions) + len(windows))
             ask_questions(self.runner, self.encoder, questions, self.haystack, self.records, run, advance)
             score_windows(self.runner, self.encoder, windows, self.books, self.scored, self.records, run, advance)

@@ -11,14 +11,16 @@ from vllm_longmamba.evaluate.tuning import FOUND_TOLERANCE, Score
 
 
 def summarize_tuning(scores: Sequence[Score], best: Score) -> dict[str, Any]:
-    """The scores as plain values: "plain", "tried" (by C or budget, and theta) and "best"."""
+    """The scores as plain values: "plain", "tried" (by C or budget, theta and what is left unfiltered) and "best"."""
     varied = "clamp_percent" if best.candidate.budget is None else "budget"
-    names = (varied, "min_retention")
-    tried = [asdict(score) for score in scores[1:]]
+    names: tuple[str, ...] = (varied, "min_retention")
+    if any(score.candidate.unfiltered for score in scores):
+        names += ("unfiltered",)
+    tried = [_as_values(score, names) for score in scores[1:]]
     return {
-        "plain": asdict(scores[0]),
+        "plain": _as_values(scores[0], names),
         "tried": sorted(tried, key=lambda score: [score["candidate"][name] for name in names]),
-        "best": {name: asdict(best.candidate)[name] for name in names},
+        "best": {name: _as_values(best, names)["candidate"][name] for name in names},
     }
 
 
@@ -36,15 +38,21 @@ def tuning_markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
         header.append("keys found")
     if report["plain"]["loss"]:
         header += ["nats/token", "perplexity", "difference to plain"]
-    rows = [["plain", "", "0", *_scores(report["plain"])]]
+    searched = "unfiltered" in best
+    if searched:
+        header.insert(2, "unfiltered")
+    rows = [["plain", "", *([""] if searched else []), "0", *_scores(report["plain"])]]
     for score in report["tried"]:
         setting = score["candidate"]
         mark = "**" if all(setting[name] == best[name] for name in best) else ""
         names = [f"{setting[varied]:g}", f"{setting['min_retention']:.3g}"]
+        if searched:
+            names.append(", ".join(setting["unfiltered"]) or "-")
         cells = [*(f"{mark}{name}{mark}" for name in names), str(setting["global_channels"]), *_scores(score)]
         rows.append(cells)
+    left_out = f", without {', '.join(best['unfiltered'])}" if best.get("unfiltered") else ""
     text = (
-        f"Best: {varied} {best[varied]:g}, min_retention {best['min_retention']:.3g}. It has the "
+        f"Best: {varied} {best[varied]:g}, min_retention {best['min_retention']:.3g}{left_out}. It has the "
         f"smallest loss of the settings whose share of keys found is within {FOUND_TOLERANCE:g} of the largest. "
         "Intervals: 95 %, Wilson for keys, bootstrap over texts for losses; they do not allow for the choice of the "
         "best of many, so confirm it on other text (`longmamba eval`)."
@@ -69,12 +77,14 @@ def draw_tuning(report: Mapping[str, Any], folder: Path) -> list[str]:
     labels = {"found": "keys found", "difference": "nats per token, difference to plain, same windows"}
     varied = _varied(report)
     label = "closed loop, budget {:g}" if varied == "budget" else "C = {:g} %"
-    curves = sorted({score["candidate"][varied] for score in report["tried"]})
+    # Over theta: what was tried with something left unfiltered is in the table only.
+    over_theta = [score for score in report["tried"] if not score["candidate"].get("unfiltered")]
+    curves = sorted({score["candidate"][varied] for score in over_theta})
     with figure_with_panels(5.2 * len(kinds), 3.8, len(kinds)) as (figure, panels):
         for panel, (kind, of) in zip(panels, kinds, strict=True):
             panel.axhline(report["plain"][kind][of], color=COLOURS[0], linestyle="--", label="plain")
             for number, fixed in enumerate(curves, start=1):
-                own = [score for score in report["tried"] if score["candidate"][varied] == fixed]
+                own = [score for score in over_theta if score["candidate"][varied] == fixed]
                 thetas = [score["candidate"]["min_retention"] for score in own]
                 values = [score[kind][of] for score in own]
                 colour = COLOURS[number % len(COLOURS)]
@@ -84,7 +94,7 @@ def draw_tuning(report: Mapping[str, Any], folder: Path) -> list[str]:
                     color=colour, alpha=0.08, linewidth=0,
                 )  # fmt: skip
                 for theta, value in zip(thetas, values, strict=True):
-                    if report["best"] == {varied: fixed, "min_retention": theta}:
+                    if (report["best"][varied], report["best"]["min_retention"]) == (fixed, theta):
                         panel.plot(theta, value, marker="o", markersize=11, fillstyle="none", color="black")
             panel.set_xscale("log")
             panel.set_xlabel("theta (min_retention)")
@@ -93,6 +103,15 @@ def draw_tuning(report: Mapping[str, Any], folder: Path) -> list[str]:
             panel.spines[["top", "right"]].set_visible(False)
         panels[-1].legend(frameon=False)
         return [save(figure, folder, "tuning")]
+
+
+def _as_values(score: Score, names: Sequence[str]) -> dict[str, Any]:
+    """As JSON has it: what is left unfiltered as a list, or not at all where that was not searched."""
+    values = asdict(score)
+    unfiltered = values["candidate"].pop("unfiltered")
+    if "unfiltered" in names:
+        values["candidate"]["unfiltered"] = list(unfiltered)
+    return values
 
 
 def _varied(report: Mapping[str, Any]) -> str:

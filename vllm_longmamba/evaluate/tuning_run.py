@@ -8,14 +8,24 @@ from typing import Any
 from vllm_longmamba.calibrate import find_train_length
 from vllm_longmamba.evaluate.comparison import Progress
 from vllm_longmamba.evaluate.engine import EngineContestant
-from vllm_longmamba.evaluate.needles import PASSKEY_NEEDLE, PASSKEY_QUESTION, Question, middles, passkey_questions
+from vllm_longmamba.evaluate.needles import (
+    NEEDLE,
+    ONE_QUESTION,
+    PASSKEY_NEEDLE,
+    PASSKEY_QUESTION,
+    Question,
+    middles,
+    needle_questions,
+    passkey_questions,
+)
 from vllm_longmamba.evaluate.perplexity import Window, windows
 from vllm_longmamba.evaluate.records import Records
 from vllm_longmamba.evaluate.texts import Encoder
 from vllm_longmamba.evaluate.tuning import EXTENSION, Score, Trial, choose, plain, search
 from vllm_longmamba.evaluate.tuning_settings import TuningSettings
 from vllm_longmamba.evaluate.tuning_tables import TableMaker, calibration_arguments
-from vllm_longmamba.tables import ThresholdTable
+from vllm_longmamba.evaluate.tuning_unfiltered import search_unfiltered
+from vllm_longmamba.tables import ThresholdTable, leave_unfiltered
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class TuningResult:
     Attributes:
         scores: of all settings tried, the plain model's first.
         best: the best of them.
-        table: the best setting's table, whose metadata has the best theta as default.
+        table: the best setting's table, whose metadata have the best theta as default.
         contestant: the plain model.
         lengths: tokens of prompts and windows.
     """
@@ -79,20 +89,28 @@ def tune_model(
                 progress=progress,
             )
             scores = search(trial.score, tables, settings.grid.refine)
+            if settings.search_unfiltered:
+                best = choose(scores[1:])
+                tried = next(one for one in tables if one.path.name == best.candidate.table)
+                scores += search_unfiltered(trial.score, replace(trial, questions=[]).score, tried, best)
     finally:
         records.close()
     best = choose(scores[1:])
     table = next(one.table for one in tables if one.path.name == best.candidate.table)
+    table = leave_unfiltered(table, best.candidate.unfiltered)
     table = replace(table, metadata=replace(table.metadata, min_retention=best.candidate.min_retention))
     return TuningResult(scores, best, table, contestant, lengths)
 
 
 def _task_settings(settings: TuningSettings) -> dict[str, Any]:
-    return {
+    given: dict[str, Any] = {
         "held_out": {book.name: book.digest for book in settings.held_out},
         "scored_tokens": settings.scored_tokens,
         "wording": [PASSKEY_NEEDLE, PASSKEY_QUESTION],
     }
+    if settings.needles:
+        given |= {"needles": settings.needles, "wording of needles": [NEEDLE, ONE_QUESTION]}
+    return given
 
 
 def _tasks(
@@ -100,7 +118,10 @@ def _tasks(
 ) -> tuple[list[Question], list[Window]]:
     questions: list[Question] = []
     if settings.passkeys:
-        questions = list(passkey_questions(lengths, middles(settings.depths), settings.seeds))
+        places = middles(settings.depths)
+        questions = list(passkey_questions(lengths, places, settings.seeds))
+        if settings.needles:
+            questions += needle_questions(lengths, places, settings.seeds, settings.needles)
         haystack = [token for book in books.values() for token in book]
         for length in (min(lengths), max(lengths)):
             encoder.prompt(next(one for one in questions if one.length == length), haystack)

@@ -99,6 +99,8 @@ class TuningSettings:
         calibration: settings of every calibration, but for what the grid has; its method is that of the search. Where
             its measure_to is None, the closed loop measures up to the longest of `lengths`.
         passkeys: whether keys are asked for.
+        needles: where above 0, one of so many numbers of different names is asked for as well, as often as the key.
+        search_unfiltered: whether global channels are searched whose filter costs text, to leave them unfiltered.
         perplexity: whether text is scored.
         lengths: tokens of prompts and windows; by default `MULTIPLES` of the training length.
         depths: places of the key.
@@ -107,7 +109,8 @@ class TuningSettings:
         scored_tokens: at the end of each window.
 
     Raises:
-        ValueError: measure_to is given with the paper's method.
+        ValueError: measure_to is given with the paper's method, needles without passkeys, or a search for unfiltered
+            channels without text.
     """
 
     grid: Grid
@@ -121,8 +124,14 @@ class TuningSettings:
     seeds: Sequence[int]
     windows: int
     scored_tokens: int
+    needles: int = 0
+    search_unfiltered: bool = False
 
     def __post_init__(self) -> None:
+        if self.needles and not self.passkeys:
+            raise ValueError("--needles asks for more than the pass key; leave out --score perplexity, or --needles")
+        if self.search_unfiltered and not self.perplexity:
+            raise ValueError("--search-unfiltered goes by the loss of text; leave out --score passkey")
         if self.calibration.method != CLOSED_LOOP and self.calibration.measure_to is not None:
             raise ValueError(f"--measure-to {_CLOSED_LOOP_ONLY}")
 

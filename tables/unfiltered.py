@@ -1,0 +1,63 @@
+"""Channels that a table leaves unfiltered though they are global."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from .table import NO_FILTER, LayerThresholds, ThresholdTable
+
+
+def leave_unfiltered(table: ThresholdTable, names: Iterable[str]) -> ThresholdTable:
+    """A table in which some channels have no thresholds, and whose metadata say so.
+
+    Args:
+        table: stays as it is.
+        names: "LAYER" for all channels of a layer, "LAYER.CHANNEL" for one (a channel: of d_inner in Mamba-1, a head in
+            Mamba-2).
+
+    Raises:
+        ValueError: a name of another form, or of a layer or channel that the table has not.
+    """
+    names = sorted({*table.metadata.unfiltered, *names}, key=_place)
+    layers = dict(table.layers)
+    for layer, channels in _channels_of(names, table.layers).items():
+        thresholds = layers[layer].dt_threshold.numpy().copy()  # NumPy: see table.py
+        thresholds[:, channels] = NO_FILTER
+        layers[layer] = LayerThresholds(layers[layer].retention, torch.from_numpy(thresholds))
+    return replace(table, metadata=replace(table.metadata, unfiltered=tuple(names)), layers=layers)
+
+
+def filtered_channels(table: ThresholdTable, min_retention: float | None = None) -> dict[int, list[int]]:
+    """Layer -> its global channels that are filtered in some row; layers without any are left out.
+
+    Args:
+        table: the table.
+        min_retention: theta; None takes the table's own.
+    """
+    found = {}
+    for layer in sorted(table.layers):
+        filters = (table.thresholds(layer, min_retention).numpy() != NO_FILTER).any(0)
+        if filters.any():
+            found[layer] = np.flatnonzero(filters).tolist()
+    return found
+
+
+def _channels_of(names: Iterable[str], layers: Mapping[int, LayerThresholds]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for name in names:
+        layer, *rest = _place(name)
+        count = len(layers[layer].retention) if layer in layers else 0
+        channels = rest or list(range(count))
+        if not channels or max(channels) >= count:
+            raise ValueError(f"unfiltered: the table of this model has no {name!r}; its layers are {sorted(layers)}")
+        found.setdefault(layer, []).extend(channels)
+    return found
+
+
+def _place(name: str) -> tuple[int, ...]:
+    parts = name.split(".")
+    if not (1 <= len(parts) <= 2 and all(part.isascii() and part.isdigit() for part in parts)):
+        raise ValueError(f"unfiltered: must be LAYER or LAYER.CHANNEL, got {name!r}")
+    return tuple(map(int, parts))
