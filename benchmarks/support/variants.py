@@ -21,7 +21,7 @@ from vllm_longmamba.evaluate.texts import Encoder
 from vllm_longmamba.evaluate.torch_contestant import TorchContestant, TorchRunner, tail_logprobs
 from vllm_longmamba.options import LongMambaOptions
 from vllm_longmamba.table_lookup import Weights, find_table
-from vllm_longmamba.tables import LayerCalibration, ThresholdTable, load_table
+from vllm_longmamba.tables import DEFAULT_COMBINE, PAPER, UNCLAMPED, LayerCalibration, ThresholdTable, load_table
 from vllm_longmamba.torch_reference import (
     LongMamba,
     Plain,
@@ -99,7 +99,7 @@ class Subject:
     def calibrated(
         self, texts: Sequence[Path], row_lengths: Sequence[int], clamp_percent: float, seed: int = 0
     ) -> ThresholdTable:
-        """A table from plain dt's of this model, with the number of sequences, L and theta of its own table.
+        """A table of the paper's method, for C = 0 of "unclamped"; sequences, L and theta are as in the model's table.
 
         Args:
             texts: to calibrate on; none stands for the package's sample.
@@ -108,11 +108,15 @@ class Subject:
             seed: chooses the sequences.
         """
         corpus, metadata = read_corpus(list(texts)), self.table.metadata
+        method = PAPER if clamp_percent else UNCLAMPED
+        combine = DEFAULT_COMBINE[method]
         tokens = tokenize(_Tokenizer(self.encoder), corpus)
         recording = Recording()
         model = self.model.with_method(recording)
         layers = {
-            layer.index: LayerCalibration(layer.mixer.A, metadata.train_length, list(row_lengths), clamp_percent)
+            layer.index: LayerCalibration(
+                layer.mixer.A, metadata.train_length, list(row_lengths), clamp_percent, combine
+            )
             for layer in model.layers
         }
         for sequence in draw_sequences(tokens, metadata.train_length, metadata.num_sequences, seed):
@@ -120,7 +124,15 @@ class Subject:
             for index, dt in recording.take().items():
                 layers[index].add(dt)
         return ThresholdTable(
-            metadata=replace(metadata, corpus=corpus.name, clamp_percent=float(clamp_percent), seed=seed),
+            metadata=replace(
+                metadata,
+                corpus=corpus.name,
+                clamp_percent=float(clamp_percent),
+                seed=seed,
+                method=method,
+                combine=combine,
+                closed_loop=None,
+            ),
             row_lengths=np.array(row_lengths),
             layers={index: calibration.result() for index, calibration in layers.items()},
         )
