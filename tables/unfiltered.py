@@ -30,18 +30,14 @@ def leave_unfiltered(table: ThresholdTable, names: Iterable[str]) -> ThresholdTa
 
 
 def filtered_channels(table: ThresholdTable, min_retention: float | None = None) -> dict[int, list[int]]:
-    """Layer -> its global channels that are filtered in some row; layers without any are left out.
+    """Layer -> its global channels; layers without any are left out.
 
     Args:
         table: the table.
         min_retention: theta; None takes the table's own.
     """
-    found = {}
-    for layer in sorted(table.layers):
-        filters = (table.thresholds(layer, min_retention).numpy() != NO_FILTER).any(0)
-        if filters.any():
-            found[layer] = np.flatnonzero(filters).tolist()
-    return found
+    found = {layer: table.is_global(layer, min_retention).numpy() for layer in sorted(table.layers)}
+    return {layer: np.flatnonzero(is_global).tolist() for layer, is_global in found.items() if is_global.any()}
 
 
 def _channels_of(names: Iterable[str], layers: Mapping[int, LayerThresholds]) -> dict[int, list[int]]:

@@ -45,6 +45,7 @@ def provenance(table: ThresholdTable, source: str, min_retention: float | None =
         "min_retention": f"{theta:g}"
         + ("" if min_retention is None else f" (the table's own: {metadata.min_retention:g})"),
         "clamp": f"{metadata.clamp_percent:g} %",
+        **({"left unfiltered": ", ".join(metadata.unfiltered)} if metadata.unfiltered else {}),
         "calibrated on": f"{metadata.num_sequences} sequences, seed {metadata.seed}: {metadata.corpus}",
         "made by": f"{metadata.tool_version}, method {metadata.method!r}",
         "digest": table.digest(min_retention),
