@@ -82,7 +82,7 @@ def main() -> None:
         length: [task for seed in range(options.seeds) for task in passkey_tasks(haystack, [length], DEPTHS, seed=seed)]
         for length in options.lengths
     }
-    llm = _engine()
+    llm = _engine(max_model_len=max(options.lengths) + 64)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for done, setting in enumerate(settings, 1):
         for length in options.lengths:
@@ -109,13 +109,13 @@ def _calibrate(num_sequences: int, longest: int, options: argparse.Namespace) ->
     return list(calibrate_groups(options.groups, str(MODEL), None, settings, **_memory(), **ENGINE))
 
 
-def _engine() -> Any:
+def _engine(max_model_len: int) -> Any:
     from vllm import LLM
 
     return LLM(
         str(MODEL),
         model_impl="longmamba",
-        max_model_len=16384,
+        max_model_len=max_model_len,
         max_num_seqs=16,
         enforce_eager=True,
         enable_prefix_caching=False,
