@@ -153,3 +153,15 @@ def test_make_grid_refuses(method: str, given: dict[str, Any], message: str) -> 
 def test_settings_refuse() -> None:
     with pytest.raises(ValueError, match="--measure-to has a part in the method closed-loop only"):
         settings_of(make_grid("paper"), replace(PAPER, measure_to=16))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"needles": 4, "passkeys": False}, "--needles asks for more than the pass key"),
+        ({"search_unfiltered": True, "perplexity": False}, "--search-unfiltered goes by the loss of text"),
+    ],
+)
+def test_what_a_score_does_not_go_with(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(settings_of(make_grid("paper"), PAPER), **changes)
