@@ -11,22 +11,23 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
+from calibration_groups import DEPTHS
 from support.recording import Recording
 
 from vllm_longmamba.calibrate import draw_sequences
 from vllm_longmamba.calibration_text import sample_corpus
-from vllm_longmamba.tables import COMBINE, LayerCalibration, combine_thresholds
+from vllm_longmamba.tables import COMBINE, DEFAULT_MIN_RETENTION, UNCLAMPED, LayerCalibration, combine_thresholds
 from vllm_longmamba.torch_reference import LongMamba, Plain, TorchModel
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 from passkey import passkey_tasks, read_haystack  # noqa: E402
 
-DEPTHS = [(number + 0.5) / 12 for number in range(12)]
-MIN_RETENTION = 0.05
+MIN_RETENTION = DEFAULT_MIN_RETENTION[UNCLAMPED]
 
 
 def _geometric(each: torch.Tensor) -> torch.Tensor:
@@ -59,6 +60,15 @@ class Groups:
     def thresholds(self, group: int, length: int, combine: str) -> dict[int, torch.Tensor]:
         """Layer -> (channels,) for prompts of one length, -1.0 in local channels."""
         found = {}
+        for layer, (each, retention) in self._sequences(group, length).items():
+            values = WAYS[combine](each) if combine in WAYS else combine_thresholds(each, combine)
+            found[layer] = torch.where(retention > MIN_RETENTION, values, -1.0)
+        return found
+
+    @cache  # noqa: B019
+    def _sequences(self, group: int, length: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Layer -> thresholds of each sequence (sequences, channels), and mean retention; the same for all ways."""
+        found = {}
         for layer in self.model.layers:
             results = []
             for dt in self.dt[group]:
@@ -66,9 +76,7 @@ class Groups:
                 calibration.add(dt[layer.index])
                 results.append(calibration.result())
             each = torch.stack([result.dt_threshold[1] for result in results])
-            values = WAYS[combine](each) if combine in WAYS else combine_thresholds(each, combine)
-            retention = torch.stack([result.retention for result in results]).mean(0)
-            found[layer.index] = torch.where(retention > MIN_RETENTION, values, -1.0)
+            found[layer.index] = each, torch.stack([result.retention for result in results]).mean(0)
         return found
 
 

@@ -188,7 +188,7 @@ def _groups(setting: Setting) -> list[str]:
         "|---|---|" + "---|" * len(setting.found),
     ]
     for number, table in enumerate(setting.tables):
-        channels = sum(int(table.is_global(layer).sum()) for layer in table.layers)
+        channels = table.count_global()
         cells = " | ".join(str(found[number]) for found in setting.found.values())
         lines.append(f"| {table.metadata.seed} | {channels} | {cells} |")
     return lines

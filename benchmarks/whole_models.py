@@ -149,11 +149,11 @@ def measure(pair: Pair, given: argparse.Namespace, result: dict[str, Any]) -> An
         yield "peak GiB", result["peak_gib"]
 
 
-def profile(pair: Pair, length: int, batches: list[int]) -> None:
-    """Print the kernels of a prefill and of some decode steps, of both engines, and what a step takes of Python."""
+def profile(pair: Pair, batches: list[int]) -> None:
+    """Print the kernels of an 8k prefill and of some decode steps, of both engines, and what a step takes of Python."""
     for mode in ("stock", "on"):
         engine = pair.engines[mode != "stock"]
-        runs = {f"prefill {length}": (1, length, 1)} | {f"decode {batch}": (batch, 16, 32) for batch in batches}
+        runs = {"prefill 8192": (1, 8192, 1)} | {f"decode {batch}": (batch, 16, 32) for batch in batches}
         for what, args in runs.items():
             engine("generate", *args)
             engine("on_worker", engine_process.start_profile)
@@ -200,7 +200,7 @@ def main() -> None:
                         print(f"{name:16} {what:18} {describe(figure)}", flush=True)
                         file.write_text(json.dumps(document, indent=1) + "\n")
                     if given.profile:
-                        profile(pair, 8192, DECODE_BATCHES)
+                        profile(pair, DECODE_BATCHES)
             except (RuntimeError, TimeoutError, EOFError) as error:
                 failures.append(f"{name}: {error!r}")
                 print(failures[-1], flush=True)

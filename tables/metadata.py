@@ -39,6 +39,10 @@ _METADATA_TYPES: dict[str, type] = {
     "combine": str,
 }
 
+# Fields that tables are older than, and what such tables mean. A field of this value is not written.
+OPTIONAL: dict[str, Any] = {"combine": MEAN, "closed_loop": None, "unfiltered": ()}
+_REQUIRED = object()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClosedLoop:
@@ -158,13 +162,7 @@ class TableMetadata:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, from which `from_dict` makes the same; those that say nothing new are left out."""
         values = asdict(self)
-        if self.closed_loop is None:
-            del values["closed_loop"]
-        if self.combine == MEAN:
-            del values["combine"]
-        if not self.unfiltered:
-            del values["unfiltered"]
-        return values
+        return {name: value for name, value in values.items() if OPTIONAL.get(name, _REQUIRED) != value}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TableMetadata":

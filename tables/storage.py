@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
-from .metadata import FORMAT_VERSION, TableMetadata
+from .metadata import FORMAT_VERSION, OPTIONAL, TableMetadata
 from .packing import pack_thresholds, unpack_thresholds
 from .table import LayerThresholds, ThresholdTable
 
@@ -177,8 +177,7 @@ def _metadata_from(path: Path | str, header: dict[str, str] | None) -> TableMeta
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise _error(path, f"written by format version {version}, this release reads {FORMAT_VERSION}")
-    # Tables are older than these.
-    optional = {"closed_loop", "combine", "unfiltered"}
+    optional = set(OPTIONAL)
     expected = {entry.name for entry in fields(TableMetadata)} - optional | (set(content) & optional)
     if set(content) != expected:
         raise _error(

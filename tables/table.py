@@ -135,6 +135,10 @@ class ThresholdTable:
             is_global &= (self._layer(layer).dt_threshold.numpy() != NO_FILTER).any(0)
         return torch.from_numpy(is_global)
 
+    def count_global(self, min_retention: float | None = None) -> int:
+        """Returns how many channels of all layers `is_global` names."""
+        return sum(int(self.is_global(layer, min_retention).sum()) for layer in self.layers)
+
     def thresholds(self, layer: int, min_retention: float | None = None) -> Tensor:
         """Returns the thresholds that a mixer compares with: a token of dt <= threshold is filtered.
 

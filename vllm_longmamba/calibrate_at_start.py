@@ -71,7 +71,7 @@ def provide_table(executor: Any, vllm_config: Any, kv_cache_config: Any) -> Thre
         table = table_from_bytes(content)
         is_stored = _store(plan, content)
         min_retention = options_from_config(vllm_config.additional_config).min_retention
-        global_channels = sum(int(table.is_global(layer, min_retention).sum()) for layer in table.layers)
+        global_channels = table.count_global(min_retention)
         logger.info(
             "LongMamba: calibrated in %.1f s on %d sequences of the training length of %d tokens, %d of %d channels "
             "are global; %s",

@@ -90,8 +90,7 @@ class _FilterRowsBuilder:
             updated = _shallow_copy(metadata)
             cache_mode = self.vllm_config.cache_config.mamba_cache_mode  # type: ignore[attr-defined]
             slots = mamba_get_block_table_tensor(blk_table, metadata.seq_lens, self.kv_cache_spec, cache_mode)  # type: ignore[attr-defined]
-            updated.state_indices_tensor_d = slots[:, :1]
-            self._update_metadata_for_cudagraph_capture(updated)
+            self._write_slots(updated, slots[:, :1])
         else:
             updated = super().update_block_table(metadata, blk_table, slot_mapping)  # type: ignore[misc]
         rows = metadata.filter_rows
@@ -103,16 +102,20 @@ class _FilterRowsBuilder:
         """See vLLM's builder. Here without copies of all fields, which a hybrid model's step makes for each group."""
         if not self._writes_slots_only(metadata):
             return super()._update_metadata_for_cudagraph_capture(metadata)  # type: ignore[misc]
+        self._write_slots(metadata, metadata.state_indices_tensor_d)
+        return metadata
+
+    def _write_slots(self, metadata: Any, given: torch.Tensor) -> None:
+        """Writes slots (num_decodes, 1) into the buffer that graphs read, and hands its begin on as this step's."""
         slots = self._slot_views.get(metadata.num_reqs)
         if slots is None:
             slots = self._slot_views[metadata.num_reqs] = self.state_indices_tensor_d[: metadata.num_reqs]  # type: ignore[attr-defined]
         if metadata.num_reqs == metadata.num_decodes:
-            slots.copy_(metadata.state_indices_tensor_d, non_blocking=True)
+            slots.copy_(given, non_blocking=True)
         else:
-            slots[: metadata.num_decodes].copy_(metadata.state_indices_tensor_d, non_blocking=True)
+            slots[: metadata.num_decodes].copy_(given, non_blocking=True)
             slots[metadata.num_decodes :] = NULL_BLOCK_ID
         metadata.state_indices_tensor_d = slots
-        return metadata
 
     def _writes_slots_only(self, metadata: Any) -> bool:
         """Whether the slots of the states are all that a captured graph reads of a step, besides its rows."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from vllm_longmamba.calibrate import draw_sequences, tokenize
+from vllm_longmamba.calibration_settings import CalibrationSettings
 from vllm_longmamba.calibration_text import read_corpus
 from vllm_longmamba.evaluate.methods import ModelSettings
 from vllm_longmamba.evaluate.statistics import Floats
@@ -21,7 +22,7 @@ from vllm_longmamba.evaluate.texts import Encoder
 from vllm_longmamba.evaluate.torch_contestant import TorchContestant, TorchRunner, tail_logprobs
 from vllm_longmamba.options import LongMambaOptions
 from vllm_longmamba.table_lookup import Weights, find_table
-from vllm_longmamba.tables import DEFAULT_COMBINE, PAPER, UNCLAMPED, LayerCalibration, ThresholdTable, load_table
+from vllm_longmamba.tables import LayerCalibration, ThresholdTable, load_table
 from vllm_longmamba.torch_reference import (
     LongMamba,
     Plain,
@@ -93,7 +94,7 @@ class Subject:
         """The model with a table and a theta."""
         method = LongMamba.from_table(table, min_retention)
         theta = table.metadata.min_retention if min_retention is None else min_retention
-        channels = sum(int(table.is_global(layer, theta).sum()) for layer in table.layers)
+        channels = table.count_global(theta)
         return Variant(self, method, {"table": table.digest(), "min_retention": theta, "global_channels": channels})
 
     def calibrated(
@@ -108,14 +109,13 @@ class Subject:
             seed: chooses the sequences.
         """
         corpus, metadata = read_corpus(list(texts)), self.table.metadata
-        method = PAPER if clamp_percent else UNCLAMPED
-        combine = DEFAULT_COMBINE[method]
+        settings = CalibrationSettings(clamp_percent=clamp_percent)
         tokens = tokenize(_Tokenizer(self.encoder), corpus)
         recording = Recording()
         model = self.model.with_method(recording)
         layers = {
             layer.index: LayerCalibration(
-                layer.mixer.A, metadata.train_length, list(row_lengths), clamp_percent, combine
+                layer.mixer.A, metadata.train_length, list(row_lengths), clamp_percent, settings.way_to_combine
             )
             for layer in model.layers
         }
@@ -129,8 +129,8 @@ class Subject:
                 corpus=corpus.name,
                 clamp_percent=float(clamp_percent),
                 seed=seed,
-                method=method,
-                combine=combine,
+                method=settings.method,
+                combine=settings.way_to_combine,
                 closed_loop=None,
             ),
             row_lengths=np.array(row_lengths),

@@ -114,7 +114,7 @@ def _write_zamba2(weights: dict[str, torch.Tensor], settings: Settings, path: Pa
         "mamba_d_conv": 4,
         "mamba_d_state": settings.d_state,
         "mamba_ngroups": 1,
-        "n_mamba_heads": 2 * settings.d_model // settings.headdim,
+        "n_mamba_heads": settings.nheads,
         "mamba_headdim": settings.headdim,
         "use_conv_bias": True,
         "add_bias_linear": False,

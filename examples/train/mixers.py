@@ -96,7 +96,7 @@ class Mamba2Mixer(nn.Module):
         d_model, d_state = settings.d_model, settings.d_state
         self.d_inner, self.d_state = EXPAND * d_model, d_state
         self.headdim, self.chunk_size = settings.headdim, settings.chunk_size
-        self.nheads = self.d_inner // self.headdim
+        self.nheads = settings.nheads
         conv_dim = self.d_inner + 2 * d_state
         self.in_proj = nn.Linear(d_model, self.d_inner + conv_dim + self.nheads, bias=False)
         self.conv1d = CausalConv1d(conv_dim)

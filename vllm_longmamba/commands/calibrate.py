@@ -125,7 +125,7 @@ def calibrate(
 
 def _report_table(table: Any, path: Path) -> None:
     channels = sum(len(layer.retention) for layer in table.layers.values())
-    global_channels = sum(int(table.is_global(layer).sum()) for layer in table.layers)
+    global_channels = table.count_global()
     console.print(
         f"wrote {path}: {len(table.layers)} layers, {global_channels} of {channels} channels global, "
         f"rows up to {int(table.row_lengths[-1])} tokens",

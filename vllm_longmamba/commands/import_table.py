@@ -49,7 +49,7 @@ def import_table(
         console.print(str(error), markup=False)
         raise typer.Exit(1) from None
     channels = sum(len(layer.retention) for layer in table.layers.values())
-    global_channels = sum(int(table.is_global(layer).sum()) for layer in table.layers)
+    global_channels = table.count_global()
     console.print(
         f"wrote {path}: {len(table.layers)} layers, {global_channels} of {channels} channels global, "
         f"rows for {', '.join(str(length) for length in table.row_lengths[1:].tolist())} tokens",

@@ -16,7 +16,7 @@ from vllm_longmamba.evaluate.records import Records, settings_key
 from vllm_longmamba.evaluate.report import difference, loss_of, share_of, summarize_perplexity, summarize_questions
 from vllm_longmamba.evaluate.runs import ask_questions, question_identity, score_windows, window_identity
 from vllm_longmamba.evaluate.texts import Encoder
-from vllm_longmamba.tables import ThresholdTable, filtered_channels, leave_unfiltered
+from vllm_longmamba.tables import ThresholdTable, leave_unfiltered
 
 EXTENSION = "vllm_longmamba.evaluate.tuning_worker.TuningWorkerExtension"
 # Within this much of the most keys found, settings count as equally good at finding them.
@@ -105,11 +105,16 @@ def candidate(tried: TriedTable, min_retention: float, unfiltered: Sequence[str]
         clamp_percent=metadata.clamp_percent if closed is None else None,
         budget=closed.budget if closed is not None else None,
         min_retention=min_retention,
-        global_channels=sum(map(len, filtered_channels(table, min_retention).values())),
+        global_channels=table.count_global(min_retention),
         thresholds=str(digest.hexdigest()[:32]),
         table=tried.path.name,
         unfiltered=tuple(unfiltered),
     )
+
+
+def table_of(setting: Candidate, tables: Sequence[TriedTable]) -> TriedTable:
+    """The table that a setting was made of."""
+    return next(one for one in tables if one.path.name == setting.table)
 
 
 def plain(tried: TriedTable) -> Candidate:
@@ -221,7 +226,7 @@ def search(score: Callable[[Candidate], Score], tables: Sequence[TriedTable], re
     tried = sorted({theta for one in tables for theta in one.thetas})
     for _ in range(refine):
         best = choose(scores[1:]).candidate
-        table = next(one for one in tables if one.path.name == best.table)
+        table = table_of(best, tables)
         finer = between_neighbours(best.min_retention, tried)
         scores += [score(candidate(table, theta)) for theta in finer]
         tried = sorted({*tried, *finer})

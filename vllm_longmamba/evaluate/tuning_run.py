@@ -21,7 +21,7 @@ from vllm_longmamba.evaluate.needles import (
 from vllm_longmamba.evaluate.perplexity import Window, windows
 from vllm_longmamba.evaluate.records import Records
 from vllm_longmamba.evaluate.texts import Encoder
-from vllm_longmamba.evaluate.tuning import EXTENSION, Score, Trial, choose, plain, search
+from vllm_longmamba.evaluate.tuning import EXTENSION, Score, Trial, choose, plain, search, table_of
 from vllm_longmamba.evaluate.tuning_settings import TuningSettings
 from vllm_longmamba.evaluate.tuning_tables import TableMaker, calibration_arguments
 from vllm_longmamba.evaluate.tuning_unfiltered import search_unfiltered
@@ -91,13 +91,12 @@ def tune_model(
             scores = search(trial.score, tables, settings.grid.refine)
             if settings.search_unfiltered:
                 best = choose(scores[1:])
-                tried = next(one for one in tables if one.path.name == best.candidate.table)
+                tried = table_of(best.candidate, tables)
                 scores += search_unfiltered(trial.score, replace(trial, questions=[]).score, tried, best)
     finally:
         records.close()
     best = choose(scores[1:])
-    table = next(one.table for one in tables if one.path.name == best.candidate.table)
-    table = leave_unfiltered(table, best.candidate.unfiltered)
+    table = leave_unfiltered(table_of(best.candidate, tables).table, best.candidate.unfiltered)
     table = replace(table, metadata=replace(table.metadata, min_retention=best.candidate.min_retention))
     return TuningResult(scores, best, table, contestant, lengths)
 

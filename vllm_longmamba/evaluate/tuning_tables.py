@@ -15,7 +15,7 @@ from vllm_longmamba.evaluate.comparison import Progress
 from vllm_longmamba.evaluate.records import settings_key
 from vllm_longmamba.evaluate.tuning import TriedTable
 from vllm_longmamba.evaluate.tuning_settings import TuningSettings
-from vllm_longmamba.tables import CLOSED_LOOP, UNCLAMPED, ThresholdTable, load_table, save_table
+from vllm_longmamba.tables import CLOSED_LOOP, ThresholdTable, load_table, save_table
 
 # What `calibrate` decides itself.
 _OF_CALIBRATION = ("max_model_len", "max_num_batched_tokens", "max_num_seqs", "enable_prefix_caching", "enforce_eager")
@@ -57,8 +57,14 @@ class TableMaker:
         """
         calibration, grid = self.settings.calibration, self.settings.grid
         if calibration.method != CLOSED_LOOP:
+            # Method and combination follow from the clamp: without one the table is made as "unclamped".
             return [
-                self._made(f"C{clamp:g}", _clamped(calibration, clamp), grid.thetas) for clamp in grid.clamp_percents
+                self._made(
+                    f"C{clamp:g}",
+                    replace(calibration, method=None, combine=None, clamp_percent=clamp or None),
+                    grid.thetas,
+                )
+                for clamp in grid.clamp_percents
             ]
         calibration = replace(calibration, measure_to=calibration.measure_to or measure_to)
         return [one for budget in grid.budgets for one in self._closed_loop(replace(calibration, budget=budget))]
@@ -90,13 +96,6 @@ class TableMaker:
             table = calibrate(self.model, list(self.settings.calibration_texts), calibration, progress=bar, **arguments)
             save_table(table, path)
         return TriedTable(path, load_table(path), list(thetas))
-
-
-def _clamped(calibration: CalibrationSettings, clamp_percent: float) -> CalibrationSettings:
-    """The paper's method with its C; without a clamp the method that has none, which combines the sequences its way."""
-    if clamp_percent:
-        return replace(calibration, clamp_percent=clamp_percent)
-    return replace(calibration, method=UNCLAMPED, combine=None)
 
 
 def _same_channels(table: ThresholdTable, theta: float, other: float) -> bool:

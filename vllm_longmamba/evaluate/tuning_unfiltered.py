@@ -16,7 +16,7 @@ MOST_SINGLE = 512
 def parts_of(table: ThresholdTable, min_retention: float) -> list[str]:
     """What can be left unfiltered by itself: names as in `leave_unfiltered`."""
     filtered = filtered_channels(table, min_retention)
-    if sum(map(len, filtered.values())) > MOST_SINGLE:
+    if table.count_global(min_retention) > MOST_SINGLE:
         return [str(layer) for layer in filtered]
     return [f"{layer}.{channel}" for layer, channels in filtered.items() for channel in channels]
 
