@@ -108,6 +108,15 @@ class Mamba2Mixer(nn.Module):
         self.register_buffer("ceilings", None, persistent=False)
         self.excess: torch.Tensor | None = None
 
+    def decay_parameters(self) -> list[torch.Tensor]:
+        """What decides how much a head forgets at a token that the mixer reads: A, and bias and rows of dt."""
+        return [self.A_log, self.dt_bias, self.in_proj.weight[-self.nheads :]]
+
+    def forgetting(self, hidden: torch.Tensor) -> torch.Tensor:
+        """-A dt of a batch (batch, tokens, d_model), as `forward` gets it: (batch, tokens, nheads)."""
+        A_log, bias, rows = self.decay_parameters()
+        return A_log.exp() * F.softplus(F.linear(hidden, rows).float() + bias)
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (batch, tokens, d_model), already normalised."""
         zxBCdt = self.in_proj(hidden)

@@ -69,6 +69,9 @@ class Settings:
         memory_heads: (layer, head) of heads with a ceiling of their own.
         memory_ceiling: that of memory_heads.
         retention_weight: of the excess in the loss.
+        start_ceiling: before the training, A of each Mamba-2 head is raised until the head keeps at most this share of
+            its state over a sequence of text (decays.py); 1: A as it is.
+        fixed_decays: what decides on the forgetting of Mamba-2's heads, A and the weights of dt, is not trained.
         seed: of weights and data. With `minutes`, runs differ all the same, by what the clock says.
     """
 
@@ -110,6 +113,8 @@ class Settings:
     memory_heads: tuple[tuple[int, int], ...] = ()
     memory_ceiling: float = 1.0
     retention_weight: float = 3.0
+    start_ceiling: float = 1.0
+    fixed_decays: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -126,11 +131,13 @@ class Settings:
                 raise ValueError(
                     f"settings: 0 < {low} <= {high} must hold, got {getattr(self, low)} and {getattr(self, high)}"
                 )
-        for name in ("retention_ceiling", "memory_ceiling"):
+        for name in ("retention_ceiling", "memory_ceiling", "start_ceiling"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"settings: {name} must be above 0 and at most 1, got {getattr(self, name)}")
-        if self.retention_ceiling < 1 and self.family == "mamba1":
-            raise ValueError("settings: retention_ceiling is for Mamba-2's heads, leave it out for mamba1")
+        if self.family == "mamba1":
+            for name in ("retention_ceiling", "start_ceiling", "fixed_decays"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"settings: {name} is for Mamba-2's heads, leave it out for mamba1")
         if self.memory_heads and 1 in (self.retention_ceiling, self.memory_ceiling):
             raise ValueError("settings: memory_heads need a retention_ceiling and a memory_ceiling below 1")
         if any(not (0 <= layer < self.n_layer and 0 <= head < self.nheads) for layer, head in self.memory_heads):

@@ -10,10 +10,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from .books import Books
+from .decays import FixedDecays, mamba2_mixers, raise_decays
 from .evaluation import Evaluation, evaluation_of, precision
 from .export import read_weights
 from .mamba import MambaLM
-from .mixers import Mamba2Mixer
 from .nouns import NOUNS
 from .optimizer import learning_rate, make_optimizers
 from .sentences import write_sentences
@@ -52,7 +52,7 @@ def make_model(settings: Settings) -> nn.Module:
         weights.pop("lm_head.weight", None)  # tied
         model.load_state_dict(weights)
     if settings.retention_ceiling < 1:
-        for layer, mixer in enumerate(_mamba2_mixers(model)):
+        for layer, mixer in enumerate(mamba2_mixers(model)):
             mixer.ceilings = torch.full((settings.nheads,), settings.retention_ceiling)
             mixer.ceilings[[head for of, head in settings.memory_heads if of == layer]] = settings.memory_ceiling
     return model
@@ -60,12 +60,7 @@ def make_model(settings: Settings) -> nn.Module:
 
 def excess_retention(model: nn.Module) -> torch.Tensor | float:
     """What the Mamba-2 mixers of a model with ceilings of retention have just exceeded them by, over all layers."""
-    return sum(mixer.excess for mixer in _mamba2_mixers(model))
-
-
-def _mamba2_mixers(model: nn.Module) -> list[Mamba2Mixer]:
-    """From the first layer to the last."""
-    return [part for part in model.modules() if isinstance(part, Mamba2Mixer)]
+    return sum(mixer.excess for mixer in mamba2_mixers(model))
 
 
 def losses(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,6 +105,9 @@ def train(
     autocast = precision(settings, device)
     evaluation = evaluation_of(settings, books.held_out)
     generator = torch.Generator(device).manual_seed(settings.seed)
+    if settings.start_ceiling < 1:
+        raise_decays(model, settings, books.train, generator)
+    fixed = FixedDecays(model) if settings.fixed_decays else None
     optimizers = make_optimizers(model, settings)
     if settings.compile:
         for block in model.blocks():  # type: ignore[operator]
@@ -144,6 +142,8 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if fixed is not None:
+            fixed.restore()
         sums += torch.stack([text_loss.detach(), answer_loss.detach()])
         counted, step = counted + 1, step + 1
 

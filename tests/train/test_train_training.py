@@ -3,15 +3,17 @@
 import itertools
 import json
 import math
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from reference_lm import reference_logprobs
-from train import training
+from train import mixers, training
 from train.__main__ import app
-from train.books import read_books
+from train.books import read_books, windows
+from train.decays import FixedDecays, mamba2_mixers, raise_decays
 from train.evaluation import evaluation_of
 from train.mixers import excess_retention
 from train.optimizer import learning_rate, make_optimizers
@@ -113,6 +115,52 @@ def test_memory_heads_have_a_ceiling_of_their_own() -> None:
     assert found == [pytest.approx([0.01, 0.5, 0.01, 0.01]), pytest.approx([0.5, 0.01, 0.01, 0.5])]
 
 
+def kept_over_a_sequence(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Share of its state that each head keeps, by the geometric mean over sequences: (layers, heads)."""
+    forgotten = []
+    for mixer in mamba2_mixers(model):
+        mixer.register_forward_pre_hook(lambda mixer, inputs: forgotten.append(mixer.forgetting(*inputs)))
+    with torch.no_grad():
+        model(tokens)
+    return torch.stack([(-one.sum(1).mean(0)).exp() for one in forgotten])
+
+
+def test_forgetting_is_what_the_scan_decays_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = make_model(small("mamba2")), []
+    scan = mixers.ssd
+    monkeypatch.setattr(mixers, "ssd", lambda x, dt, A, *rest: seen.append(-A * dt) or scan(x, dt, A, *rest))
+    kept = kept_over_a_sequence(model, torch.arange(96)[None])
+    torch.testing.assert_close(kept, torch.stack([(-one.sum(1).mean(0)).exp() for one in seen]))
+
+
+@pytest.mark.parametrize("family", ["mamba2", "zamba2"])
+def test_decays_are_raised_to_a_ceiling_and_stay(family: str, text_file: Path) -> None:
+    """Of heads above and below it; what decides on them is not trained, all else is."""
+    settings = small(family, start_ceiling=0.2, fixed_decays=True, steps=5, peak_lr=0.05)
+    books = read_books(text_file, torch.device("cpu"))
+    model = make_model(settings)
+    for mixer in mamba2_mixers(model):
+        mixer.A_log.data[:2] -= 6
+        mixer.A_log.data[2:] += 6
+    before, decays = deepcopy(model), FixedDecays(model)
+    raise_decays(model, settings, books.train, torch.Generator().manual_seed(0))
+    tokens = windows(books.train, 32, 96, torch.Generator().manual_seed(0))
+    first, raised = kept_over_a_sequence(before, tokens), kept_over_a_sequence(model, tokens)
+    assert (first[:, :2] > 0.5).all()
+    assert (first[:, 2:] < 0.1).all()
+    torch.testing.assert_close(raised[0], first[0].clamp(max=0.2))  # the first layer's input does not change
+    assert raised.max() < 0.25
+
+    decays.restore()
+    torch.testing.assert_close(kept_over_a_sequence(model, tokens), first)
+    train(model, settings, books)
+    changed = {name for name, part in model.named_parameters() if not part.equal(dict(before.named_parameters())[name])}
+    assert any(name.endswith("in_proj.weight") for name in changed)
+    for old, new in zip(mamba2_mixers(before), mamba2_mixers(model), strict=True):
+        torch.testing.assert_close(new.decay_parameters()[1:], old.decay_parameters()[1:], rtol=0, atol=0)
+        assert (new.A_log > old.A_log).tolist() == [True, True, False, False]
+
+
 def test_losses_by_hand() -> None:
     """Two classes in the logits of three targets: text, an answer, and a digit that cannot be known."""
     logits = torch.zeros(1, 3, 264)
@@ -193,6 +241,8 @@ def test_settings_survive_a_file(tmp_path: Path) -> None:
         ({"memory_heads": ((0, 0),)}, "need a retention_ceiling and a memory_ceiling below 1"),
         ({"retention_ceiling": 0.1, "memory_ceiling": 0.2, "memory_heads": ((0, 16),)}, "8 layers with 16 heads each"),
         ({"retention_ceiling": 0.2, "family": "mamba1"}, "leave it out"),
+        ({"start_ceiling": 0.0}, "start_ceiling must be above 0"),
+        ({"fixed_decays": True, "family": "mamba1"}, "fixed_decays is for Mamba-2's heads"),
         ({"exports": (0.5, 1)}, "exports must ascend between 0 and 1"),
     ],
 )
