@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 # Channels x rows of one chunk: what a CPU's cache holds, or what hides a GPU's launches.
-_CHUNK_ELEMENTS_CPU = 1 << 15
-_CHUNK_ELEMENTS_GPU = 1 << 21
+_CHUNK_ELEMENTS_CPU = 1 << 12
+_CHUNK_ELEMENTS_GPU = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,10 @@ class _Segments:
 
     Attributes:
         block_size: segments in a block.
-        count: (segments, rows) float64, samples in the segment.
-        fraction_sum: (segments, rows) float64, sum of their fractions of the way to the next knot.
-        first_fraction: (segments, rows) float64, fraction of the first one.
+        count: (blocks, rows, block_size) float64, samples in the segment.
+        fraction_sum: (blocks, rows, block_size) float64, sum of their fractions of the way to the next knot.
+        first_fraction: (blocks, rows, block_size) float64, fraction of the first one.
+        halvings: of the samples of the fullest segment, until one is left.
         step: (rows,) float64, distance between neighbouring samples, (L - 1) / (S - 1).
         block_weights: (blocks, block_size + 1, rows) float64, weight of each knot of a block in the block's sum.
     """
@@ -36,6 +37,7 @@ class _Segments:
     count: Tensor
     fraction_sum: Tensor
     first_fraction: Tensor
+    halvings: int
     step: Tensor
     block_weights: Tensor
 
@@ -56,20 +58,25 @@ def _segments(train_length: int, lengths: tuple[int, ...], device: torch.device)
     fraction_sum = (last * index_sum - count * start) / spans.double()
     first_fraction = (last * first[:-1] - start) / spans.double()
 
-    def padded(values: Tensor) -> Tensor:
+    def in_blocks(values: Tensor) -> Tensor:
         full = torch.zeros(blocks * block_size, len(lengths), dtype=torch.float64)
         full[:train_length] = values
-        return full
+        return full.view(blocks, block_size, -1)
 
-    count_padded, fraction_padded = padded(count.double()), padded(fraction_sum)
+    count_in_blocks, fraction_in_blocks = in_blocks(count.double()), in_blocks(fraction_sum)
     weights = torch.zeros(blocks, block_size + 1, len(lengths), dtype=torch.float64)
-    weights[:, :-1] += (count_padded - fraction_padded).view(blocks, block_size, -1)
-    weights[:, 1:] += fraction_padded.view(blocks, block_size, -1)
+    weights[:, :-1] += count_in_blocks - fraction_in_blocks
+    weights[:, 1:] += fraction_in_blocks
+
+    def by_row(values: Tensor) -> Tensor:
+        return values.transpose(1, 2).contiguous().to(device)
+
     return _Segments(
         block_size=block_size,
-        count=count_padded.to(device),
-        fraction_sum=fraction_padded.to(device),
-        first_fraction=padded(first_fraction).to(device),
+        count=by_row(count_in_blocks),
+        fraction_sum=by_row(fraction_in_blocks),
+        first_fraction=by_row(in_blocks(first_fraction)),
+        halvings=(int(count.max()) - 1).bit_length(),
         step=(last / spans.double()).squeeze(0).to(device),
         block_weights=weights.to(device),
     )
@@ -101,51 +108,55 @@ def crossing_values(curve: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
 
 def _crossing_values_of_chunk(curve: Tensor, segments: _Segments) -> Tensor:
+    """`crossing_values` by operations on whole tensors: on a GPU no step waits for what another has found."""
     channels, train_length = curve.shape
-    num_segments, rows = segments.count.shape
+    blocks, rows, block_size = segments.count.shape
     # Every knot needs a right neighbour; the weights of the appended ones are 0.
-    knots = torch.zeros(channels, num_segments + 1, dtype=torch.float64, device=curve.device)
+    knots = torch.zeros(channels, blocks * block_size + 1, dtype=torch.float64, device=curve.device)
     knots[:, :train_length] = curve
-    target = curve.sum(dim=1, keepdim=True)
+    # (channels, blocks, block_size + 1): a block ends with the first knot of the next one.
+    knots_of_blocks = knots.unfold(1, block_size + 1, block_size)
+    target = curve.sum(dim=1)[:, None, None]
 
-    running = torch.zeros(channels, rows, dtype=torch.float64, device=curve.device)
-    block = torch.zeros(channels, rows, dtype=torch.int64, device=curve.device)
-    passed = torch.zeros(channels, rows, dtype=torch.bool, device=curve.device)
-    for index, weights in enumerate(segments.block_weights):
-        left = index * segments.block_size
-        total = running + knots[:, left : left + segments.block_size + 1] @ weights
-        passed |= total > target
-        running = torch.where(passed, running, total)
-        block += ~passed
-        if bool(passed.all()):
-            break
+    # (channels, rows, blocks)
+    totals = torch.bmm(knots_of_blocks.transpose(0, 1), segments.block_weights).permute(1, 2, 0)
+    block, before = _crossed(totals.cumsum(-1), target)
+    crosses = block < blocks
+    # Curves that never cross stay in the last block and are zeroed at the end.
+    block = block.clamp(max=blocks - 1)
 
-    # Channels that never pass stay in the last segment and are zeroed at the end.
-    segment = block.clamp_(max=len(segments.block_weights) - 1) * segments.block_size
-    inside = torch.zeros_like(passed)
-    for _ in range(segments.block_size - 1):
-        fraction_sum = segments.fraction_sum.gather(0, segment)
-        total = running + (segments.count.gather(0, segment) - fraction_sum) * knots.gather(1, segment)
-        total += fraction_sum * knots.gather(1, segment + 1)
-        inside |= total > target
-        running = torch.where(inside, running, total)
-        segment += ~inside
-        if bool(inside.all()):
-            break
+    row = torch.arange(rows, device=curve.device)
+    left = knots_of_blocks[torch.arange(channels, device=curve.device).unsqueeze(1), block]
+    count, fraction_sum = segments.count[block, row], segments.fraction_sum[block, row]
+    totals = (count - fraction_sum) * left[..., :-1] + fraction_sum * left[..., 1:]
+    # The last segment is not asked: it is where the sum crosses if no other is, whatever the rounding.
+    running = before.unsqueeze(-1) + totals[..., :-1].cumsum(-1)
+    segment, before = _crossed(running, target, before)
+    segment = segment.unsqueeze(-1)
 
-    height = knots.gather(1, segment)
-    slope = knots.gather(1, segment + 1) - height
-    first_fraction = segments.first_fraction.gather(0, segment)
-    residual = target - running
+    height = left.gather(-1, segment).squeeze(-1)
+    slope = left.gather(-1, segment + 1).squeeze(-1) - height
+    first_fraction = segments.first_fraction[block, row, segment.squeeze(-1)]
+    residual = target.squeeze(-1) - before
     # Smallest m in (below, reached] whose first m samples of the segment exceed the residual.
     below = torch.zeros_like(height)
-    reached = segments.count.gather(0, segment)
-    while bool((reached - below > 1).any()):
+    reached = count.gather(-1, segment).squeeze(-1)
+    for _ in range(segments.halvings):
         middle = torch.floor((below + reached) / 2)
         total = middle * height + slope * (middle * first_fraction + segments.step * middle * (middle - 1) / 2)
         exceeds = total > residual
-        open_ = reached - below > 1
-        reached = torch.where(open_ & exceeds, middle, reached)
-        below = torch.where(open_ & ~exceeds, middle, below)
+        is_open = reached - below > 1
+        reached = torch.where(is_open & exceeds, middle, reached)
+        below = torch.where(is_open & ~exceeds, middle, below)
     sample = height + slope * (first_fraction + segments.step * (reached - 1))
-    return torch.where(passed, sample, 0.0)
+    return torch.where(crosses, sample, 0.0)
+
+
+def _crossed(running: Tensor, target: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How many running sums of the last dimension do not exceed the target, and the last of these.
+
+    Where there is none, `before`, or 0.
+    """
+    below = (running <= target).sum(-1)
+    last = running.gather(-1, (below - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return below, torch.where(below > 0, last, 0.0 if before is None else before)

@@ -80,8 +80,6 @@ class LongMambaModelConfig:
         stock_hook = MODELS_CONFIG_MAP.get(stock_name(vllm_config.model_config.architecture))
         if stock_hook is not None:
             stock_hook.verify_and_update_config(vllm_config)
-        if vllm_config.cache_config.mamba_ssm_cache_dtype == "auto":
-            vllm_config.cache_config.mamba_ssm_cache_dtype = "float32"
         if options.filter:
             _refuse_unsupported(vllm_config)
             vllm_config.additional_config = {**vllm_config.additional_config, **_resolve_table(vllm_config, options)}
