@@ -5,6 +5,7 @@ the CPU. Both are imported on the first call, so that importing this package nev
 """
 
 from .causal_conv1d import causal_conv1d
+from .compile_ahead import compile_ahead
 from .filter_dt import filter_dt_
 from .filtered_scan import filtered_scan
 from .filtered_state_update import filtered_state_update
@@ -20,6 +21,7 @@ from .ssd_prefill import ssd_prefill, ssd_prefill_supports
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_reference",
+    "compile_ahead",
     "filter_dt_",
     "filter_dt_reference",
     "filtered_scan",

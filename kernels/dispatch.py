@@ -7,14 +7,23 @@ import torch
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:
-    """True on a GPU, and on the CPU where ``TRITON_INTERPRET=1`` asks for Triton's interpreter."""
-    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET", "0") == "1"
+    """True on a GPU, and on the CPU where ``TRITON_INTERPRET=1`` asks for Triton's interpreter.
+
+    Meta tensors ask for what a GPU would run to be compiled, see :mod:`kernels.compile_ahead`.
+    """
+    return tensor.is_cuda or tensor.is_meta or os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def is_nvidia(device: torch.device) -> bool:
+    """Whether tensors there are for kernels on NVIDIA GPUs; those without memory are for the GPU of this machine."""
+    return device.type in ("cuda", "meta") and torch.version.hip is None
 
 
 @cache
 def supports_dependent_launch(device: torch.device) -> bool:
     """Whether a kernel may start while the one in front of it ends: NVIDIA GPUs of compute capability 9.0 and later."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    gpu = device if device.type == "cuda" else None
+    return is_nvidia(device) and torch.cuda.get_device_capability(gpu) >= (9, 0)
 
 
 def check_tensor(

@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .dispatch import supports_dependent_launch
+from .compile_ahead import launch
+from .dispatch import is_nvidia, supports_dependent_launch
 from .filter_dt_triton import _softplus
 from .filtered_scan_parts import _find_sequence, _load_rows, _pack_kernel, _pass_states_kernel, _unpack
 from .reference import NULL_SLOT
@@ -221,15 +222,16 @@ def _chunk_kernel(
 
 def _pack(B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     """64-bit words that hold B and then C of each token, how many numbers a word holds, and the padded d_state."""
-    (tokens, d_state), size = B.shape, B.element_size()
+    tokens, d_state = B.shape
     is_bf16 = B.dtype == C.dtype == torch.bfloat16
-    follows = C.data_ptr() == B.data_ptr() + d_state * size and C.stride(0) == B.stride(0)
+    is_same_tensor = C.untyped_storage().data_ptr() == B.untyped_storage().data_ptr() and C.stride(0) == B.stride(0)
+    follows = is_same_tensor and C.storage_offset() == B.storage_offset() + d_state
     if is_bf16 and follows and d_state % 4 == 0 and B.stride(0) % 4 == 0 and B.data_ptr() % 8 == 0:
         # slices of one projection
         return B.view(torch.int64), 4, d_state
     padded = triton.cdiv(d_state, 4) * 4
     packed = torch.empty((tokens, 2 * padded), dtype=torch.bfloat16 if is_bf16 else torch.float32, device=B.device)
-    _pack_kernel[(triton.cdiv(tokens, 64),)](
+    launch(_pack_kernel, (triton.cdiv(tokens, 64),), B)(
         B, C, packed, tokens, B.stride(0), C.stride(0),
         d_state=d_state, PADDED=padded, BLOCK_STATES=triton.next_power_of_2(padded), BLOCK_TOKENS=64, num_warps=4,
     )  # fmt: skip
@@ -266,7 +268,7 @@ def filtered_scan_triton(
     A = A.t().contiguous()
     launch_pdl = supports_dependent_launch(x.device)
     # an NVIDIA compiler option
-    limits = {"maxnreg": MAX_REGISTERS} if x.is_cuda and torch.version.hip is None else {}
+    limits = {"maxnreg": MAX_REGISTERS} if is_nvidia(x.device) else {}
     # an unused pointer argument still needs a tensor
     gate = x if z is None else z
     filters = (
@@ -274,7 +276,7 @@ def filtered_scan_triton(
     )
 
     def scan(emit: bool) -> None:
-        _chunk_kernel[(blocks, parts)](
+        launch(_chunk_kernel, (blocks, parts), x)(
             x, dt, A, D, gate, dt_bias, out, words, state, chunk_state, chunk_step,
             query_start_loc, state_indices, has_initial_state, *filters,
             nseq, chunk, (nseq - 1).bit_length(), state.stride(0),
@@ -288,7 +290,8 @@ def filtered_scan_triton(
 
     if chunk:
         scan(emit=False)
-        _pass_states_kernel[(triton.cdiv(d_inner, 128), triton.cdiv(d_state, WALK_STATES), nseq)](
+        grid = (triton.cdiv(d_inner, 128), triton.cdiv(d_state, WALK_STATES), nseq)
+        launch(_pass_states_kernel, grid, x)(
             A, state, chunk_state, chunk_step, query_start_loc, state_indices, has_initial_state, chunk,
             state.stride(0), d_inner=d_inner, d_state=d_state, NULL=NULL_SLOT,
             BLOCK_CHANNELS=128, STATES=WALK_STATES, AHEAD=WALK_AHEAD, launch_pdl=launch_pdl, num_warps=4,

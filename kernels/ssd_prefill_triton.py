@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from .compile_ahead import launch
+from .dispatch import is_nvidia
 from .reference import NULL_SLOT
 from .ssd_prefill_parts import _prepare_kernel, _walk_kernel
 from .ssd_prefill_scan_triton import _scan_kernel, _segment_state_kernel
@@ -102,7 +104,7 @@ def ssd_prefill_triton(
     # three products of tf32 are about as exact as float32
     precision = {"STATES": max(16, triton.next_power_of_2(d_state)), "PRECISION": "ieee" if IS_HIP else "tf32x3"}
 
-    _prepare_kernel[(blocks, ngroups + triton.cdiv(nheads, block_heads))](
+    launch(_prepare_kernel, (blocks, ngroups + triton.cdiv(nheads, block_heads)), x)(
         dt, A, dt_bias, B, C, step, decay, weight, total, product, bounds, state_indices, *filters, *search,
         tokens, blocks, dt.stride(0), B.stride(0), C.stride(0), index_stride,
         nheads=nheads, ngroups=ngroups, d_state=d_state, FILTER=dt_threshold is not None, **ends, **precision,
@@ -111,13 +113,13 @@ def ssd_prefill_triton(
     large = {"nheads": nheads, "headdim": headdim, "ngroups": ngroups, "d_state": d_state, **ends, **precision}
     large |= {"BLOCK": block, "SEGMENT": segment}
     heads = _heads(sizes.state_heads, headdim, nheads // ngroups)
-    _segment_state_kernel[(nheads // heads, parts)](
+    launch(_segment_state_kernel, (nheads // heads, parts), x)(
         x, B, weight, total, segment_state, segment_decay, bounds, state_indices,
         *search, tokens, blocks, x.stride(0), B.stride(0), index_stride,
         **large, HEADS=heads, num_warps=_warps(sizes.state_warps, heads * headdim), num_stages=sizes.state_stages,
     )  # fmt: skip
     size = headdim * d_state
-    _walk_kernel[(triton.cdiv(size, 1024), nheads, len(state_indices))](
+    launch(_walk_kernel, (triton.cdiv(size, 1024), nheads, len(state_indices)), x)(
         state, checkpoints, segment_state, segment_decay, bounds, state_indices, has_initial_state.view(torch.uint8),
         state.stride(0), index_stride, nheads=nheads, size=size, **ends, SEGMENT=segment,
         BLOCK_SIZE=1024, AHEAD=4, num_warps=4,
@@ -131,12 +133,12 @@ def ssd_prefill_triton(
     if sizes.is_factored and x.dtype != torch.float16:
         heads = _heads(sizes.scan_heads, headdim, nheads // ngroups)
         # an NVIDIA compiler option
-        limits = {"maxnreg": sizes.scan_registers} if sizes.scan_registers and x.is_cuda and not IS_HIP else {}
-        _scan_kernel[(nheads // heads, parts)](
+        limits = {"maxnreg": sizes.scan_registers} if sizes.scan_registers and is_nvidia(x.device) else {}
+        launch(_scan_kernel, (nheads // heads, parts), x)(
             *scan, **large, HEADS=heads, PAIRED=heads, FACTORED=True,
             num_warps=_warps(sizes.scan_warps, heads * headdim), num_stages=sizes.scan_stages, **limits,
         )  # fmt: skip
-    _scan_kernel[(nheads, parts)](
+    launch(_scan_kernel, (nheads, parts), x)(
         *scan, **large, HEADS=1, PAIRED=heads, FACTORED=False,
         num_warps=_warps(sizes.exact_warps, headdim), num_stages=sizes.exact_stages,
     )  # fmt: skip

@@ -91,18 +91,19 @@ class LongMambaMixer2(LongMixer, MambaMixer2):  # type: ignore[misc]
             return self._prefill_by_vllm(x_B_C, dt, metadata, rows, out)
         x, B, C = self.split_hidden_states_B_C_fn(self._convolve_prompts(x_B_C, metadata))
         is_filtered = rows.prefill_rows is not None
-        ssd_prefill(
-            x.view(len(dt), -1, self.head_dim),
-            dt,
-            self.A,
-            B.view(len(dt), -1, self.ssm_state_size),
-            C.view(len(dt), -1, self.ssm_state_size),
-            self.D,
-            self.dt_bias,
-            self.kv_cache[1],
-            metadata.query_start_loc_p,
-            metadata.state_indices_tensor_p,
-            metadata.has_initial_states_p,
+        self._run_prefill(
+            ssd_prefill,
+            x=x.view(len(dt), -1, self.head_dim),
+            dt=dt,
+            A=self.A,
+            B=B.view(len(dt), -1, self.ssm_state_size),
+            C=C.view(len(dt), -1, self.ssm_state_size),
+            D=self.D,
+            dt_bias=self.dt_bias,
+            state=self.kv_cache[1],
+            query_start_loc=metadata.query_start_loc_p,
+            state_indices=metadata.state_indices_tensor_p,
+            has_initial_state=metadata.has_initial_states_p,
             dt_threshold=self.dt_threshold if is_filtered else None,
             seq_rows=rows.prefill_rows,
             seq_prompt_tokens=rows.prefill_prompt_tokens,

@@ -3,6 +3,7 @@
 What both mixers share, and Mamba-1's; Mamba-2's is in mixer2.py.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from vllm.model_executor.layers.mamba.ops.ssu_dispatch import selective_state_update
 
-from vllm_longmamba.kernels import causal_conv1d, filter_dt_, filtered_scan, filtered_state_update
+from vllm_longmamba.kernels import causal_conv1d, compile_ahead, filter_dt_, filtered_scan, filtered_state_update
 from vllm_longmamba.metadata import FilterRows, LongMamba1Backend
 from vllm_longmamba.prompt_filter import PromptFilter
 
@@ -62,6 +63,8 @@ class LongMixer:
             and not config.mamba_config.enable_stochastic_rounding
             and config.num_speculative_tokens == 0
         )
+        # Of a step, until the first one has run.
+        self._most_tokens: int | None = config.scheduler_config.max_num_batched_tokens
 
     def set_filter(self, prompt_filter: PromptFilter, tp_rank: int, tp_size: int) -> None:
         """Put this layer's thresholds on the device of its parameters; a second table of the same rows replaces them.
@@ -110,6 +113,13 @@ class LongMixer:
         if threshold is not None:
             # As filter_dt_ does: softplus(-inf) is exactly 0.
             dt.masked_fill_(step <= threshold, -torch.inf)
+
+    def _run_prefill(self, kernel: Callable[..., Any], **arguments: Any) -> None:
+        """Call a kernel; the first time, which is vLLM's warm-up, also compile it for prompts of any length."""
+        if self._most_tokens is not None:
+            compile_ahead(kernel, arguments, self._most_tokens)
+            self._most_tokens = None
+        kernel(**arguments)
 
     def _convolve_prompts(self, x: torch.Tensor, metadata: Any, **filter_arguments: Any) -> torch.Tensor:
         convolved: torch.Tensor = causal_conv1d(
@@ -220,17 +230,21 @@ class LongMambaMixer(LongMixer, MambaMixer):  # type: ignore[misc]
         seq_prompt_tokens: torch.Tensor | None,
         out: torch.Tensor,
     ) -> None:
-        filtered_scan(
-            x,
-            dt,
-            self.A,
-            B,
-            C,
-            self.D,
-            z,
-            self.dt_proj.bias,
-            self.kv_cache[1],
-            *where,
+        query_start_loc, state_indices, has_initial_state = where
+        self._run_prefill(
+            filtered_scan,
+            x=x,
+            dt=dt,
+            A=self.A,
+            B=B,
+            C=C,
+            D=self.D,
+            z=z,
+            dt_bias=self.dt_proj.bias,
+            state=self.kv_cache[1],
+            query_start_loc=query_start_loc,
+            state_indices=state_indices,
+            has_initial_state=has_initial_state,
             dt_threshold=self.dt_threshold if seq_rows is not None else None,
             seq_rows=seq_rows,
             seq_prompt_tokens=seq_prompt_tokens,

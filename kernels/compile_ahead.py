@@ -1,0 +1,113 @@
+"""Compiles in the background what longer prompts will need, while an engine starts.
+
+Triton compiles a kernel at its first launch, for some seconds each, and a prompt of thousands of tokens needs others
+than the few tokens of vLLM's warm-up. A call of one of this package's wrappers on meta tensors launches nothing and
+compiles what the same call would launch on a GPU; compilers run in threads and hardly hold the interpreter's lock.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+PER_TOKEN = frozenset({"x", "dt", "B", "C", "z", "out"})
+# Elements of a meta tensor that stands for any storage.
+_ANY = 1 << 40
+_MOST_THREADS = 4
+
+# What is being compiled, by kernel, types of its arguments and compile-time constants.
+_pending: dict[tuple[Any, ...], Future[None]] = {}
+_scheduled: set[tuple[Any, ...]] = set()
+
+
+def compile_ahead(function: Callable[..., Any], arguments: Mapping[str, Any], most_tokens: int) -> None:
+    """Start to compile what a wrapper would launch for 1 to `most_tokens` tokens; returns at once.
+
+    Does nothing for tensors that are not on a GPU, nor for a second call with arguments of the same layout.
+
+    Args:
+        function: a wrapper of this package whose kernels go through `launch`.
+        arguments: of a call of it, by name; those of PER_TOKEN have a row per token.
+        most_tokens: the most that a call will have.
+    """
+    if not arguments["x"].is_cuda:
+        return
+    layout = (function, most_tokens, *(_layout(argument) for argument in arguments.values()))
+    if layout in _scheduled:
+        return
+    _scheduled.add(layout)
+    for call in meta_calls(arguments, most_tokens):
+        function(**call)
+
+
+def meta_calls(arguments: Mapping[str, Any], most_tokens: int) -> Iterator[dict[str, Any]]:
+    """The arguments of `compile_ahead` without memory, for all powers of two and the most tokens of a call."""
+    for tokens in sorted({*(1 << power for power in range(most_tokens.bit_length())), most_tokens}):
+        bases: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        rows = {name: tokens if name in PER_TOKEN else None for name in arguments}
+        yield {name: _on_meta(argument, rows[name], bases) for name, argument in arguments.items()}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor) -> Callable[..., Any]:
+    """What to call with a Triton kernel's arguments to launch it, or, where `x` is a meta tensor, to compile it."""
+    if x.is_meta:
+        return partial(_schedule, kernel, grid)
+    if _pending:
+        return partial(_wait_and_launch, kernel, grid)
+    launcher: Callable[..., Any] = kernel[grid]
+    return launcher
+
+
+def _schedule(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    key = _key(kernel, arguments, constants)
+    if key not in _scheduled:
+        _scheduled.add(key)
+        _pending[key] = _threads().submit(_compile, kernel, grid, torch.cuda.current_device(), arguments, constants)
+
+
+def _compile(kernel: Any, grid: tuple[int, ...], device: int, arguments: tuple[Any, ...], constants: Any) -> None:
+    # A thread starts on the first GPU, and compiled kernels belong to one.
+    torch.cuda.set_device(device)
+    kernel.warmup(*arguments, grid=grid, **constants)
+
+
+def _wait_and_launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    future = _pending.get(_key(kernel, arguments, constants))
+    if future is not None:
+        # If it failed, the launch compiles again, and says why.
+        future.exception()
+    for key in [key for key, future in _pending.items() if future.done()]:
+        del _pending[key]
+    kernel[grid](*arguments, **constants)
+
+
+def _key(kernel: Any, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> tuple[Any, ...]:
+    types = (argument.dtype if isinstance(argument, torch.Tensor) else type(argument) for argument in arguments)
+    return (kernel, *types, *sorted(constants.items()))
+
+
+def _layout(argument: Any) -> tuple[Any, ...] | None:
+    """All of a tensor that kernels are compiled for, but for how many tokens, sequences, rows or slots there are."""
+    if not isinstance(argument, torch.Tensor):
+        return None
+    return (argument.dtype, *argument.shape[1:], *argument.stride())
+
+
+def _on_meta(argument: Any, rows: int | None, bases: dict[tuple[int, torch.dtype], torch.Tensor]) -> Any:
+    """A tensor without memory, of another number of rows if given; parts of one tensor stay so."""
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    storage = (argument.untyped_storage().data_ptr(), argument.dtype)
+    if storage not in bases:
+        bases[storage] = torch.empty(_ANY, dtype=argument.dtype, device="meta")
+    shape = argument.shape if rows is None else (rows, *argument.shape[1:])
+    return bases[storage].as_strided(shape, argument.stride(), argument.storage_offset())
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    count = min(_MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
+    return ThreadPoolExecutor(count, thread_name_prefix="longmamba-compile")
