@@ -5,7 +5,7 @@ the CPU. Both are imported on the first call, so that importing this package nev
 """
 
 from .causal_conv1d import causal_conv1d
-from .compile_ahead import compile_ahead
+from .compile_ahead import PER_DECODE_TOKEN, compile_ahead
 from .filter_dt import filter_dt_
 from .filtered_scan import filtered_scan
 from .filtered_state_update import filtered_state_update
@@ -19,6 +19,7 @@ from .reference import (
 from .ssd_prefill import ssd_prefill, ssd_prefill_supports
 
 __all__ = [
+    "PER_DECODE_TOKEN",
     "causal_conv1d",
     "causal_conv1d_reference",
     "compile_ahead",

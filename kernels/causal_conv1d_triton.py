@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dispatch import UNALIGNED
 from .filter_dt_triton import _softplus
 from .filtered_scan_parts import _find_sequence
 from .reference import NULL_SLOT
@@ -25,7 +26,7 @@ def _activate(y, SILU: tl.constexpr):
     return y
 
 
-@triton.jit(do_not_specialize=["nseq", "search_steps"])
+@triton.jit(do_not_specialize=["nseq", "search_steps", "index_stride"], do_not_specialize_on_alignment=UNALIGNED)
 def _causal_conv1d_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, out_ptr,
     query_start_loc_ptr, state_indices_ptr, has_initial_state_ptr,

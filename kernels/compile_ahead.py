@@ -6,14 +6,17 @@ compiles what the same call would launch on a GPU; compilers run in threads and 
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any
 
 import torch
 
-PER_TOKEN = frozenset({"x", "dt", "B", "C", "z", "out"})
+# Names of arguments with a row per token.
+PER_PROMPT_TOKEN = frozenset({"x", "dt", "B", "C", "z", "out"})
+PER_DECODE_TOKEN = PER_PROMPT_TOKEN | {"state_indices", "token_rows"}
+
 # Elements of a meta tensor that stands for any storage.
 _ANY = 1 << 40
 _MOST_THREADS = 4
@@ -23,15 +26,21 @@ _pending: dict[tuple[Any, ...], Future[None]] = {}
 _scheduled: set[tuple[Any, ...]] = set()
 
 
-def compile_ahead(function: Callable[..., Any], arguments: Mapping[str, Any], most_tokens: int) -> None:
+def compile_ahead(
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    most_tokens: int,
+    per_token: Collection[str] = PER_PROMPT_TOKEN,
+) -> None:
     """Start to compile what a wrapper would launch for 1 to `most_tokens` tokens; returns at once.
 
     Does nothing for tensors that are not on a GPU, nor for a second call with arguments of the same layout.
 
     Args:
         function: a wrapper of this package whose kernels go through `launch`.
-        arguments: of a call of it, by name; those of PER_TOKEN have a row per token.
+        arguments: of a call of it, by name.
         most_tokens: the most that a call will have.
+        per_token: names of the arguments with a row per token.
     """
     if not arguments["x"].is_cuda:
         return
@@ -39,15 +48,17 @@ def compile_ahead(function: Callable[..., Any], arguments: Mapping[str, Any], mo
     if layout in _scheduled:
         return
     _scheduled.add(layout)
-    for call in meta_calls(arguments, most_tokens):
+    for call in meta_calls(arguments, most_tokens, per_token):
         function(**call)
 
 
-def meta_calls(arguments: Mapping[str, Any], most_tokens: int) -> Iterator[dict[str, Any]]:
+def meta_calls(
+    arguments: Mapping[str, Any], most_tokens: int, per_token: Collection[str] = PER_PROMPT_TOKEN
+) -> Iterator[dict[str, Any]]:
     """The arguments of `compile_ahead` without memory, for all powers of two and the most tokens of a call."""
     for tokens in sorted({*(1 << power for power in range(most_tokens.bit_length())), most_tokens}):
         bases: dict[tuple[int, torch.dtype], torch.Tensor] = {}
-        rows = {name: tokens if name in PER_TOKEN else None for name in arguments}
+        rows = {name: tokens if name in per_token else None for name in arguments}
         yield {name: _on_meta(argument, rows[name], bases) for name, argument in arguments.items()}
 
 

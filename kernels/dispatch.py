@@ -5,6 +5,13 @@ from functools import cache
 
 import torch
 
+# Where the engine's metadata of a step begins: parts of longer tensors, that begin anywhere. A kernel reads single
+# numbers there and has nothing of their alignment, but would be compiled anew for each.
+UNALIGNED = (
+    "query_start_loc_ptr", "bounds_ptr", "state_indices_ptr", "has_initial_state_ptr", "seq_rows_ptr",
+    "seq_prompt_tokens_ptr", "token_rows_ptr",
+)  # fmt: skip
+
 
 def uses_triton(tensor: torch.Tensor) -> bool:
     """True on a GPU, and on the CPU where ``TRITON_INTERPRET=1`` asks for Triton's interpreter.

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .dispatch import UNALIGNED
+
 BLOCK_TOKENS = 8
 BLOCK_CHANNELS = 128
 
@@ -30,7 +32,7 @@ def _softplus(v):
     return tl.maximum(v, 0.0) + e * p
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=UNALIGNED)
 def _filter_dt_kernel(
     dt_ptr,
     dt_bias_ptr,

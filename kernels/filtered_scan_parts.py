@@ -7,6 +7,8 @@
 import triton
 import triton.language as tl
 
+from .dispatch import UNALIGNED
+
 
 @triton.jit
 def _find_sequence(query_start_loc_ptr, part, nseq, chunk_size, search_steps):
@@ -24,7 +26,7 @@ def _find_sequence(query_start_loc_ptr, part, nseq, chunk_size, search_steps):
     return sequence
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _pack_kernel(
     B_ptr, C_ptr, packed_ptr, tokens, B_stride, C_stride,
     d_state: tl.constexpr, PADDED: tl.constexpr, BLOCK_STATES: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
@@ -73,7 +75,7 @@ def _load_rows(ptrs, stride: tl.constexpr, count, T: tl.constexpr):
     return rows
 
 
-@triton.jit(do_not_specialize=["chunk_size"])
+@triton.jit(do_not_specialize=["chunk_size"], do_not_specialize_on_alignment=UNALIGNED)
 def _pass_states_kernel(
     A_ptr, state_ptr, chunk_state_ptr, chunk_step_ptr,
     query_start_loc_ptr, state_indices_ptr, has_initial_state_ptr, chunk_size, state_stride,

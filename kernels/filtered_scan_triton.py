@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .compile_ahead import launch
-from .dispatch import is_nvidia, supports_dependent_launch
+from .dispatch import UNALIGNED, is_nvidia, supports_dependent_launch
 from .filter_dt_triton import _softplus
 from .filtered_scan_parts import _find_sequence, _load_rows, _pack_kernel, _pass_states_kernel, _unpack
 from .reference import NULL_SLOT
@@ -86,7 +86,7 @@ def _step(dt, dt_bias, threshold, is_prompt, FILTER: tl.constexpr):
     return step
 
 
-@triton.jit(do_not_specialize=["nseq", "chunk_size", "search_steps"])
+@triton.jit(do_not_specialize=["nseq", "chunk_size", "search_steps"], do_not_specialize_on_alignment=UNALIGNED)
 def _chunk_kernel(
     x_ptr, dt_ptr, A_ptr, D_ptr, z_ptr, dt_bias_ptr, out_ptr, packed_ptr, state_ptr, chunk_state_ptr, chunk_step_ptr,
     query_start_loc_ptr, state_indices_ptr, has_initial_state_ptr,

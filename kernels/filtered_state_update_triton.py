@@ -7,12 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .dispatch import supports_dependent_launch
+from .compile_ahead import launch
+from .dispatch import UNALIGNED, supports_dependent_launch
 from .filter_dt_triton import _softplus
 from .reference import NULL_SLOT
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index_stride"], do_not_specialize_on_alignment=UNALIGNED)
 def _filtered_state_update_kernel(
     state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bias_ptr, out_ptr,
     state_indices_ptr, dt_threshold_ptr, token_rows_ptr,
@@ -111,7 +112,7 @@ def filtered_state_update_triton(
     # an unused pointer argument still needs a tensor
     gate = x if z is None else z
     filters = (A, state_indices) if dt_threshold is None else (dt_threshold, token_rows)
-    _filtered_state_update_kernel[(triton.cdiv(headdim, channels), nheads, batch)](
+    launch(_filtered_state_update_kernel, (triton.cdiv(headdim, channels), nheads, batch), x)(
         state, x, dt, A, B, C, D, gate, dt_bias, out, state_indices, *filters,
         state.stride(0), x.stride(0), dt.stride(0), B.stride(0), C.stride(0), gate.stride(0), out.stride(0),
         state_indices.stride(0),

@@ -12,11 +12,15 @@ a sequence consists of two pieces, in front of its checkpoint and behind it; oth
 import triton
 import triton.language as tl
 
+from .dispatch import UNALIGNED
 from .filter_dt_triton import _softplus
 from .filtered_scan_parts import _find_sequence
 
 
-@triton.jit(do_not_specialize=["npieces", "search_steps", "tokens", "blocks"])
+@triton.jit(
+    do_not_specialize=["npieces", "search_steps", "tokens", "blocks", "index_stride"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def _prepare_kernel(
     dt_ptr, A_ptr, dt_bias_ptr, B_ptr, C_ptr, step_ptr, decay_ptr, weight_ptr, total_ptr, product_ptr,
     bounds_ptr, state_indices_ptr, dt_threshold_ptr, seq_rows_ptr, seq_prompt_tokens_ptr,
@@ -84,7 +88,7 @@ def _prepare_kernel(
     tl.store(total_ptr + head.to(tl.int64) * blocks + part, tl.sum(decays, 0), mask=is_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index_stride"], do_not_specialize_on_alignment=UNALIGNED)
 def _walk_kernel(
     state_ptr, checkpoint_ptr, segment_state_ptr, segment_decay_ptr, bounds_ptr, state_indices_ptr,
     has_initial_state_ptr, state_stride, index_stride,

@@ -21,6 +21,7 @@ a the running sum of the decay. Two ways:
 import triton
 import triton.language as tl
 
+from .dispatch import UNALIGNED
 from .filtered_scan_parts import _find_sequence
 
 
@@ -45,7 +46,10 @@ def _down(values, channel, headdim: tl.constexpr, HEADS: tl.constexpr):
     return wide
 
 
-@triton.jit(do_not_specialize=["npieces", "search_steps", "tokens", "blocks"])
+@triton.jit(
+    do_not_specialize=["npieces", "search_steps", "tokens", "blocks", "index_stride"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def _segment_state_kernel(
     x_ptr, B_ptr, weight_ptr, total_ptr, segment_state_ptr, segment_decay_ptr, bounds_ptr, state_indices_ptr,
     npieces, search_steps, tokens, blocks, x_stride, B_stride, index_stride,
@@ -231,7 +235,10 @@ def _scan_blocks(
         )
 
 
-@triton.jit(do_not_specialize=["npieces", "search_steps", "tokens", "blocks"])
+@triton.jit(
+    do_not_specialize=["npieces", "search_steps", "tokens", "blocks", "index_stride"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def _scan_kernel(
     x_ptr, B_ptr, C_ptr, D_ptr, out_ptr, step_ptr, decay_ptr, weight_ptr, total_ptr, product_ptr, segment_state_ptr,
     bounds_ptr, state_indices_ptr, npieces, search_steps, tokens, blocks, x_stride, B_stride, C_stride, out_stride,

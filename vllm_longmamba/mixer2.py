@@ -8,7 +8,7 @@ from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.layers.mamba.ops.ssd_checkpoint import store_prefill_checkpoint
 from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
 
-from vllm_longmamba.kernels import filter_dt_, filtered_state_update, ssd_prefill, ssd_prefill_supports
+from vllm_longmamba.kernels import filter_dt_, ssd_prefill, ssd_prefill_supports
 from vllm_longmamba.metadata import FilterRows, LongMamba2Backend
 from vllm_longmamba.mixers import LongMixer
 
@@ -66,19 +66,18 @@ class LongMambaMixer2(LongMixer, MambaMixer2):  # type: ignore[misc]
         self, x_B_C: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
     ) -> None:
         x, B, C = self.split_hidden_states_B_C_fn(self._convolve_decodes(x_B_C, metadata))
-        filtered_state_update(
-            self.kv_cache[1].view(len(self.kv_cache[1]), -1, self.ssm_state_size),
-            x,
-            dt,
-            self.A,
-            B,
-            C,
-            self.D,
-            None,
-            self.dt_bias,
-            metadata.state_indices_tensor_d[:, 0],
-            dt_threshold=self.dt_threshold if rows.decode is not None else None,
-            token_rows=rows.decode,
+        self._run_decode(
+            rows.decode,
+            state=self.kv_cache[1].view(len(self.kv_cache[1]), -1, self.ssm_state_size),
+            x=x,
+            dt=dt,
+            A=self.A,
+            B=B,
+            C=C,
+            D=self.D,
+            z=None,
+            dt_bias=self.dt_bias,
+            state_indices=metadata.state_indices_tensor_d[:, 0],
             out=out,
         )
 

@@ -16,7 +16,14 @@ from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from vllm.model_executor.layers.mamba.ops.ssu_dispatch import selective_state_update
 
-from vllm_longmamba.kernels import causal_conv1d, compile_ahead, filter_dt_, filtered_scan, filtered_state_update
+from vllm_longmamba.kernels import (
+    PER_DECODE_TOKEN,
+    causal_conv1d,
+    compile_ahead,
+    filter_dt_,
+    filtered_scan,
+    filtered_state_update,
+)
 from vllm_longmamba.metadata import FilterRows, LongMamba1Backend
 from vllm_longmamba.prompt_filter import PromptFilter
 
@@ -63,8 +70,9 @@ class LongMixer:
             and not config.mamba_config.enable_stochastic_rounding
             and config.num_speculative_tokens == 0
         )
-        # Of a step, until the first one has run.
-        self._most_tokens: int | None = config.scheduler_config.max_num_batched_tokens
+        # Of a step, until one has run.
+        self._most_prompt_tokens: int | None = config.scheduler_config.max_num_batched_tokens
+        self._most_decodes: int | None = config.scheduler_config.max_num_seqs
 
     def set_filter(self, prompt_filter: PromptFilter, tp_rank: int, tp_size: int) -> None:
         """Put this layer's thresholds on the device of its parameters; a second table of the same rows replaces them.
@@ -116,10 +124,22 @@ class LongMixer:
 
     def _run_prefill(self, kernel: Callable[..., Any], **arguments: Any) -> None:
         """Call a kernel; the first time, which is vLLM's warm-up, also compile it for prompts of any length."""
-        if self._most_tokens is not None:
-            compile_ahead(kernel, arguments, self._most_tokens)
-            self._most_tokens = None
+        if self._most_prompt_tokens is not None:
+            compile_ahead(kernel, arguments, self._most_prompt_tokens)
+            self._most_prompt_tokens = None
         kernel(**arguments)
+
+    def _run_decode(self, token_rows: torch.Tensor | None, **arguments: Any) -> None:
+        """Call `filtered_state_update`; the first time also compile it for any batch, with a filter and without."""
+        if self._most_decodes is not None:
+            compile_ahead(filtered_state_update, arguments, self._most_decodes, PER_DECODE_TOKEN)
+            if self.prompt_filter is not None:
+                some_rows = torch.empty(len(arguments["x"]), dtype=torch.int32, device="meta")
+                filters = {"dt_threshold": self.dt_threshold, "token_rows": some_rows}
+                compile_ahead(filtered_state_update, arguments | filters, self._most_decodes, PER_DECODE_TOKEN)
+            self._most_decodes = None
+        threshold = self.dt_threshold if token_rows is not None else None
+        filtered_state_update(**arguments, dt_threshold=threshold, token_rows=token_rows)
 
     def _convolve_prompts(self, x: torch.Tensor, metadata: Any, **filter_arguments: Any) -> torch.Tensor:
         convolved: torch.Tensor = causal_conv1d(
@@ -255,7 +275,6 @@ class LongMambaMixer(LongMixer, MambaMixer):  # type: ignore[misc]
         x = self._convolve_decodes(x, metadata)
         dt, B, C = self._dt_B_C(x)
         states, state, dt_bias = metadata.state_indices_tensor_d, self.kv_cache[1], self.dt_proj.bias
-        threshold = self.dt_threshold if rows.decode is not None else None
         if not self.runs_own_kernels():
             # Sequences of one token: vLLM's CPU update is for Mamba-2's heads only.
             starts = torch.arange(x.shape[0] + 1, dtype=torch.int32)
@@ -263,8 +282,8 @@ class LongMambaMixer(LongMixer, MambaMixer):  # type: ignore[misc]
             prompt_tokens = (rows.decode > 0).int() if rows.decode is not None else None
             self._scan(x, dt, B, C, z, where, rows.decode, prompt_tokens, out)
         elif self._updates_state:
-            update = (state, x, dt, self.A, B, C, self.D, z, dt_bias, states[:, 0])
-            filtered_state_update(*update, dt_threshold=threshold, token_rows=rows.decode, out=out)
+            update = {"state": state, "x": x, "dt": dt, "A": self.A, "B": B, "C": C, "D": self.D, "z": z}
+            self._run_decode(rows.decode, **update, dt_bias=dt_bias, state_indices=states[:, 0], out=out)
         else:
             if rows.decode is not None:
                 filter_dt_(dt, dt_bias, self.dt_threshold, rows.decode)
