@@ -8,7 +8,9 @@ from typing import Any
 from vllm_longmamba.evaluate.methods import LABELS
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), in the order of the methods.
-COLOURS = ("#767676", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
+COLOURS = ("#767676", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MOST_BANDS = 5
+_PANELS_IN_A_ROW = 4
 _MAX_NUMBERED_CELLS = 240
 
 
@@ -54,11 +56,13 @@ def _draw_heat_maps(report: Mapping[str, Any], folder: Path, title: str) -> str:
     lengths = sorted({cell["length"] for cell in cells})
     depths = sorted({cell["depth"] for cell in cells})
     width = max(3.2, 0.62 * len(lengths) + 1.0)
-    with figure_with_panels(width * len(methods) + 1.2, max(3.0, 0.3 * len(depths) + 1.6), columns=len(methods)) as (
-        figure,
-        panels,
-    ):
-        for panel, method in zip(panels, methods, strict=True):
+    height = max(3.0, 0.3 * len(depths) + 1.6)
+    columns = min(len(methods), _PANELS_IN_A_ROW)
+    rows = -(-len(methods) // columns)
+    with figure_with_panels(width * columns + 1.2, height * rows, columns, rows) as (figure, panels):
+        for panel in panels[len(methods) :]:
+            panel.set_visible(False)
+        for number, (panel, method) in enumerate(zip(panels, methods, strict=False)):
             shares = np.full((len(depths), len(lengths)), np.nan)
             for cell in cells:
                 if cell["method"] == method:
@@ -71,11 +75,12 @@ def _draw_heat_maps(report: Mapping[str, Any], folder: Path, title: str) -> str:
                         panel.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, size=8)
             panel.set_title(LABELS[method], loc="left")
             panel.set_xticks(range(len(lengths)), [_short(length) for length in lengths])
-            panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths] if panel is panels[0] else [])
+            panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths] if number % columns == 0 else [])
             panel.set_xlabel("prompt (tokens)")
             panel.tick_params(length=0)
             panel.spines[:].set_visible(False)
-        panels[0].set_ylabel("depth in the text")
+        for panel in panels[::columns]:
+            panel.set_ylabel("depth in the text")
         figure.colorbar(image, ax=panels, label="found", format=lambda share, _: f"{share:.0%}", pad=0.02)
         figure.suptitle(title, x=0.01, ha="left")
         return save(figure, folder, "heat-map")
@@ -108,7 +113,8 @@ def _curves(
         middle, low, high = zip(*map(values, own), strict=True)
         colour = COLOURS[number % len(COLOURS)]
         axes.plot(lengths, middle, color=colour, marker="o", markersize=5, linewidth=2, label=LABELS[method])
-        axes.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
+        if len(methods) <= _MOST_BANDS:
+            axes.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.legend(frameon=False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -134,12 +140,12 @@ def _short(length: int) -> str:
 
 
 @contextmanager
-def figure_with_panels(width: float, height: float, columns: int = 1) -> Iterator[tuple[Any, list[Any]]]:
-    """A matplotlib figure with panels side by side.
+def figure_with_panels(width: float, height: float, columns: int = 1, rows: int = 1) -> Iterator[tuple[Any, list[Any]]]:
+    """A matplotlib figure with panels, row by row.
 
     Args:
         width, height: in inches.
-        columns: number of panels.
+        columns, rows: number of panels.
     """
     import matplotlib
 
@@ -149,9 +155,9 @@ def figure_with_panels(width: float, height: float, columns: int = 1) -> Iterato
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
+        figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
         try:
-            yield figure, list(axes[0])
+            yield figure, list(axes.flat)
         finally:
             pyplot.close(figure)
 
