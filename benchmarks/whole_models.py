@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind; 4 more up to 16k tokens")
     parser.add_argument("--budget", type=int, default=16384, help="max_num_batched_tokens; vLLM's default for LLM()")
-    parser.add_argument("--state-dtype", default="float32", help="of the SSM state, in both engines")
+    parser.add_argument("--state-dtype", default="auto", help="of the SSM state, in both engines; auto: the model's")
     parser.add_argument("--quick", action="store_true", help="three prompt lengths, no batch of prompts")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the script out without a GPU")
     parser.add_argument("--no-decode", action="store_true")
