@@ -9,8 +9,8 @@ from vllm.model_executor.layers.mamba.ops.ssd_checkpoint import store_prefill_ch
 from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
 
 from vllm_longmamba.kernels import filter_dt_, ssd_prefill, ssd_prefill_supports
+from vllm_longmamba.long_mixer import LongMixer
 from vllm_longmamba.metadata import FilterRows, LongMamba2Backend
-from vllm_longmamba.mixers import LongMixer
 
 
 class LongMambaMixer2(LongMixer, MambaMixer2):  # type: ignore[misc]

@@ -22,8 +22,9 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_longmamba.architectures import PREFIX, SUPPORTED, long_name, stock_name
 from vllm_longmamba.calibration_plan import plan_from_config
+from vllm_longmamba.long_mixer import LongMixer
+from vllm_longmamba.mixer1 import LongMambaMixer
 from vllm_longmamba.mixer2 import LongMambaMixer2
-from vllm_longmamba.mixers import LongMambaMixer, LongMixer
 from vllm_longmamba.options import options_from_config
 from vllm_longmamba.patches import apply_patches
 from vllm_longmamba.prompt_filter import PromptFilter

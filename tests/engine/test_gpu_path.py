@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny_models import random_token_ids
 
-from vllm_longmamba.mixers import LongMixer
+from vllm_longmamba.long_mixer import LongMixer
 
 from .conftest import longmamba
 from .harness import assert_exact
