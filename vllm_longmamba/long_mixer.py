@@ -45,6 +45,7 @@ class LongMixer:
     layer_index: int
     prefix: str
     A: torch.nn.Parameter
+    D: torch.nn.Parameter
     conv1d: Any
     activation: str
     kv_cache: tuple[torch.Tensor, ...]
@@ -111,6 +112,10 @@ class LongMixer:
         if threshold is not None:
             # As filter_dt_ does: softplus(-inf) is exactly 0.
             dt.masked_fill_(step <= threshold, -torch.inf)
+
+    def _recurrence(self, x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> dict[str, Any]:
+        """What every kernel of the recurrence takes, by its name there."""
+        return {"x": x, "dt": dt, "A": self.A, "B": B, "C": C, "D": self.D}
 
     def _run_prefill(self, kernel: Callable[..., Any], **arguments: Any) -> None:
         """Call a kernel; the first time, which is vLLM's warm-up, also compile it for prompts of any length."""

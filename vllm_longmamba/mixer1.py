@@ -88,12 +88,7 @@ class LongMambaMixer(LongMixer, MambaMixer):  # type: ignore[misc]
         query_start_loc, state_indices, has_initial_state = where
         self._run_prefill(
             filtered_scan,
-            x=x,
-            dt=dt,
-            A=self.A,
-            B=B,
-            C=C,
-            D=self.D,
+            **self._recurrence(x, dt, B, C),
             z=z,
             dt_bias=self.dt_proj.bias,
             state=self.kv_cache[1],
@@ -117,8 +112,8 @@ class LongMambaMixer(LongMixer, MambaMixer):  # type: ignore[misc]
             prompt_tokens = (rows.decode > 0).int() if rows.decode is not None else None
             self._scan(x, dt, B, C, z, where, rows.decode, prompt_tokens, out)
         elif self._updates_state:
-            update = {"state": state, "x": x, "dt": dt, "A": self.A, "B": B, "C": C, "D": self.D, "z": z}
-            self._run_decode(rows.decode, **update, dt_bias=dt_bias, state_indices=states[:, 0], out=out)
+            update = {"state": state, "z": z, "dt_bias": dt_bias, "state_indices": states[:, 0], "out": out}
+            self._run_decode(rows.decode, **self._recurrence(x, dt, B, C), **update)
         else:
             if rows.decode is not None:
                 filter_dt_(dt, dt_bias, self.dt_threshold, rows.decode)

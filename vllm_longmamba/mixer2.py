@@ -69,12 +69,7 @@ class LongMambaMixer2(LongMixer, MambaMixer2):  # type: ignore[misc]
         self._run_decode(
             rows.decode,
             state=self.kv_cache[1].view(len(self.kv_cache[1]), -1, self.ssm_state_size),
-            x=x,
-            dt=dt,
-            A=self.A,
-            B=B,
-            C=C,
-            D=self.D,
+            **self._recurrence(x, dt, B, C),
             z=None,
             dt_bias=self.dt_bias,
             state_indices=metadata.state_indices_tensor_d[:, 0],
@@ -92,12 +87,12 @@ class LongMambaMixer2(LongMixer, MambaMixer2):  # type: ignore[misc]
         is_filtered = rows.prefill_rows is not None
         self._run_prefill(
             ssd_prefill,
-            x=x.view(len(dt), -1, self.head_dim),
-            dt=dt,
-            A=self.A,
-            B=B.view(len(dt), -1, self.ssm_state_size),
-            C=C.view(len(dt), -1, self.ssm_state_size),
-            D=self.D,
+            **self._recurrence(
+                x.view(len(dt), -1, self.head_dim),
+                dt,
+                B.view(len(dt), -1, self.ssm_state_size),
+                C.view(len(dt), -1, self.ssm_state_size),
+            ),
             dt_bias=self.dt_bias,
             state=self.kv_cache[1],
             query_start_loc=metadata.query_start_loc_p,
