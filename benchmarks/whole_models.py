@@ -47,6 +47,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="three prompt lengths, no batch of prompts")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the script out without a GPU")
     parser.add_argument("--no-decode", action="store_true")
+    parser.add_argument("--decode-batches", nargs="+", type=int, choices=DECODE_BATCHES, default=DECODE_BATCHES)
+    parser.add_argument("--decode-repeats", type=int, default=7)
     parser.add_argument("--no-prefill", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print the kernels of an 8k and of a decode run")
     parser.add_argument("--turn", type=Path, help="lock file: runs that name the same one measure one after the other")
@@ -133,11 +135,11 @@ def measure(pair: Pair, given: argparse.Namespace, result: dict[str, Any]) -> An
         result["batch"] = take_turns(pair, 3, MODES[:2], "generate", *BATCH, 1)
         yield f"prefill {BATCH[0]} x {BATCH[1]}", result["batch"]
     result["decode"] = {}
-    for batch in [] if given.no_decode else DECODE_BATCHES:
+    for batch in [] if given.no_decode else given.decode_batches:
         steps = 8 if given.tiny else {1: 192, 64: 128}.get(batch, 64)
         pair.run("stock", "decode", batch, 8)
         pair.run("on", "decode", batch, 8)
-        result["decode"][str(batch)] = take_turns(pair, 7, ("stock", "on"), "decode", batch, steps)
+        result["decode"][str(batch)] = take_turns(pair, given.decode_repeats, ("stock", "on"), "decode", batch, steps)
         yield f"decode {batch}", result["decode"][str(batch)]
     if not given.tiny:
         result["peak_gib"] = {}
