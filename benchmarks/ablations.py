@@ -8,6 +8,7 @@
     rows     the prompt length S exact, or rounded to rows that lie more or less closely
     decode   the second half of each prompt counts as generated text: not filtered, as in the papers, or filtered by the
              length of the prompt, or by that of all text so far
+    end      the last tokens of prompts unfiltered, with smaller budgets for those before (--ends, --budgets)
     state    a state cache in float32 or bfloat16, in the engine
 
 Without names, all of them. `state` runs in vLLM, the others in the torch reference in float32: Mamba-1, Mamba-2 and
@@ -57,6 +58,9 @@ def main() -> None:
     parser.add_argument("--thetas", default=",".join(map(str, THETAS)))
     parser.add_argument("--clamps", default=",".join(map(str, CLAMPS)))
     parser.add_argument("--groups", type=int, default=GROUPS)
+    parser.add_argument("--ends", default="0,128,256,512", help="tokens [%(default)s]")
+    parser.add_argument("--budgets", default="1,0.5,0.25,0.125")
+    parser.add_argument("--needles", type=int, default=0, help="ask also for one of so many named numbers")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="of the torch reference [default: a GPU, if any]")
     parser.add_argument(
         "--segment-tokens", type=int,
@@ -83,7 +87,13 @@ def _run(name: str, subject: "Subject", lengths: list[int], options: argparse.Na
 
     from vllm_longmamba.evaluate.command_line import progress_bars
     from vllm_longmamba.evaluate.comparison import Answers, Comparison, Losses
-    from vllm_longmamba.evaluate.needles import PASSKEY_NEEDLE, PASSKEY_QUESTION, middles, passkey_questions
+    from vllm_longmamba.evaluate.needles import (
+        PASSKEY_NEEDLE,
+        PASSKEY_QUESTION,
+        middles,
+        needle_questions,
+        passkey_questions,
+    )
     from vllm_longmamba.evaluate.perplexity import windows
     from vllm_longmamba.evaluate.records import Records
     from vllm_longmamba.evaluate.report import provenance, summarize_perplexity, summarize_questions
@@ -102,12 +112,14 @@ def _run(name: str, subject: "Subject", lengths: list[int], options: argparse.Na
         "wording": [PASSKEY_NEEDLE, PASSKEY_QUESTION],
         "texts": {book.name: book.digest for book in books},
     }
-    questions = list(passkey_questions(lengths, depths, seeds))
+    questions = {"passkey": list(passkey_questions(lengths, depths, seeds))}
+    if options.needles:
+        questions["needles"] = list(needle_questions(lengths, depths, seeds, options.needles))
 
     def choose(tokens: Mapping[str, int]) -> Iterator["Window"]:
         return windows(tokens, lengths, options.windows, options.scored)
 
-    answers: Answers = {}
+    answers: dict[str, Answers] = {task: {} for task in questions}
     losses: Losses = {}
     records = Records(options.records / options.model.name / name / "records.jsonl")
     try:
@@ -116,16 +128,19 @@ def _run(name: str, subject: "Subject", lengths: list[int], options: argparse.Na
             for variant, contestant in contestants.items():
                 with started_once(contestant) as one:
                     comparison = Comparison({variant: one}, of_records, records, progress)
-                    answers |= comparison.ask(questions, books)
+                    for task in questions:
+                        answers[task] |= comparison.ask(questions[task], books)
                     losses |= comparison.score(books, choose, options.scored)
     finally:
         records.close()
     asked = {"lengths": lengths, "depths": depths, "seeds": seeds, "windows": options.windows}
+    if options.needles:
+        asked["needles"] = options.needles
     report = {
         "task": "ablation",
         "ablation": name,
         **provenance(options.model.name, contestants, {**asked, **of_records}),
-        "passkey": summarize_questions(answers)["by_length"],
+        **{task: summarize_questions(given)["by_length"] for task, given in answers.items()},
         "perplexity": summarize_perplexity(losses)["by_length"],
     }
     report["command"] = f"python benchmarks/{report['command']}"
@@ -192,6 +207,16 @@ def _decode(subject: "Subject", lengths: list[int], options: argparse.Namespace)
     }
 
 
+def _end(subject: "Subject", lengths: list[int], options: argparse.Namespace) -> Variants:
+    rows = _rows_for(subject, lengths)
+    variants: dict[str, Contestant] = {"plain": subject.plain()}
+    for budget in map(float, options.budgets.split(",")):
+        table = subject.calibrated(options.calibration_text, rows, 0.0, budget=budget)
+        for end in map(int, options.ends.split(",")):
+            variants[f"end {end}, budget {budget:g}"] = subject.filtered(table, unfiltered_end=end)
+    return variants
+
+
 def _state(subject: "Subject", lengths: list[int], options: argparse.Namespace) -> Variants:
     from vllm_longmamba.evaluate.engine import EngineContestant
 
@@ -236,6 +261,7 @@ ABLATIONS: dict[str, Callable[["Subject", list[int], argparse.Namespace], Varian
     "groups": _groups,
     "rows": _rows,
     "decode": _decode,
+    "end": _end,
     "state": _state,
 }
 

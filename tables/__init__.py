@@ -4,6 +4,7 @@ Knows neither vLLM nor the kernels: torch, numpy, safetensors and the standard l
 """
 
 from .calibrate import LayerCalibration, merge_channel_shards
+from .channel_budgets import layer_budgets, read_channel_budgets
 from .closed_loop import budget_thresholds, combine_thresholds, interpolate_thresholds, measured_lengths
 from .metadata import (
     CLOSED_LOOP,
@@ -19,6 +20,7 @@ from .metadata import (
     TableMetadata,
     check_budget,
     check_combine,
+    check_unfiltered_end,
 )
 from .row_lengths import default_row_lengths
 from .stability import LayerStability, table_stability
@@ -56,15 +58,18 @@ __all__ = [
     "budget_thresholds",
     "check_budget",
     "check_combine",
+    "check_unfiltered_end",
     "combine_thresholds",
     "default_row_lengths",
     "filtered_channels",
     "interpolate_thresholds",
     "is_table_file",
+    "layer_budgets",
     "leave_unfiltered",
     "load_table",
     "measured_lengths",
     "merge_channel_shards",
+    "read_channel_budgets",
     "read_metadata",
     "save_bytes",
     "save_table",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .closed_loop import combine_thresholds
-from .metadata import MEAN, check_clamp_percent, check_combine, check_train_length
+from .metadata import MEAN, check_budget, check_clamp_percent, check_combine, check_train_length
 from .row_lengths import check_row_lengths
 from .stretch import crossing_values
 from .table import NO_FILTER, LayerThresholds
@@ -27,9 +27,12 @@ class LayerCalibration:
         clamp_percent: C, per cent of the dt's above the clamp, 0 <= C < 100.
         combine: how the thresholds of the sequences become one, see COMBINE; the paper takes their mean. Retention is
             a mean whatever it says.
+        budget: what a channel may keep, as a factor of its (clamped) sum over the training length, for all or
+            (channels,); the paper's is 1.
 
     Raises:
-        ValueError: another shape, A not negative, row_lengths or clamp_percent out of range, another way to combine.
+        ValueError: another shape, A not negative, row_lengths, clamp_percent or budget out of range, another way to
+            combine.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class LayerCalibration:
         row_lengths: np.ndarray | Sequence[int],
         clamp_percent: float,
         combine: str = MEAN,
+        budget: float | Tensor = 1.0,
     ) -> None:
         if A.ndim not in (1, 2) or A.numel() == 0 or not bool(((A < 0) & torch.isfinite(A)).all()):
             raise ValueError(
@@ -48,10 +52,13 @@ class LayerCalibration:
         check_train_length(train_length, "LayerCalibration")
         check_clamp_percent(clamp_percent, "LayerCalibration")
         check_combine(combine, "LayerCalibration")
+        for one in budget.tolist() if isinstance(budget, Tensor) else [budget]:
+            check_budget(one, "LayerCalibration")
         lengths = check_row_lengths(np.asarray(row_lengths), train_length, "LayerCalibration")
         self.train_length = train_length
         self.clamp_percent = float(clamp_percent)
         self.combine = combine
+        self._budgets = torch.as_tensor(budget, dtype=torch.float64, device="cpu").expand(A.shape[0])
         self.num_sequences = 0
         # (channels, d_state), d_state 1 for Mamba-2.
         self._A = A.detach().to("cpu", torch.float64).reshape(A.shape[0], -1)
@@ -93,7 +100,9 @@ class LayerCalibration:
                 # (chunk, train_length)
                 ascending = dt[:, begin : begin + chunk].t().contiguous().sort(dim=1).values.double()
                 curve = torch.minimum(ascending, _clamp_value(ascending, self.clamp_percent)).flip(1)
-                found[:, begin : begin + chunk] = crossing_values(curve, self._lengths).t().cpu()
+                found[:, begin : begin + chunk] = (
+                    crossing_values(curve, self._lengths, self._budgets[begin : begin + chunk]).t().cpu()
+                )
         if self.combine == MEAN:
             self._threshold_sum += found
         else:

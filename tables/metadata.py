@@ -24,6 +24,9 @@ COMBINE = (MEDIAN, "min", MEAN, CLIPPED)
 # the plain mean on the sequence with the largest ones: docs/closed_loop.md.
 DEFAULT_COMBINE = {UNCLAMPED: CLIPPED, PAPER: MEAN, CLOSED_LOOP: MEDIAN}
 
+# Of a prompt: numbers of tokens are added up in int32.
+MOST_TOKENS = 1 << 30
+
 _METADATA_TYPES: dict[str, type] = {
     "format_version": int,
     "model_id": str,
@@ -40,7 +43,14 @@ _METADATA_TYPES: dict[str, type] = {
 }
 
 # Fields that tables are older than, and what such tables mean. A field of this value is not written.
-OPTIONAL: dict[str, Any] = {"combine": MEAN, "closed_loop": None, "unfiltered": ()}
+OPTIONAL: dict[str, Any] = {
+    "combine": MEAN,
+    "closed_loop": None,
+    "unfiltered": (),
+    "budget": 1.0,
+    "channel_budgets": (),
+    "unfiltered_end": 0,
+}
 _REQUIRED = object()
 
 
@@ -95,6 +105,10 @@ class TableMetadata:
             tables of that method that do not tell. A closed loop has its own in `closed_loop`.
         closed_loop: how a closed-loop table was measured, None for others.
         unfiltered: what is not filtered though it is global, "LAYER" or "LAYER.CHANNEL" each; see unfiltered.py.
+        budget: of the method "unclamped": what a channel may keep, as a factor of its sum of dt over the training
+            length. A closed loop has its own in `closed_loop`.
+        channel_budgets: channels with a budget of their own, "LAYER.CHANNEL=BUDGET" each; see channel_budgets.py.
+        unfiltered_end: as many of a prompt's last tokens are not filtered.
         format_version: version of the file format.
 
     Raises:
@@ -114,6 +128,9 @@ class TableMetadata:
     combine: str = MEAN
     closed_loop: ClosedLoop | None = None
     unfiltered: tuple[str, ...] = ()
+    budget: float = 1.0
+    channel_budgets: tuple[str, ...] = ()
+    unfiltered_end: int = 0
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -144,6 +161,21 @@ class TableMetadata:
                 f"TableMetadata: with the method {UNCLAMPED!r} clamp_percent must be 0, got {self.clamp_percent}; "
                 f"with a clamp the method is {PAPER!r}"
             )
+        check_unfiltered_end(self.unfiltered_end, "TableMetadata")
+        check_budget(self.budget, "TableMetadata")
+        object.__setattr__(self, "budget", float(self.budget))
+        object.__setattr__(self, "channel_budgets", tuple(self.channel_budgets))
+        if not all(isinstance(name, str) for name in self.channel_budgets):
+            raise ValueError(
+                f"TableMetadata.channel_budgets must be names such as '3.2=4', got {self.channel_budgets!r}"
+            )
+        for name, usual in (("budget", 1), ("channel_budgets", ())):
+            given = getattr(self, name)
+            if given != usual and self.method != UNCLAMPED:
+                raise ValueError(
+                    f"TableMetadata.{name} must be {usual or 'none'} with the method {self.method!r}, got {given}; "
+                    f"only {UNCLAMPED!r} has others"
+                )
         check_combine(self.combine, "TableMetadata")
         if self.combine != MEAN and self.method != UNCLAMPED:
             raise ValueError(
@@ -189,6 +221,16 @@ def check_budget(budget: float, place: str) -> None:
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < float("inf"):
         raise ValueError(
             f"{place}: budget must be a factor above 0, got {budget!r}; 1 keeps what the training length has"
+        )
+
+
+def check_unfiltered_end(unfiltered_end: int, place: str) -> None:
+    """Raises ValueError unless unfiltered_end is a number of tokens that a prompt can have."""
+    is_number = isinstance(unfiltered_end, int) and not isinstance(unfiltered_end, bool)
+    if not is_number or not 0 <= unfiltered_end <= MOST_TOKENS:
+        raise ValueError(
+            f"{place}: unfiltered_end must be a number of tokens, 0 to {MOST_TOKENS}, got {unfiltered_end!r}; 0 "
+            "filters all of a prompt"
         )
 
 

@@ -82,32 +82,36 @@ def _segments(train_length: int, lengths: tuple[int, ...], device: torch.device)
     )
 
 
-def crossing_values(curve: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Returns where each stretched curve's running sum first exceeds the sum over the curve itself.
+def crossing_values(curve: Tensor, lengths: tuple[int, ...], budget: float | Tensor = 1.0) -> Tensor:
+    """Returns where each stretched curve's running sum first exceeds its budget, a part of the curve's own sum.
 
     Args:
         curve: (channels, L) float64, each channel descending and >= 0, L at least 2.
         lengths: the S of each row, all above L.
+        budget: which part, above 0, for all or (channels,); 1 in the paper.
 
     Returns:
         (channels, len(lengths)) float64: the sample at which the sum first exceeds; 0.0 where it never does (a curve of
-        zeros). A sample that lifts the sum is above 0, so 0.0 marks nothing else.
+        zeros, a large budget). A sample that lifts the sum is above 0, so 0.0 marks nothing else.
 
     Source: arXiv 2504.16053, section 4.2.
     """
     channels, train_length = curve.shape
     values = torch.zeros(channels, len(lengths), dtype=torch.float64, device=curve.device)
+    target = torch.as_tensor(budget, dtype=torch.float64, device=curve.device) * curve.sum(dim=1)
     if not lengths:
         return values
     segments = _segments(train_length, lengths, curve.device)
     elements = _CHUNK_ELEMENTS_CPU if curve.device.type == "cpu" else _CHUNK_ELEMENTS_GPU
     chunk = max(1, elements // len(lengths))
     for begin in range(0, channels, chunk):
-        values[begin : begin + chunk] = _crossing_values_of_chunk(curve[begin : begin + chunk], segments)
+        values[begin : begin + chunk] = _crossing_values_of_chunk(
+            curve[begin : begin + chunk], target[begin : begin + chunk, None, None], segments
+        )
     return values
 
 
-def _crossing_values_of_chunk(curve: Tensor, segments: _Segments) -> Tensor:
+def _crossing_values_of_chunk(curve: Tensor, target: Tensor, segments: _Segments) -> Tensor:
     """`crossing_values` by operations on whole tensors: on a GPU no step waits for what another has found."""
     channels, train_length = curve.shape
     blocks, rows, block_size = segments.count.shape
@@ -116,7 +120,6 @@ def _crossing_values_of_chunk(curve: Tensor, segments: _Segments) -> Tensor:
     knots[:, :train_length] = curve
     # (channels, blocks, block_size + 1): a block ends with the first knot of the next one.
     knots_of_blocks = knots.unfold(1, block_size + 1, block_size)
-    target = curve.sum(dim=1)[:, None, None]
 
     # (channels, rows, blocks)
     totals = torch.bmm(knots_of_blocks.transpose(0, 1), segments.block_weights).permute(1, 2, 0)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .metadata import TableMetadata, check_min_retention
+from .metadata import TableMetadata, check_min_retention, check_unfiltered_end
 from .row_lengths import check_row_lengths
 
 # A threshold that no dt reaches (dt >= 0): nothing is filtered.
@@ -157,18 +157,34 @@ class ThresholdTable:
         values = np.where(is_global, self._layer(layer).dt_threshold.numpy(), np.float32(NO_FILTER))
         return torch.from_numpy(values)
 
-    def digest(self, min_retention: float | None = None) -> str:
+    def unfiltered_end(self, unfiltered_end: int | None = None) -> int:
+        """Returns how many of a prompt's last tokens are not filtered.
+
+        Args:
+            unfiltered_end: what a user asks for; None takes the table's own.
+
+        Raises:
+            ValueError: below 0.
+        """
+        if unfiltered_end is None:
+            return self.metadata.unfiltered_end
+        check_unfiltered_end(unfiltered_end, "ThresholdTable")
+        return unfiltered_end
+
+    def digest(self, min_retention: float | None = None, unfiltered_end: int | None = None) -> str:
         """Returns 32 hexadecimal digits that stand for all of the table that changes a model's output.
 
-        Covers row_lengths, layer indices, retention, thresholds and theta; not model_id, corpus and the like.
+        Covers row_lengths, layer indices, retention, thresholds, theta and the unfiltered end; not model_id, corpus and
+        the like.
 
         Args:
             min_retention: theta; None takes the table's own.
+            unfiltered_end: in tokens; None takes the table's own.
 
         Raises:
-            ValueError: theta is outside [0, 1].
+            ValueError: theta is outside [0, 1], or unfiltered_end below 0.
         """
-        theta = self._theta(min_retention)
+        theta, end = self._theta(min_retention), self.unfiltered_end(unfiltered_end)
         if not self._content_digest:
             content = hashlib.blake2b(struct.pack("<q", len(self.row_lengths)), digest_size=16)
             content.update(self.row_lengths.astype("<i8").tobytes())
@@ -178,7 +194,8 @@ class ThresholdTable:
                 content.update(np.ascontiguousarray(thresholds.retention.numpy(), dtype="<f8").data)
                 content.update(np.ascontiguousarray(thresholds.dt_threshold.numpy(), dtype="<f4").data)
             self._content_digest.append(content.digest())
-        return hashlib.blake2b(self._content_digest[0] + struct.pack("<d", theta), digest_size=16).hexdigest()
+        settings = struct.pack("<d", theta) + (struct.pack("<q", end) if end else b"")
+        return hashlib.blake2b(self._content_digest[0] + settings, digest_size=16).hexdigest()
 
     def _layer(self, layer: int) -> LayerThresholds:
         if layer not in self.layers:

@@ -77,13 +77,47 @@ def test_calibrate_passes_its_options_on(run: Run, tmp_path: Path) -> None:
     output = tmp_path / "new" / "table.safetensors"
     options = f"--text {text} --text {text} --text-column body --sequences 7 --clamp-percent 3 --min-retention 1e-5"
     options += " --train-length 64 --max-length 900 --seed 4 --dtype float32 --quantization fp8 --tokenizer t --tp 2"
+    options += " --unfiltered-end 128"
     code, printed, seen = run("m", *options.split(), "--output", str(output))
     assert code == 0, printed
     assert load_table(output).metadata.train_length == 8
     assert seen["texts"] == [text, text]
-    assert seen["settings"] == CalibrationSettings(7, 3.0, 1e-5, 64, 900, 4)
+    assert seen["settings"] == CalibrationSettings(7, 3.0, 1e-5, 64, 900, 4, unfiltered_end=128)
     assert (seen["text_column"], seen["dtype"], seen["quantization"]) == ("body", "float32", "fp8")
     assert (seen["tokenizer"], seen["tensor_parallel_size"]) == ("t", 2)
+
+
+def test_calibrate_with_a_budget(run: Run) -> None:
+    code, printed, seen = run("m", "--budget", "0.5", "--unfiltered-end", "64")
+    assert code == 0, printed
+    assert seen["settings"] == CalibrationSettings(budget=0.5, unfiltered_end=64)
+    assert (seen["settings"].method, seen["settings"].way_to_combine) == ("unclamped", "clipped")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ("--method paper --budget 2", 1, "the method paper has no budget but that of the training length, got 2.0"),
+        ("--clamp-percent 5 --budget 0.5", 1, "the method paper has no budget but that of the training length"),
+        ("--budget 0", 1, "budget must be a factor above 0, got 0.0"),
+        ("--budget nan", 1, "budget must be a factor above 0, got nan"),
+        ("--unfiltered-end -1", 2, "Invalid value for '--unfiltered-end'"),
+        ("--unfiltered-end 0.5", 2, "Invalid value for '--unfiltered-end'"),
+    ],
+)
+def test_calibrate_refuses_a_budget_or_an_end(options: str, code: int, message: str, run: Run) -> None:
+    found, printed, seen = run("m", *options.split())
+    assert (found, seen) == (code, {})
+    assert message in " ".join(printed.split())
+
+
+def test_settings_refuse_a_budget_or_an_end() -> None:
+    with pytest.raises(ValueError, match=r"method paper has no budget but that of the training length, got 0\.5"):
+        CalibrationSettings(method="paper", budget=0.5)
+    assert CalibrationSettings(method="paper", budget=1, unfiltered_end=3).unfiltered_end == 3
+    for end in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="CalibrationSettings: unfiltered_end must be a number of tokens"):
+            CalibrationSettings(unfiltered_end=end)  # type: ignore[arg-type]
 
 
 def test_calibrate_keeps_the_table_of_a_quantized_model_apart(run: Run, tmp_path: Path) -> None:

@@ -6,7 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_longmamba.calibration_worker import CalibrationRecorder, merge_workers
+from vllm_longmamba.calibration_worker import (
+    CalibrationRecorder,
+    CalibrationWorkerExtension,
+    merge_workers,
+    start_calibration,
+)
 from vllm_longmamba.tables import LayerCalibration, LayerThresholds
 
 LENGTH, CHANNELS, ROWS = 12, 3, [12, 18, 24]
@@ -41,6 +46,52 @@ def test_a_recorder_combines_as_told() -> None:
         made.record(0, sequence)
         calibration.add(sequence)
     assert_same(made.finish(3)[0], calibration.result())
+
+
+def test_a_recorder_keeps_to_its_budget() -> None:
+    given = sequences(2)
+    made = CalibrationRecorder(LENGTH, ROWS, 0.0, "mean", 0.5)
+    made.attach(SimpleNamespace(layer_index=0, dt_recorder=None), A)
+    calibration, papers = LayerCalibration(A, LENGTH, ROWS, 0.0, budget=0.5), LayerCalibration(A, LENGTH, ROWS, 0.0)
+    for sequence in given:
+        made.record(0, sequence)
+        calibration.add(sequence)
+        papers.add(sequence)
+    found = made.finish(2)[0]
+    assert_same(found, calibration.result())
+    assert bool((found.dt_threshold[1:] > papers.result().dt_threshold[1:]).all())
+
+
+def test_a_recorder_knows_the_channels_of_its_rank() -> None:
+    """The second of two ranks: its channel 1 is the layer's channel 4."""
+    made = CalibrationRecorder(LENGTH, ROWS, 0.0, "mean", 0.5, ("0.4=0.25", "0.1=3", "1.4=3"))
+    made.attach(SimpleNamespace(layer_index=0, dt_recorder=None), A, tp_rank=1)
+    calibration = LayerCalibration(A, LENGTH, ROWS, 0.0, budget=torch.tensor([0.5, 0.25, 0.5]))
+    for sequence in sequences(2):
+        made.record(0, sequence)
+        calibration.add(sequence)
+    assert_same(made.finish(2)[0], calibration.result())
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+def test_calibration_starts_with_all_settings(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also through what `longmamba calibrate` calls."""
+    from vllm.distributed import parallel_state
+
+    import vllm_longmamba.models as models
+
+    mixers = [SimpleNamespace(layer_index=layer, dt_recorder=None, A=SimpleNamespace(data=A)) for layer in (0, 3)]
+    monkeypatch.setattr(models, "long_mixers", lambda model: mixers if model == "model" else [])
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda: 0)
+    worker = SimpleNamespace(get_model=lambda: "model")
+    start_calibration(worker, LENGTH, ROWS, 3.0, "clipped", budget, dummy_weights=True)
+    settings = worker.longmamba_recorder
+    assert (settings.train_length, settings.row_lengths, settings.clamp_percent) == (LENGTH, ROWS, 3.0)
+    assert (settings.combine, settings.budget) == ("clipped", budget)
+    assert all(mixer.dt_recorder is not None for mixer in mixers)
+    CalibrationWorkerExtension.longmamba_start_calibration(worker, LENGTH, ROWS, 0.0, "mean", budget, ("0.1=2",))  # type: ignore[arg-type]
+    settings = worker.longmamba_recorder
+    assert (settings.combine, settings.budget, settings.channel_budgets) == ("mean", budget, ("0.1=2",))
 
 
 def assert_same(found: LayerThresholds, wanted: LayerThresholds) -> None:

@@ -25,6 +25,7 @@ from vllm_longmamba.tables import (
     ThresholdTable,
     default_row_lengths,
     measured_lengths,
+    read_channel_budgets,
 )
 
 # Share of a GPU's memory for vLLM where long sequences are measured.
@@ -123,14 +124,33 @@ def calibrate_groups(
         method=settings.method,
         combine=settings.way_to_combine if settings.method == UNCLAMPED else MEAN,
         closed_loop=_closed_loop(settings, lengths, texts_in_tokens),
+        budget=settings.budget if settings.method == UNCLAMPED else 1.0,
+        channel_budgets=settings.channel_budgets,
+        unfiltered_end=settings.unfiltered_end,
     )
     for seed in range(settings.seed, settings.seed + groups):
         sequences = draw_sequences(texts_in_tokens, length, settings.num_sequences, seed)
         sequences += closed_loop_sequences(texts_in_tokens, lengths, settings.num_sequences, seed)
-        arguments = (length, row_lengths.tolist(), clamp_percent, metadata.combine)
+        arguments = (
+            length,
+            row_lengths.tolist(),
+            clamp_percent,
+            metadata.combine,
+            metadata.budget,
+            metadata.channel_budgets,
+        )
         llm.collective_rpc("longmamba_start_calibration", args=arguments)
         layers = _run(llm, progress(sequences), settings, lengths)
+        _check_channels(settings.channel_budgets, layers)
         yield ThresholdTable(metadata=replace(metadata, seed=seed), row_lengths=row_lengths, layers=layers)
+
+
+def _check_channels(channel_budgets: Iterable[str], layers: dict[int, LayerThresholds]) -> None:
+    for layer, channel in read_channel_budgets(channel_budgets):
+        if layer not in layers or channel >= len(layers[layer].retention):
+            raise ValueError(
+                f"channel_budgets: this model has no channel {layer}.{channel}; its layers are {list(layers)}"
+            )
 
 
 def model_name(model: str) -> str:

@@ -114,7 +114,15 @@ def _calibrate(plan: CalibrationPlan, executor: Any, vllm_config: Any, kv_cache_
     sequences = draw_sequences(texts, plan.train_length, plan.num_sequences, plan.seed)
     metadata = plan.metadata(sum(map(len, texts)))
     is_dummy = plan.weights_fingerprint == DUMMY
-    settings = (plan.train_length, plan.row_lengths.tolist(), plan.clamp_percent, metadata.combine, is_dummy)
+    settings = (
+        plan.train_length,
+        plan.row_lengths.tolist(),
+        plan.clamp_percent,
+        metadata.combine,
+        metadata.budget,
+        metadata.channel_budgets,
+        is_dummy,
+    )
     executor.collective_rpc(start_calibration, args=settings)
     run = _Runner(executor, vllm_config, kv_cache_config)
     for sequence in sequences:

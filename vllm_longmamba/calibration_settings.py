@@ -13,6 +13,8 @@ from vllm_longmamba.tables import (
     UNCLAMPED,
     check_budget,
     check_combine,
+    check_unfiltered_end,
+    read_channel_budgets,
 )
 
 
@@ -36,11 +38,14 @@ class CalibrationSettings:
             `combine_thresholds`. By default "clipped", in the closed loop "median"; the paper's method takes the mean.
         measure_to: the longest closed-loop sequences, in tokens; thresholds of longer prompts are extrapolated. By
             default max_length.
-        budget: closed loop: what a channel may keep, as a factor of its sum of dt over the training length.
+        budget: what a channel may keep, as a factor of its sum of dt over the training length; the paper's is 1.
+        channel_budgets: channels with a budget of their own, "LAYER.CHANNEL=BUDGET" each; of the method "unclamped".
+        unfiltered_end: as many of a prompt's last tokens are not filtered; serving may change it. 0 in the paper.
 
     Raises:
-        ValueError: an unknown method or way to combine, a budget that is not above 0, a clamp with "unclamped", or
-            something else than the mean with "paper".
+        ValueError: an unknown method or way to combine; a budget that is not above 0, or a channel's of another form;
+            an unfiltered_end below 0; a clamp with "unclamped"; another way to combine than the mean, or a budget, with
+            "paper"; channel_budgets with another method than "unclamped".
     """
 
     num_sequences: int = 5
@@ -53,9 +58,12 @@ class CalibrationSettings:
     combine: str | None = None
     measure_to: int | None = None
     budget: float = 1.0
+    unfiltered_end: int = 0
+    channel_budgets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_budget(self.budget, "CalibrationSettings")
+        check_unfiltered_end(self.unfiltered_end, "CalibrationSettings")
         if self.method is None:
             object.__setattr__(self, "method", PAPER if self.clamp_percent else UNCLAMPED)
         if self.method not in METHODS:
@@ -72,6 +80,17 @@ class CalibrationSettings:
             raise ValueError(
                 f"CalibrationSettings: the method {PAPER} takes the {MEAN} over the sequences, got combine "
                 f"{self.combine!r}; leave it out, or take the method {UNCLAMPED}"
+            )
+        read_channel_budgets(self.channel_budgets)
+        if self.channel_budgets and self.method != UNCLAMPED:
+            raise ValueError(
+                f"CalibrationSettings: channel_budgets are of the method {UNCLAMPED}, got them with {self.method}; "
+                "leave them out"
+            )
+        if self.method == PAPER and self.budget != 1:
+            raise ValueError(
+                f"CalibrationSettings: the method {PAPER} has no budget but that of the training length, got "
+                f"{self.budget}; leave it out, or take the method {UNCLAMPED}"
             )
 
     @property

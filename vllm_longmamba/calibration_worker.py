@@ -1,7 +1,7 @@
 """The worker's part of calibration: reads dt in the mixers of the running model and turns it into thresholds."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_longmamba.tables import MEAN, LayerCalibration, LayerThresholds, merge_channel_shards, table_from_bytes
+from vllm_longmamba.tables import (
+    MEAN,
+    LayerCalibration,
+    LayerThresholds,
+    layer_budgets,
+    merge_channel_shards,
+    table_from_bytes,
+)
 
 # Tensor-parallel rank of a worker, and its channels of its layers: (retention, dt_threshold).
 WorkerLayers = tuple[int, dict[int, tuple[torch.Tensor, torch.Tensor]]]
@@ -23,21 +30,35 @@ class CalibrationRecorder:
         row_lengths: prompt lengths of the table's rows.
         clamp_percent: share of the largest dt's that are clamped (the paper's C).
         combine: how the thresholds of the sequences become one.
+        budget: what a channel may keep, as a factor of its sum over the training length.
+        channel_budgets: channels of which it is another one; see `read_channel_budgets`.
     """
 
-    def __init__(self, train_length: int, row_lengths: list[int], clamp_percent: float, combine: str = MEAN) -> None:
+    def __init__(
+        self,
+        train_length: int,
+        row_lengths: list[int],
+        clamp_percent: float,
+        combine: str = MEAN,
+        budget: float = 1.0,
+        channel_budgets: Sequence[str] = (),
+    ) -> None:
         self.train_length = train_length
         self.row_lengths = row_lengths
         self.clamp_percent = clamp_percent
         self.combine = combine
+        self.budget = budget
+        self.channel_budgets = channel_budgets
+        self._first_channel: dict[int, int] = {}
         self.layers: dict[int, LayerCalibration] = {}
         self._A: dict[int, torch.Tensor] = {}
         # Layer -> (train_length, channels) on the host and how much of it is filled, where a sequence comes in chunks.
         self._chunks: dict[int, tuple[torch.Tensor, int]] = {}
 
-    def attach(self, mixer: Any, A: torch.Tensor) -> None:
-        """Record a mixer from now on, whose A is (channels,) or (channels, d_state)."""
+    def attach(self, mixer: Any, A: torch.Tensor, tp_rank: int = 0) -> None:
+        """Record a mixer from now on, whose A is (channels,) or (channels, d_state): this rank's channels."""
         self._A[mixer.layer_index] = A
+        self._first_channel[mixer.layer_index] = tp_rank * A.shape[0]
         mixer.dt_recorder = self
 
     def record(self, layer_index: int, dt: torch.Tensor) -> None:
@@ -81,8 +102,14 @@ class CalibrationRecorder:
 
     def _add(self, layer_index: int, dt: torch.Tensor) -> None:
         if layer_index not in self.layers:
+            A, first = self._A[layer_index], self._first_channel[layer_index]
             self.layers[layer_index] = LayerCalibration(
-                self._A[layer_index], self.train_length, self.row_lengths, self.clamp_percent, self.combine
+                A,
+                self.train_length,
+                self.row_lengths,
+                self.clamp_percent,
+                self.combine,
+                layer_budgets(self.channel_budgets, layer_index, range(first, first + A.shape[0]), self.budget),
             )
         with _without_thread_warnings():
             self.layers[layer_index].add(dt)
@@ -106,6 +133,8 @@ def start_calibration(
     row_lengths: list[int],
     clamp_percent: float,
     combine: str,
+    budget: float = 1.0,
+    channel_budgets: Sequence[str] = (),
     dummy_weights: bool = False,
 ) -> None:
     """Attach a recorder to all mixers of a worker.
@@ -116,14 +145,21 @@ def start_calibration(
         row_lengths: prompt lengths of the table's rows.
         clamp_percent: share of the largest dt's that are clamped.
         combine: how the thresholds of the sequences become one.
+        budget: what a channel may keep, as a factor of its sum over the training length.
+        channel_budgets: channels of which it is another one; see `read_channel_budgets`.
         dummy_weights: the weights are random, A among them, which then is made negative as a real one is.
     """
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
     from vllm_longmamba.models import long_mixers
 
-    worker.longmamba_recorder = CalibrationRecorder(train_length, row_lengths, clamp_percent, combine)
+    worker.longmamba_recorder = CalibrationRecorder(
+        train_length, row_lengths, clamp_percent, combine, budget, channel_budgets
+    )
+    tp_rank = get_tensor_model_parallel_rank()
     for mixer in long_mixers(worker.get_model()):
         A = mixer.A.data
-        worker.longmamba_recorder.attach(mixer, -A.abs().clamp(min=1e-6) if dummy_weights else A)
+        worker.longmamba_recorder.attach(mixer, -A.abs().clamp(min=1e-6) if dummy_weights else A, tp_rank)
 
 
 def finish_calibration(worker: Any, num_sequences: int) -> WorkerLayers:
@@ -156,7 +192,7 @@ def use_table(worker: Any, content: bytes) -> None:
     from vllm_longmamba.prompt_filter import PromptFilter
 
     options = options_from_config(worker.vllm_config.additional_config)
-    prompt_filter = PromptFilter(table_from_bytes(content), options.min_retention, options.filter_generated)
+    prompt_filter = PromptFilter.from_options(table_from_bytes(content), options)
     for mixer in long_mixers(worker.get_model()):
         mixer.set_filter(prompt_filter, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
     # As vLLM does after its own warm-up: a start with and one without calibration must sample the same.
@@ -177,10 +213,16 @@ class CalibrationWorkerExtension:
     """Methods that `longmamba calibrate` calls in every worker (vLLM's `worker_extension_cls`)."""
 
     def longmamba_start_calibration(
-        self, train_length: int, row_lengths: list[int], clamp_percent: float, combine: str
+        self,
+        train_length: int,
+        row_lengths: list[int],
+        clamp_percent: float,
+        combine: str,
+        budget: float,
+        channel_budgets: Sequence[str],
     ) -> None:
         """See `start_calibration`."""
-        start_calibration(self, train_length, row_lengths, clamp_percent, combine)
+        start_calibration(self, train_length, row_lengths, clamp_percent, combine, budget, channel_budgets)
 
     def longmamba_close_loop(
         self, num_sequences: int, min_retention: float, lengths: list[int], combine: str, budget: float

@@ -52,7 +52,7 @@ class LongModel:
         mixers = _number_mixers(self)
         options = options_from_config(vllm_config.additional_config)
         if options.filter and mixers:
-            prompt_filter = PromptFilter(_table(vllm_config, mixers), options.min_retention, options.filter_generated)
+            prompt_filter = PromptFilter.from_options(_table(vllm_config, mixers), options)
             for mixer in mixers:
                 mixer.set_filter(
                     prompt_filter, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()

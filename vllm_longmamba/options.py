@@ -8,6 +8,9 @@ KEY = "longmamba"
 # Named again by tables/metadata.py, whose package loads torch.
 CALIBRATION_METHODS = ("unclamped", "paper", "closed-loop")
 
+# As in tables/metadata.py.
+_MOST_TOKENS = 1 << 30
+
 _SWITCH = {"on": True, "off": False}
 
 
@@ -25,6 +28,8 @@ class LongMambaOptions:
         filter: False runs the plain model through the same engine, for comparison.
         filter_generated: generated tokens are filtered too, by the row of their prompt; for long generations. The paper
             filters prompts only.
+        unfiltered_end: as many of a prompt's last tokens are not filtered. By default what the table says, which is 0,
+            as in the paper, unless it was made with another number.
         calibrate: whether the engine makes a table itself where it finds none; "on" and "off" are taken too. Without,
             a missing table is an error.
         calibration_text: path of the text (.txt, .jsonl or .parquet) that the engine then calibrates on. By default
@@ -38,6 +43,7 @@ class LongMambaOptions:
     train_length: int | None = None
     filter: bool = True
     filter_generated: bool = False
+    unfiltered_end: int | None = None
     calibrate: bool = True
     calibration_text: str | None = None
     calibration_method: str = "unclamped"
@@ -48,6 +54,7 @@ class LongMambaOptions:
         _check("train_length", self.train_length, int, "a positive number of tokens")
         _check("filter", self.filter, bool, "true or false")
         _check("filter_generated", self.filter_generated, bool, "true or false")
+        _check("unfiltered_end", self.unfiltered_end, int, f"a number of tokens, 0 to {_MOST_TOKENS}")
         if isinstance(self.calibrate, str) and self.calibrate in _SWITCH:
             object.__setattr__(self, "calibrate", _SWITCH[self.calibrate])
         _check("calibrate", self.calibrate, bool, 'true or false ("on" or "off")')
@@ -57,6 +64,14 @@ class LongMambaOptions:
             raise ValueError(_message("calibration_method", rule, self.calibration_method))
         if self.min_retention is not None and not 0.0 < self.min_retention < 1.0:
             raise ValueError(_message("min_retention", "a number between 0 and 1", self.min_retention))
+        if self.filter_generated and self.unfiltered_end:
+            raise ValueError(
+                _message("unfiltered_end", "0 or left out where filter_generated is on", self.unfiltered_end)
+            )
+        if self.unfiltered_end is not None and not 0 <= self.unfiltered_end <= _MOST_TOKENS:
+            raise ValueError(
+                _message("unfiltered_end", f"a number of tokens, 0 to {_MOST_TOKENS}", self.unfiltered_end)
+            )
         if self.train_length is not None and self.train_length < 1:
             raise ValueError(_message("train_length", "a positive number of tokens", self.train_length))
 

@@ -11,6 +11,7 @@ TITLES = {
     "groups": "Calibration on different sequences",
     "rows": "Rounding the prompt length to rows",
     "decode": "Filtering generated text",
+    "end": "An unfiltered end of prompts",
     "state": "float32 and bfloat16 state",
 }
 NOTES = {
@@ -22,8 +23,12 @@ NOTES = {
     "decode": "The first half of each text is the prompt, which is filtered by its own length; the second half is run "
     "as generated text: not filtered, as in the papers; filtered by the length of the prompt; or by the growing length "
     "of prompt and generated text. Keys stand in the first half, and the question is part of the second.",
+    "end": "The last tokens of prompts are not filtered; those before keep a part (budget) of what the training length "
+    "has. A calibration without a clamp for each budget; theta as in the model's table.",
     "state": "In vLLM, 512 tokens a step: the state is rounded to its type after each step. All else in float32.",
 }
+
+TASKS = {"passkey": "Pass keys found", "needles": "Needles found, one of several is asked for"}
 
 
 def ablation_markdown(report: Mapping[str, Any]) -> str:
@@ -48,7 +53,7 @@ def ablation_markdown(report: Mapping[str, Any]) -> str:
     parts = [
         f"# {TITLES[name]}",
         NOTES[name],
-        _passkeys(report),
+        *(_found(report, task, title) for task, title in TASKS.items() if task in report),
         _losses(report),
         "## Conditions",
         "\n".join(conditions),
@@ -56,15 +61,15 @@ def ablation_markdown(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _passkeys(report: Mapping[str, Any]) -> str:
-    lengths = sorted({row["length"] for row in report["passkey"]})
-    cells = {(row["method"], row["length"]): row for row in report["passkey"]}
-    questions = report["passkey"][0]["questions"]
+def _found(report: Mapping[str, Any], task: str, title: str) -> str:
+    lengths = sorted({row["length"] for row in report[task]})
+    cells = {(row["method"], row["length"]): row for row in report[task]}
+    questions = report[task][0]["questions"]
     rows = [
         [name, *_channels(report, name), *(interval(cells[name, length], "share", ".2f") for length in lengths)]
         for name in report["methods"]
     ]
-    text = f"Pass keys found, {questions} questions a cell (95 %, Wilson), by tokens of the prompt:\n\n"
+    text = f"{title}, {questions} questions a cell (95 %, Wilson), by tokens of the prompt:\n\n"
     return text + table(["variant", *_channels_header(report), *map(str, lengths)], rows)
 
 

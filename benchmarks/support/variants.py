@@ -90,15 +90,24 @@ class Subject:
         """The model without a filter."""
         return Variant(self, Plain(), {"filter": False})
 
-    def filtered(self, table: ThresholdTable, min_retention: float | None = None) -> Variant:
-        """The model with a table and a theta."""
-        method = LongMamba.from_table(table, min_retention)
+    def filtered(
+        self, table: ThresholdTable, min_retention: float | None = None, unfiltered_end: int | None = None
+    ) -> Variant:
+        """The model with a table and a theta, and perhaps an unfiltered end."""
+        method = LongMamba.from_table(table, min_retention, unfiltered_end)
         theta = table.metadata.min_retention if min_retention is None else min_retention
         channels = table.count_global(theta)
-        return Variant(self, method, {"table": table.digest(), "min_retention": theta, "global_channels": channels})
+        described = {"table": table.digest(), "min_retention": theta, "global_channels": channels}
+        end = table.unfiltered_end(unfiltered_end)
+        return Variant(self, method, described | ({"unfiltered_end": end} if end else {}))
 
     def calibrated(
-        self, texts: Sequence[Path], row_lengths: Sequence[int], clamp_percent: float, seed: int = 0
+        self,
+        texts: Sequence[Path],
+        row_lengths: Sequence[int],
+        clamp_percent: float,
+        seed: int = 0,
+        budget: float = 1.0,
     ) -> ThresholdTable:
         """A table of the paper's method, for C = 0 of "unclamped"; sequences, L and theta are as in the model's table.
 
@@ -107,6 +116,7 @@ class Subject:
             row_lengths: prompt lengths of the rows, the first is L.
             clamp_percent: C.
             seed: chooses the sequences.
+            budget: what a channel may keep, as a factor of its sum over L.
         """
         corpus, metadata = read_corpus(list(texts)), self.table.metadata
         settings = CalibrationSettings(clamp_percent=clamp_percent)
@@ -115,7 +125,12 @@ class Subject:
         model = self.model.with_method(recording)
         layers = {
             layer.index: LayerCalibration(
-                layer.mixer.A, metadata.train_length, list(row_lengths), clamp_percent, settings.way_to_combine
+                layer.mixer.A,
+                metadata.train_length,
+                list(row_lengths),
+                clamp_percent,
+                settings.way_to_combine,
+                budget,
             )
             for layer in model.layers
         }
@@ -132,6 +147,7 @@ class Subject:
                 method=settings.method,
                 combine=settings.way_to_combine,
                 closed_loop=None,
+                budget=budget,
             ),
             row_lengths=np.array(row_lengths),
             layers={index: calibration.result() for index, calibration in layers.items()},

@@ -156,6 +156,7 @@ def assert_exact(
     result: Completion,
     table: ThresholdTable | None,
     filters_generated: bool = False,
+    unfiltered_end: int = 0,
 ) -> None:
     """Compare an engine's completion with the reference, given the same tokens."""
     filters = None
@@ -164,7 +165,9 @@ def assert_exact(
         filters = {layer: table.thresholds(layer)[row] for layer in table.layers}
     tokens = prompt + result.tokens
     filtered = len(tokens) if filters_generated else len(prompt)
-    reference = reference_logprobs(model, tokens, prompt_length=filtered, filters=filters)
+    reference = reference_logprobs(
+        model, tokens, prompt_length=filtered, filters=filters, unfiltered_end=unfiltered_end
+    )
     expected = reference[len(prompt) - 1 : -1].numpy()
     assert result.logprobs.shape == expected.shape
     np.testing.assert_allclose(result.logprobs, expected, rtol=0, atol=LOGPROB_TOLERANCE)

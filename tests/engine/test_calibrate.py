@@ -19,17 +19,29 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize(
-    ("family", "clamp_percent", "combine"), [("mamba1", 10.0, "mean"), ("mamba2", None, "clipped")]
+    ("family", "clamp_percent", "combine", "budget"),
+    [("mamba1", 10.0, "mean", 1.0), ("mamba2", None, "clipped", 0.5)],
 )
 def test_calibrate(
-    family: str, clamp_percent: float | None, combine: str, tiny_model: Callable[[str], Path], tmp_path: Path
+    family: str,
+    clamp_percent: float | None,
+    combine: str,
+    budget: float,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
-    """The paper's method with a clamp of its own, and the default."""
+    """The paper's method with a clamp of its own, and the default with a budget and an unfiltered end."""
     model = tiny_model(family)
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(token % 96 + 32) for token in random_token_ids(2000, seed=1)))
     settings = CalibrationSettings(
-        num_sequences=3, train_length=TRAIN_LENGTH, max_length=400, clamp_percent=clamp_percent, seed=5
+        num_sequences=3,
+        train_length=TRAIN_LENGTH,
+        max_length=400,
+        clamp_percent=clamp_percent,
+        seed=5,
+        budget=budget,
+        unfiltered_end=64 if budget != 1 else 0,
     )
     seen = []
 
@@ -44,11 +56,12 @@ def test_calibrate(
     assert other.digest() != table.digest()
 
     assert len(seen) == 3
-    assert table.metadata.combine == combine
+    assert (table.metadata.combine, table.metadata.budget) == (combine, budget)
+    assert table.unfiltered_end() == settings.unfiltered_end
     weights = _read_weights(model)
     for layer, thresholds in table.layers.items():
         A = -torch.exp(weights[f"backbone.layers.{layer}.mixer.A_log"].double())
-        expected = LayerCalibration(A, TRAIN_LENGTH, table.row_lengths, clamp_percent or 0.0, combine)
+        expected = LayerCalibration(A, TRAIN_LENGTH, table.row_lengths, clamp_percent or 0.0, combine, budget)
         for sequence in seen:
             expected.add(reference_dt(model, sequence)[layer].float())
         np.testing.assert_allclose(thresholds.retention, expected.result().retention, rtol=1e-3)

@@ -13,18 +13,26 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize(
-    ("family", "filters_generated"),
-    [("mamba1", False), ("mamba2", False), ("zamba2", False), ("mamba1", True), ("mamba2", True)],
+    ("family", "filters_generated", "unfiltered_end"),
+    [
+        ("mamba1", False, 0),
+        ("mamba2", False, 0),
+        ("zamba2", False, 0),
+        ("mamba1", True, 0),
+        ("mamba2", True, 0),
+        ("mamba2", False, 60),
+    ],
 )
 def test_a_resumed_request_is_filtered_as_before(
     family: str,
     filters_generated: bool,
+    unfiltered_end: int,
     engine: Callable[..., Any],
     tiny_model: Callable[[str], Any],
     tiny_table: Callable[[str], Any],
 ) -> None:
     path, table = tiny_table(family)
-    options = longmamba(path, filter_generated=filters_generated)
+    options = longmamba(path, filter_generated=filters_generated, unfiltered_end=unfiltered_end)
     running = engine(family, **options, max_num_batched_tokens=100).llm.llm_engine
     prompts = [random_token_ids(length, seed=length) for length in (150, 333)]
     for number, prompt in enumerate(prompts):
@@ -44,4 +52,5 @@ def test_a_resumed_request_is_filtered_as_before(
             preempted += sum(request.num_preemptions > 0 for request in scheduler.requests.values())
     assert preempted > 0
     for number, prompt in enumerate(prompts):
-        assert_exact(tiny_model(family), prompt, completion(finished[str(number)]), table, filters_generated)
+        result = completion(finished[str(number)])
+        assert_exact(tiny_model(family), prompt, result, table, filters_generated, unfiltered_end)

@@ -9,7 +9,11 @@ from tiny_models import write_mamba1_original
 from typer.testing import CliRunner
 
 from vllm_longmamba.cli import app
+from vllm_longmamba.commands import evaluate, lm_eval
+from vllm_longmamba.evaluate import tuning_run
 from vllm_longmamba.evaluate.command_line import engine_arguments, numbers, real_numbers
+from vllm_longmamba.evaluate.methods import ModelSettings
+from vllm_longmamba.evaluate.tuning_settings import TuningSettings
 from vllm_longmamba.tables import read_metadata
 
 MODEL = str(EXAMPLES / "passkey-mamba2-4m")
@@ -65,6 +69,49 @@ def test_mistakes_are_said_without_a_traceback(arguments: list[str], message: st
     assert f"longmamba eval {arguments[0]}: " in result.output
     assert message in result.output.replace("\n", " ")
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("task", ["passkey", "needles", "perplexity", "ruler", "longbench-e"])
+@pytest.mark.parametrize(
+    ("given", "options"), [([], {}), (["0"], {"unfiltered_end": 0}), (["64"], {"unfiltered_end": 64})]
+)
+def test_the_unfiltered_end_is_handed_on(
+    task: str, given: list[str], options: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+
+    def compared(model: str, method: str, options: dict[str, int], *_: object) -> None:
+        seen.append(options)
+        raise ValueError("seen")
+
+    def run_benchmark(benchmark: object, model: ModelSettings, *_: object) -> None:
+        compared(model.model, "", dict(model.options))
+
+    monkeypatch.setattr(evaluate, "_compared", compared)
+    monkeypatch.setattr(lm_eval, "_run", run_benchmark)
+    text = {
+        "passkey": ["--haystack", HAYSTACK],
+        "needles": ["--haystack", HAYSTACK],
+        "perplexity": ["--text", HAYSTACK],
+    }
+    arguments = [*text.get(task, []), *(f"--unfiltered-end={end}" for end in given), "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, ["eval", task, MODEL, *arguments])
+    assert (result.exit_code, seen) == (1, [options]), result.output
+
+
+@pytest.mark.parametrize(("given", "expected"), [([], 0), (["--unfiltered-end", "64"], 64)])
+def test_tune_calibrates_with_the_unfiltered_end(
+    given: list[str], expected: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+
+    def tune_model(model: str, settings: TuningSettings, *_: object) -> None:
+        seen.append(settings.calibration.unfiltered_end)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(tuning_run, "tune_model", tune_model)
+    result = CliRunner().invoke(app, ["tune", MODEL, "--held-out", HAYSTACK, *given, "-o", str(tmp_path)])
+    assert (result.exit_code, seen) == (1, [expected]), result.output
 
 
 @pytest.mark.engine

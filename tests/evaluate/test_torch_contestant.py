@@ -78,12 +78,15 @@ def test_descriptions_tell_what_determines_the_output(folder: Path, table: Path)
     assert longmamba.description["table"] == load_table(table).digest()
     assert longmamba.description["min_retention"] == 1e-2
     other_theta = prepare(folder, "torch-longmamba", table=str(table), min_retention=0.5).description
+    ends = [prepare(folder, "torch-longmamba", table=str(table), unfiltered_end=end).description for end in (0, 20, 21)]
+    assert ends[0] == longmamba.description
+    assert ends[1] == longmamba.description | {"unfiltered_end": 20}
     first = prepare(folder, "decimamba", SETTINGS).description
     second = prepare(folder, "decimamba", {**SETTINGS, "beta": 0.5}).description
     assert first["decimamba"] == DeciMamba(**SETTINGS).to_dict()
     engine = prepare(folder, "plain").description
     assert plain["weights"] == engine["weights"]
-    different = [plain, longmamba.description, other_theta, first, second, engine]
+    different = [plain, longmamba.description, other_theta, *ends[1:], first, second, engine]
     assert len({json.dumps(description, sort_keys=True) for description in different}) == len(different)
 
 
@@ -98,6 +101,10 @@ def test_started_contestants_run_their_methods(folder: Path, table: Path) -> Non
     np.testing.assert_allclose(results["torch-plain"], plain, rtol=0, atol=1e-3)
     for method in ("torch-longmamba", "decimamba"):
         assert np.abs(results[method] - plain).max() > 0.1
+    # With all of the prompt in the end, it is the plain model.
+    with prepare(folder, "torch-longmamba", table=str(table), unfiltered_end=300).start() as runner:
+        [(_, unfiltered)] = runner.tail_logprobs([(None, prompt)], 20)
+    np.testing.assert_array_equal(unfiltered, results["torch-plain"])
 
 
 @pytest.mark.parametrize(

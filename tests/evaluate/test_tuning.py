@@ -56,6 +56,8 @@ def test_candidate() -> None:
     assert plain(TABLES[0]).is_plain
     assert plain(TABLES[0]).global_channels == 0
     assert not candidate(TABLES[0], 0.1).is_plain
+    with_end = TriedTable(Path("end"), small_table(clamp_percent=5.0, unfiltered_end=64), THETAS)
+    assert candidate(with_end, 1e-4).thresholds != candidate(TABLES[0], 1e-4).thresholds
 
 
 def test_label() -> None:

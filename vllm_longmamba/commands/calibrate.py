@@ -76,8 +76,18 @@ def calibrate(
     ] = None,
     budget: Annotated[
         float,
-        typer.Option(help="Closed loop: what a channel may keep, as a factor of its sum over the training length."),
+        typer.Option(help="What a channel may keep, as a factor of its sum over the training length; paper: 1."),
     ] = 1.0,
+    channel_budget: Annotated[
+        list[str] | None,
+        typer.Option(help="LAYER.CHANNEL=BUDGET, such as 3.2=4: a channel with a budget of its own; repeatable."),
+    ] = None,
+    unfiltered_end: Annotated[
+        int,
+        typer.Option(
+            min=0, help="As many of a prompt's last tokens are not filtered; serving may change it. The paper has 0."
+        ),
+    ] = 0,
     measure_to: Annotated[
         int | None,
         typer.Option(
@@ -108,7 +118,18 @@ def calibrate(
         if groups_output is not None and groups < 2:
             raise ValueError("--groups-output needs --groups 2 or more")
         settings = CalibrationSettings(
-            sequences, clamp_percent, min_retention, train_length, max_length, seed, method, combine, measure_to, budget
+            sequences,
+            clamp_percent,
+            min_retention,
+            train_length,
+            max_length,
+            seed,
+            method,
+            combine,
+            measure_to,
+            budget,
+            unfiltered_end,
+            tuple(channel_budget or ()),
         )
         arguments = {"progress": _progress_bars(groups), "text_column": text_column, **engine_args}
         tables = list(calibrate_groups(groups, model, text, settings, **arguments))

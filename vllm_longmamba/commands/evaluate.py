@@ -70,6 +70,9 @@ EngineArg = Annotated[
 ]
 TableFile = Annotated[Path | None, typer.Option("--table", help="Threshold table. [default: searched, as in serving]")]
 MinRetention = Annotated[float | None, typer.Option(help="The paper's theta. [default: the table's]")]
+UnfilteredEnd = Annotated[
+    int | None, typer.Option(min=0, help="Last tokens of prompts that are not filtered. [default: the table's]")
+]
 
 
 @app.command()
@@ -84,6 +87,7 @@ def passkey(
     decimamba: Decimamba = None,
     table: TableFile = None,
     min_retention: MinRetention = None,
+    unfiltered_end: UnfilteredEnd = None,
     dtype: Dtype = "auto",
     tokenizer: Tokenizer = None,
     tensor_parallel_size: TensorParallel = 1,
@@ -98,7 +102,9 @@ def passkey(
             return list(passkey_questions(numbers(lengths), places, seeds))
 
         engine_args = engine_arguments(dtype, tokenizer, tensor_parallel_size, max_model_len, engine_arg)
-        compared = _compared(model, method, longmamba_options(table, min_retention), engine_args, decimamba)
+        compared = _compared(
+            model, method, longmamba_options(table, min_retention, unfiltered_end), engine_args, decimamba
+        )
         settings = {"wording": [PASSKEY_NEEDLE, PASSKEY_QUESTION]}
         _ask(compared, questions, middles(depths), numbers(seeds), haystack, settings, output, "Passkey")
 
@@ -117,6 +123,7 @@ def needles(
     decimamba: Decimamba = None,
     table: TableFile = None,
     min_retention: MinRetention = None,
+    unfiltered_end: UnfilteredEnd = None,
     dtype: Dtype = "auto",
     tokenizer: Tokenizer = None,
     tensor_parallel_size: TensorParallel = 1,
@@ -135,7 +142,9 @@ def needles(
             return list(needle_questions(numbers(lengths), places, seeds, count, ask_all))
 
         engine_args = engine_arguments(dtype, tokenizer, tensor_parallel_size, max_model_len, engine_arg)
-        compared = _compared(model, method, longmamba_options(table, min_retention), engine_args, decimamba)
+        compared = _compared(
+            model, method, longmamba_options(table, min_retention, unfiltered_end), engine_args, decimamba
+        )
         settings = {"needles": count, "ask": ask, "wording": [NEEDLE, ALL_QUESTION if ask_all else ONE_QUESTION]}
         title = f"{count} needles, ask {ask}"
         _ask(compared, questions, middles(depths), numbers(seeds), haystack, settings, output, title)
@@ -153,6 +162,7 @@ def perplexity(
     decimamba: Decimamba = None,
     table: TableFile = None,
     min_retention: MinRetention = None,
+    unfiltered_end: UnfilteredEnd = None,
     dtype: Dtype = "auto",
     tokenizer: Tokenizer = None,
     tensor_parallel_size: TensorParallel = 1,
@@ -171,7 +181,9 @@ def perplexity(
         books = read_books(text)
         wanted = numbers(lengths)
         engine_args = engine_arguments(dtype, tokenizer, tensor_parallel_size, max_model_len, engine_arg)
-        compared = _compared(model, method, longmamba_options(table, min_retention), engine_args, decimamba)
+        compared = _compared(
+            model, method, longmamba_options(table, min_retention, unfiltered_end), engine_args, decimamba
+        )
         settings = {"scored_tokens": scored_tokens, "texts": {book.name: book.digest for book in books}}
 
         def choose(book_tokens: Mapping[str, int]) -> Iterator[perplexity.Window]:

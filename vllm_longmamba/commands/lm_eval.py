@@ -15,6 +15,7 @@ from vllm_longmamba.commands.evaluate import (
     TableFile,
     TensorParallel,
     Tokenizer,
+    UnfilteredEnd,
 )
 from vllm_longmamba.evaluate.command_line import (
     console,
@@ -65,6 +66,7 @@ def ruler(
     method: Method = "plain,longmamba",
     table: TableFile = None,
     min_retention: MinRetention = None,
+    unfiltered_end: UnfilteredEnd = None,
     dtype: Dtype = "auto",
     tokenizer: Tokenizer = None,
     tensor_parallel_size: TensorParallel = 1,
@@ -79,7 +81,7 @@ def ruler(
 
         chosen, wanted = RULER.chosen(tasks), numbers(lengths)
         engine_args = engine_arguments(dtype, tokenizer, tensor_parallel_size, max_model_len, engine_arg)
-        settings = ModelSettings(model, longmamba_options(table, min_retention), engine_args)
+        settings = ModelSettings(model, longmamba_options(table, min_retention, unfiltered_end), engine_args)
         changes = ruler_overrides(essays, squad, hotpot)
         _run(RULER, settings, method, chosen, wanted, limit, seed, changes, printed, output)
 
@@ -97,6 +99,7 @@ def longbench_e(
     method: Method = "plain,longmamba",
     table: TableFile = None,
     min_retention: MinRetention = None,
+    unfiltered_end: UnfilteredEnd = None,
     dtype: Dtype = "auto",
     tokenizer: Tokenizer = None,
     tensor_parallel_size: TensorParallel = 1,
@@ -111,7 +114,7 @@ def longbench_e(
 
         chosen = LONGBENCH_E.chosen(tasks)
         engine_args = engine_arguments(dtype, tokenizer, tensor_parallel_size, max_model_len, engine_arg)
-        settings = ModelSettings(model, longmamba_options(table, min_retention), engine_args)
+        settings = ModelSettings(model, longmamba_options(table, min_retention, unfiltered_end), engine_args)
         changes = longbench_overrides(data, {task: LONGBENCH_E.tasks[task] for task in chosen}) if data else {}
         _run(LONGBENCH_E, settings, method, chosen, [], limit, 0, changes, printed, output)
 

@@ -73,6 +73,7 @@ def tune(
         int | None,
         typer.Option(min=2, help="Closed loop: as for longmamba calibrate. [default: the longest of --lengths]"),
     ] = None,
+    unfiltered_end: Annotated[int, typer.Option(min=0, help="Of all that is tried: as for longmamba calibrate.")] = 0,
     score: Annotated[str, typer.Option(help="What decides: passkey, perplexity or both.")] = "both",
     lengths: Annotated[
         str | None,
@@ -124,6 +125,7 @@ def tune(
             method=method,
             combine=combine,
             measure_to=measure_to,
+            unfiltered_end=unfiltered_end,
         )
         settings = TuningSettings(
             grid=make_grid(
@@ -167,6 +169,8 @@ def tune(
         }
         if needles:
             what["needles"] = needles
+        if unfiltered_end:
+            what["unfiltered_end"] = unfiltered_end
         if metadata.closed_loop is not None:
             what |= {"combine": metadata.closed_loop.combine, "measured": list(metadata.closed_loop.lengths)}
         report = {

@@ -63,9 +63,15 @@ def real_numbers(text: str) -> list[float]:
         raise ValueError(f"expected numbers separated by commas, such as 1e-3,0.1, got {text!r}") from None
 
 
-def longmamba_options(table: Path | None, min_retention: float | None) -> dict[str, Any]:
+def longmamba_options(
+    table: Path | None, min_retention: float | None, unfiltered_end: int | None = None
+) -> dict[str, Any]:
     """Options of LongMamba, without those not given."""
-    given = {"table": str(table) if table is not None else None, "min_retention": min_retention}
+    given = {
+        "table": str(table) if table is not None else None,
+        "min_retention": min_retention,
+        "unfiltered_end": unfiltered_end,
+    }
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -70,10 +70,11 @@ class EngineContestant:
         if options.table is not None:
             table = load_table(options.table)
             source, thresholds = table.metadata, table.digest()
+            end = table.unfiltered_end(options.unfiltered_end)
         else:
             # The engine will make the table at its start; the plan determines it.
             source = plan_from_config(config.additional_config)
-            thresholds = source.key()
+            thresholds, end = source.key(), options.unfiltered_end or 0
         self.train_length = source.train_length
         return description | {
             "filter": True,
@@ -81,6 +82,7 @@ class EngineContestant:
             "train_length": source.train_length,
             "min_retention": options.min_retention if options.min_retention is not None else source.min_retention,
             "clamp_percent": source.clamp_percent,
+            **({"unfiltered_end": end} if end else {}),
         }
 
     @contextmanager

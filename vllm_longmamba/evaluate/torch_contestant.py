@@ -77,7 +77,8 @@ class TorchContestant:
         options = options_from_config({KEY: given})
         weights = Weights(self._folder, [str(file) for file in weight_files(self._folder)])
         table = load_table(find_table(str(self._folder), weights, options))
-        self._method = LongMamba.from_table(table, options.min_retention)
+        self._method = LongMamba.from_table(table, options.min_retention, options.unfiltered_end)
+        end = table.unfiltered_end(options.unfiltered_end)
         self.train_length = table.metadata.train_length
         self.description |= {
             "table": table.digest(),
@@ -86,6 +87,7 @@ class TorchContestant:
                 options.min_retention if options.min_retention is not None else table.metadata.min_retention
             ),
             "clamp_percent": table.metadata.clamp_percent,
+            **({"unfiltered_end": end} if end else {}),
         }
 
     def _use_decimamba(self, given: Mapping[str, Any] | None, layers: int) -> None:

@@ -98,6 +98,8 @@ def candidate(tried: TriedTable, min_retention: float, unfiltered: Sequence[str]
     """The setting of a table, a theta and what is left unfiltered."""
     table, metadata = leave_unfiltered(tried.table, unfiltered), tried.table.metadata
     digest = blake3()
+    if metadata.unfiltered_end:
+        digest.update(f"unfiltered_end {metadata.unfiltered_end}".encode())
     for layer in sorted(table.layers):
         digest.update(table.thresholds(layer, min_retention).numpy().tobytes())
     closed = metadata.closed_loop

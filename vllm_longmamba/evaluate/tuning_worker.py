@@ -38,5 +38,6 @@ class TuningWorkerExtension:
         if new.row_lengths.tolist() != prompt_filter.table.row_lengths.tolist():
             raise ValueError(f"{table}: its rows are for other prompt lengths than those of the engine's table")
         prompt_filter.table, prompt_filter.min_retention = new, min_retention
+        prompt_filter.unfiltered_end = new.unfiltered_end()
         for mixer in mixers:
             mixer.set_filter(prompt_filter, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())

@@ -21,11 +21,15 @@ class PromptRecorder:
     Args:
         rows: layer index -> (channels,) threshold of dt for this prompt; None where the model runs plain.
         chosen: layer index -> channels whose receptive field is drawn.
+        unfiltered_end: as many of the prompt's last tokens are not filtered.
     """
 
-    def __init__(self, rows: dict[int, torch.Tensor] | None, chosen: dict[int, list[int]]) -> None:
+    def __init__(
+        self, rows: dict[int, torch.Tensor] | None, chosen: dict[int, list[int]], unfiltered_end: int = 0
+    ) -> None:
         self.rows = rows
         self.chosen = chosen
+        self.unfiltered_end = unfiltered_end
         self.results: dict[str, torch.Tensor] = {}
 
     def record(self, layer: int, inputs: LayerInputs) -> None:
@@ -42,6 +46,7 @@ class PromptRecorder:
         kept = torch.ones_like(inputs.dt, dtype=torch.bool)
         if self.rows is not None:
             kept = inputs.dt > self.rows[layer].to(inputs.dt.device)
+            kept[max(0, len(kept) - self.unfiltered_end) :] = True
         inputs = LayerInputs(inputs.dt * kept, inputs.A, inputs.B, inputs.C)
         self._measure(layer, inputs, kept)
 
@@ -67,6 +72,7 @@ class InspectWorkerExtension:
 
     model_runner: Any
     _longmamba_thresholds: dict[int, torch.Tensor]
+    _longmamba_unfiltered_end: int
     _longmamba_recorder: PromptRecorder | None
 
     def longmamba_inspect_start(self) -> None:
@@ -77,6 +83,8 @@ class InspectWorkerExtension:
         self._longmamba_thresholds = {}
         for mixer in long_mixers(self.model_runner.model):
             self._longmamba_thresholds[mixer.layer_index] = mixer.dt_threshold.clone()
+            assert mixer.prompt_filter is not None, "longmamba inspect starts the engine with the filter"
+            self._longmamba_unfiltered_end = mixer.prompt_filter.unfiltered_end
             mixer.register_forward_pre_hook(self._longmamba_hook, with_kwargs=True)  # type: ignore[attr-defined]
 
     def longmamba_inspect_begin(self, row: int, is_filtered: bool, chosen: list[list[int]]) -> None:
@@ -97,7 +105,9 @@ class InspectWorkerExtension:
         by_layer: dict[int, list[int]] = {}
         for layer, channel in chosen:
             by_layer.setdefault(layer, []).append(channel)
-        self._longmamba_recorder = PromptRecorder(rows if is_filtered else None, by_layer)
+        self._longmamba_recorder = PromptRecorder(
+            rows if is_filtered else None, by_layer, self._longmamba_unfiltered_end
+        )
 
     def longmamba_inspect_end(self, path: str) -> None:
         """Write what was measured to a safetensors file."""

@@ -45,7 +45,10 @@ def provenance(table: ThresholdTable, source: str, min_retention: float | None =
         "min_retention": f"{theta:g}"
         + ("" if min_retention is None else f" (the table's own: {metadata.min_retention:g})"),
         "clamp": f"{metadata.clamp_percent:g} %",
+        **({"budget": f"{metadata.budget:g}"} if metadata.budget != 1 else {}),
+        **({"budgets of channels": ", ".join(metadata.channel_budgets)} if metadata.channel_budgets else {}),
         **({"left unfiltered": ", ".join(metadata.unfiltered)} if metadata.unfiltered else {}),
+        **({"unfiltered end": f"{metadata.unfiltered_end} tokens"} if metadata.unfiltered_end else {}),
         "calibrated on": f"{metadata.num_sequences} sequences, seed {metadata.seed}: {metadata.corpus}",
         "made by": f"{metadata.tool_version}, method {metadata.method!r}",
         "digest": table.digest(min_retention),
