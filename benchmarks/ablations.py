@@ -20,7 +20,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from support.variants import Subject
@@ -107,13 +107,14 @@ def _run(name: str, subject: "Subject", lengths: list[int], options: argparse.Na
         depths = [depth / 2 for depth in depths]
     seeds = [int(seed) for seed in options.seeds.split(",")]
     books = read_books(options.text)
-    of_records = {
+    of_records: dict[str, Any] = {
         "scored_tokens": options.scored,
         "wording": [PASSKEY_NEEDLE, PASSKEY_QUESTION],
         "texts": {book.name: book.digest for book in books},
     }
     questions = {"passkey": list(passkey_questions(lengths, depths, seeds))}
     if options.needles:
+        of_records["needles"] = options.needles
         questions["needles"] = list(needle_questions(lengths, depths, seeds, options.needles))
 
     def choose(tokens: Mapping[str, int]) -> Iterator["Window"]:
@@ -134,8 +135,6 @@ def _run(name: str, subject: "Subject", lengths: list[int], options: argparse.Na
     finally:
         records.close()
     asked = {"lengths": lengths, "depths": depths, "seeds": seeds, "windows": options.windows}
-    if options.needles:
-        asked["needles"] = options.needles
     report = {
         "task": "ablation",
         "ablation": name,

@@ -18,16 +18,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from support.variants import Subject
 
-from vllm_longmamba.evaluate.needles import Question, middles, needle_questions, passkey_questions
+from vllm_longmamba.evaluate.needles import middles, needle_questions, passkey_questions
 from vllm_longmamba.evaluate.perplexity import windows
 from vllm_longmamba.evaluate.texts import read_books
+from vllm_longmamba.evaluate.torch_contestant import tail_logprobs
 from vllm_longmamba.tables import LayerThresholds, ThresholdTable, filtered_channels
 from vllm_longmamba.torch_reference import LongMamba, Plain, ReadingMethod
 
 Channel = tuple[int, int]
+Texts = list[list[int]]
 NAMES = 4
 SCORED = 100
 # Answers less than this much better are taken for chance.
@@ -43,13 +46,24 @@ class Trial:
         budgets = sorted({options.budget, *options.budgets})
         rows = [self.subject.table.metadata.train_length, *sorted(options.lengths)]
         self.tables = {budget: self.subject.calibrated([], rows, 0.0, budget=budget) for budget in budgets}
-        self.encoder = self.subject.encoder
-        self.books = {book.name: self.encoder.encode(book.text) for book in read_books(options.text)}
+        encoder = self.subject.encoder
+        books = {book.name: encoder.encode(book.text) for book in read_books(options.text)}
+        haystack = [token for book in books.values() for token in book]
         depths, seeds = middles(9), range(-(-options.questions // 9))
-        self.asked: dict[tuple[str, int], list[Question]] = {}
+        # (task, length) -> prompts and the digits that answer them; length -> texts to be scored.
+        self.asked: dict[tuple[str, int], tuple[Texts, Texts]] = {}
+        self.texts: dict[int, Texts] = {}
         for length in options.lengths:
-            self.asked["needles", length] = list(needle_questions([length], depths, seeds, NAMES))
-            self.asked["passkey", length] = list(passkey_questions([length], depths, seeds))
+            questions = {
+                "needles": needle_questions([length], depths, seeds, NAMES),
+                "passkey": passkey_questions([length], depths, seeds),
+            }
+            for task, asked in questions.items():
+                pairs = [(encoder.prompt(one, haystack), encoder.encode(one.asked[0].number)) for one in asked]
+                self.asked[task, length] = [prompt for prompt, _ in pairs], [digits for _, digits in pairs]
+            sizes = {name: len(tokens) for name, tokens in books.items() if len(tokens) >= length}
+            chosen = windows(sizes, [length], options.windows, SCORED)
+            self.texts[length] = [window.tokens(books[window.book], []) for window in chosen]
         self.plain = {length: self._loss(Plain(), length) for length in options.lengths}
 
     def channels(self) -> list[Channel]:
@@ -72,7 +86,7 @@ class Trial:
         method = LongMamba.from_table(self.table(budgets), unfiltered_end=self.options.unfiltered_end)
         lengths = self.options.lengths
         found = {
-            task: [self._probability(method, self.asked[task, length]) for length in lengths]
+            task: [self._probability(method, *self.asked[task, length]) for length in lengths]
             for task in ("needles", "passkey")
         }
         above = [self._loss(method, length) - self.plain[length] for length in lengths]
@@ -80,23 +94,16 @@ class Trial:
         answers = sum(found["needles"]) + 0.5 * sum(found["passkey"])
         return {**found, "above plain": above, "score": (answers - 20 * excess) / len(lengths)}
 
-    def _probability(self, method: ReadingMethod, questions: list[Question]) -> float:
-        haystack = [token for book in self.books.values() for token in book]
-        prompts = [self.encoder.prompt(question, haystack) for question in questions]
-        numbers = [self.encoder.encode(question.asked[0].number) for question in questions]
+    def _probability(self, method: ReadingMethod, prompts: Texts, numbers: Texts) -> float:
         digits = torch.tensor(numbers, device=self.subject.model.device)
         reading = self.subject.model.with_method(method).read(prompts)
         logits = torch.cat([reading.logits, reading.append(digits[:, :-1])], dim=1)
-        right = logits.log_softmax(-1).gather(2, digits[..., None]).sum((1, 2))
-        return float(right.exp().mean())
+        return float(np.exp(np.sum(tail_logprobs(logits, numbers), axis=1)).mean())
 
     def _loss(self, method: ReadingMethod, length: int) -> float:
-        sizes = {name: len(tokens) for name, tokens in self.books.items() if len(tokens) >= length}
-        chosen = windows(sizes, [length], self.options.windows, SCORED)
-        texts = torch.tensor([window.tokens(self.books[window.book], []) for window in chosen])
-        logits = self.subject.model.with_method(method).read(texts.tolist(), SCORED + 1).logits[:, :-1]
-        wanted = texts[:, -SCORED:, None].to(logits.device)
-        return -float(logits.log_softmax(-1).gather(2, wanted).mean())
+        texts = self.texts[length]
+        logits = self.subject.model.with_method(method).read(texts, SCORED + 1).logits[:, :-1]
+        return -float(np.mean(tail_logprobs(logits, texts)))
 
 
 def main() -> None:

@@ -52,7 +52,8 @@ class LayerCalibration:
         check_train_length(train_length, "LayerCalibration")
         check_clamp_percent(clamp_percent, "LayerCalibration")
         check_combine(combine, "LayerCalibration")
-        for one in budget.tolist() if isinstance(budget, Tensor) else [budget]:
+        # Of many channels two numbers tell; a NaN is its own smallest and largest.
+        for one in (budget.min().item(), budget.max().item()) if isinstance(budget, Tensor) else (budget,):
             check_budget(one, "LayerCalibration")
         lengths = check_row_lengths(np.asarray(row_lengths), train_length, "LayerCalibration")
         self.train_length = train_length

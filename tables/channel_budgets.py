@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .metadata import check_budget
+from .unfiltered import read_place
 
 
 def read_channel_budgets(names: Iterable[str]) -> dict[tuple[int, int], float]:
@@ -23,14 +24,13 @@ def read_channel_budgets(names: Iterable[str]) -> dict[tuple[int, int], float]:
     found: dict[tuple[int, int], float] = {}
     for name in names:
         place, _, value = name.partition("=")
-        parts = place.split(".")
         try:
-            layer, channel = (int(part) for part in parts if part.isascii() and part.isdigit())
+            layer, channel = read_place(place)
             budget = float(value)
         except ValueError:
             raise ValueError(f"channel_budgets: must be LAYER.CHANNEL=BUDGET, such as 3.2=4, got {name!r}") from None
         check_budget(budget, "channel_budgets")
-        if len(parts) != 2 or (layer, channel) in found:
+        if (layer, channel) in found:
             raise ValueError(f"channel_budgets: {name!r} is no channel, LAYER.CHANNEL, or named twice")
         found[layer, channel] = budget
     return found

@@ -20,7 +20,7 @@ def leave_unfiltered(table: ThresholdTable, names: Iterable[str]) -> ThresholdTa
     Raises:
         ValueError: a name of another form, or of a layer or channel that the table has not.
     """
-    names = sorted({*table.metadata.unfiltered, *names}, key=_place)
+    names = sorted({*table.metadata.unfiltered, *names}, key=read_place)
     layers = dict(table.layers)
     for layer, channels in _channels_of(names, table.layers).items():
         thresholds = layers[layer].dt_threshold.numpy().copy()  # NumPy: see table.py
@@ -43,7 +43,7 @@ def filtered_channels(table: ThresholdTable, min_retention: float | None = None)
 def _channels_of(names: Iterable[str], layers: Mapping[int, LayerThresholds]) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
     for name in names:
-        layer, *rest = _place(name)
+        layer, *rest = read_place(name)
         count = len(layers[layer].retention) if layer in layers else 0
         channels = rest or list(range(count))
         if not channels or max(channels) >= count:
@@ -52,7 +52,8 @@ def _channels_of(names: Iterable[str], layers: Mapping[int, LayerThresholds]) ->
     return found
 
 
-def _place(name: str) -> tuple[int, ...]:
+def read_place(name: str) -> tuple[int, ...]:
+    """Reads "LAYER" or "LAYER.CHANNEL"; ValueError for another form."""
     parts = name.split(".")
     if not (1 <= len(parts) <= 2 and all(part.isascii() and part.isdigit() for part in parts)):
         raise ValueError(f"unfiltered: must be LAYER or LAYER.CHANNEL, got {name!r}")

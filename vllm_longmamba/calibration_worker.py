@@ -49,16 +49,18 @@ class CalibrationRecorder:
         self.combine = combine
         self.budget = budget
         self.channel_budgets = channel_budgets
-        self._first_channel: dict[int, int] = {}
         self.layers: dict[int, LayerCalibration] = {}
         self._A: dict[int, torch.Tensor] = {}
+        # Layer -> (channels,) budgets.
+        self._budgets: dict[int, torch.Tensor] = {}
         # Layer -> (train_length, channels) on the host and how much of it is filled, where a sequence comes in chunks.
         self._chunks: dict[int, tuple[torch.Tensor, int]] = {}
 
     def attach(self, mixer: Any, A: torch.Tensor, tp_rank: int = 0) -> None:
         """Record a mixer from now on, whose A is (channels,) or (channels, d_state): this rank's channels."""
         self._A[mixer.layer_index] = A
-        self._first_channel[mixer.layer_index] = tp_rank * A.shape[0]
+        channels = range(tp_rank * A.shape[0], (tp_rank + 1) * A.shape[0])
+        self._budgets[mixer.layer_index] = layer_budgets(self.channel_budgets, mixer.layer_index, channels, self.budget)
         mixer.dt_recorder = self
 
     def record(self, layer_index: int, dt: torch.Tensor) -> None:
@@ -102,14 +104,13 @@ class CalibrationRecorder:
 
     def _add(self, layer_index: int, dt: torch.Tensor) -> None:
         if layer_index not in self.layers:
-            A, first = self._A[layer_index], self._first_channel[layer_index]
             self.layers[layer_index] = LayerCalibration(
-                A,
+                self._A[layer_index],
                 self.train_length,
                 self.row_lengths,
                 self.clamp_percent,
                 self.combine,
-                layer_budgets(self.channel_budgets, layer_index, range(first, first + A.shape[0]), self.budget),
+                self._budgets[layer_index],
             )
         with _without_thread_warnings():
             self.layers[layer_index].add(dt)

@@ -30,7 +30,8 @@ class FilterRows:
             chunk of one token through the decode path.
         prefill_tokens: (num_prefill_tokens,) int32, the row of each prefill token; for layers that run vLLM's kernels.
         prefill_rows: (num_prefills,) int32, the row of each sequence.
-        prefill_prompt_tokens: (num_prefills,) int32, how many tokens of each sequence are prompt tokens.
+        prefill_prompt_tokens: (num_prefills,) int32, how many tokens of each sequence are prompt tokens that may be
+            filtered.
         step: the same on the host.
     """
 

@@ -118,18 +118,18 @@ def calibrate(
         if groups_output is not None and groups < 2:
             raise ValueError("--groups-output needs --groups 2 or more")
         settings = CalibrationSettings(
-            sequences,
-            clamp_percent,
-            min_retention,
-            train_length,
-            max_length,
-            seed,
-            method,
-            combine,
-            measure_to,
-            budget,
-            unfiltered_end,
-            tuple(channel_budget or ()),
+            num_sequences=sequences,
+            clamp_percent=clamp_percent,
+            min_retention=min_retention,
+            train_length=train_length,
+            max_length=max_length,
+            seed=seed,
+            method=method,
+            combine=combine,
+            measure_to=measure_to,
+            budget=budget,
+            unfiltered_end=unfiltered_end,
+            channel_budgets=tuple(channel_budget or ()),
         )
         arguments = {"progress": _progress_bars(groups), "text_column": text_column, **engine_args}
         tables = list(calibrate_groups(groups, model, text, settings, **arguments))
