@@ -19,7 +19,7 @@ from vllm_longmamba.calibration_text import sample_corpus
 from vllm_longmamba.models import long_mixers
 from vllm_longmamba.tables import LayerCalibration, LayerThresholds, ThresholdTable, load_table, table_to_bytes
 
-from .harness import LOGPROB_TOLERANCE, TRAIN_LENGTH, Completion, Engine
+from .harness import TRAIN_LENGTH, Completion, Engine, Filters, assert_agrees
 
 pytestmark = pytest.mark.engine
 SLOW = pytest.mark.slow
@@ -64,9 +64,12 @@ def start() -> Iterator[Callable[..., Engine]]:
 def assert_filtered_by(table: ThresholdTable, model: Path, prompt: list[int], result: Completion) -> None:
     """Compare an engine's completion with the reference, filtered by this table."""
     filters = {layer: table.thresholds(layer)[table.row_of(len(prompt))] for layer in table.layers}
-    reference = reference_logprobs(model, prompt + result.tokens, prompt_length=len(prompt), filters=filters)
-    expected = reference[len(prompt) - 1 : -1].numpy()
-    np.testing.assert_allclose(result.logprobs, expected, rtol=0, atol=LOGPROB_TOLERANCE)
+
+    def expected(filters: Filters) -> np.ndarray:
+        reference = reference_logprobs(model, prompt + result.tokens, prompt_length=len(prompt), filters=filters)
+        return reference[len(prompt) - 1 : -1].numpy()
+
+    assert_agrees(result.logprobs, expected, filters)
 
 
 def stored(cache: Path) -> Path:

@@ -2,14 +2,16 @@
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from reference_lm import reference_dt, reference_logprobs
 from tiny_models import random_token_ids
 
 from .conftest import longmamba
-from .harness import ROW_LENGTHS, TRAIN_LENGTH, assert_exact
+from .harness import ROW_LENGTHS, TRAIN_LENGTH, Completion, assert_exact, make_table
 
 pytestmark = pytest.mark.engine
 
@@ -81,3 +83,20 @@ def test_min_retention_can_be_changed_at_load_time(
     # No channel of the table keeps more than 0.3, so none is global.
     result = engine("mamba2", **longmamba(path, min_retention=0.5)).generate([prompt])[0]
     assert_exact(tiny_model("mamba2"), prompt, result, None)
+
+
+@pytest.mark.parametrize(("distance", "may_differ"), [(5e-7, True), (-5e-7, True), (1e-3, False), (-1e-3, False)])
+def test_rounding_may_decide_about_a_dt_at_its_threshold(
+    distance: float, may_differ: bool, tiny_model: Callable[[str], Path]
+) -> None:
+    """The harness itself: an "engine" that filters the prompt's last token where the table does not, or the reverse."""
+    model, row, layer = tiny_model("mamba1"), 3, 0
+    prompt = random_token_ids(ROW_LENGTHS[row], seed=1)
+    table = make_table(model)
+    at_threshold = reference_dt(model, prompt)[layer][-1]
+    table.layers[layer].dt_threshold[row] = (at_threshold * (1 + distance)).float()
+    filters = {layer: table.thresholds(layer)[row].double() for layer in table.layers}
+    filters[layer] = (at_threshold * (1 - distance)).where(filters[layer] >= 0, -1.0)
+    logprobs = reference_logprobs(model, [*prompt, 0], prompt_length=len(prompt), filters=filters)[-2:-1]
+    with nullcontext() if may_differ else pytest.raises(AssertionError, match="Not equal to tolerance"):
+        assert_exact(model, prompt, Completion([0], logprobs.numpy(), 0), table)

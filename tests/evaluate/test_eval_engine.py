@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine.harness import LOGPROB_TOLERANCE, ROW_LENGTHS, TRAIN_LENGTH, write_table
+from engine.harness import LOGPROB_TOLERANCE, ROW_LENGTHS, TRAIN_LENGTH, Filters, assert_agrees, write_table
 from reference_lm import reference_logprobs
 from tiny_models import random_token_ids, write_mamba2_original
 
@@ -60,11 +60,18 @@ def set_filter(runner: EngineRunner, table: Path, min_retention: float, unfilter
     runner.llm.collective_rpc("longmamba_set_filter", args=(str(table), min_retention, list(unfiltered)))
 
 
-def expected_logprobs(model: Path, prompt: list[int], table: ThresholdTable, min_retention: float) -> np.ndarray:
+def assert_filtered_by(
+    table: ThresholdTable, min_retention: float, model: Path, prompt: list[int], logprobs: np.ndarray
+) -> None:
+    """Compare an engine's log-probabilities of the scored tokens with the reference, filtered by this table."""
     row = int(np.argmin(np.abs(np.array(ROW_LENGTHS) - len(prompt)))) if len(prompt) > TRAIN_LENGTH else 0
     filters = {layer: table.thresholds(layer, min_retention)[row] for layer in table.layers}
-    logprobs = reference_logprobs(model, prompt, prompt_length=len(prompt), filters=filters)
-    return logprobs[-SCORED - 1 : -1].gather(1, torch.tensor(prompt[-SCORED:])[:, None])[:, 0].numpy()
+
+    def expected(filters: Filters) -> np.ndarray:
+        reference = reference_logprobs(model, prompt, prompt_length=len(prompt), filters=filters)
+        return reference[-SCORED - 1 : -1].gather(1, torch.tensor(prompt[-SCORED:])[:, None])[:, 0].numpy()
+
+    assert_agrees(logprobs, expected, filters)
 
 
 # The thetas lie on both sides of the tables' retentions, 1e-6 and 0.3; 1 is the plain model. The order goes back and
@@ -81,8 +88,7 @@ def test_tail_logprobs_under_changing_filters(
     results = dict(runner.tail_logprobs(((i, prompt) for i, prompt in enumerate(PROMPTS)), SCORED))
     assert sorted(results) == list(range(len(PROMPTS)))
     for i, prompt in enumerate(PROMPTS):
-        expected = expected_logprobs(model, prompt, table, min_retention)
-        np.testing.assert_allclose(results[i], expected, rtol=0, atol=LOGPROB_TOLERANCE)
+        assert_filtered_by(table, min_retention, model, prompt, results[i])
 
 
 def test_tail_logprobs_with_channels_left_unfiltered(runner: EngineRunner, model: Path, tables: list[Path]) -> None:
@@ -94,8 +100,7 @@ def test_tail_logprobs_with_channels_left_unfiltered(runner: EngineRunner, model
         results[len(unfiltered)] = dict(runner.tail_logprobs(enumerate(PROMPTS), SCORED))
     table = leave_unfiltered(whole, [str(last), *rest])
     for i, prompt in enumerate(PROMPTS):
-        expected = expected_logprobs(model, prompt, table, 1e-2)
-        np.testing.assert_allclose(results[1 + len(rest)][i], expected, rtol=0, atol=LOGPROB_TOLERANCE)
+        assert_filtered_by(table, 1e-2, model, prompt, results[1 + len(rest)][i])
     assert np.abs(results[0][4] - results[1 + len(rest)][4]).max() > 10 * LOGPROB_TOLERANCE
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine.harness import LOGPROB_TOLERANCE, write_table
+from engine.harness import LOGPROB_TOLERANCE, Filters, assert_agrees, write_table
 from example_modules import EXAMPLES
 from tiny_models import random_token_ids, write_mamba1_original
 
@@ -61,12 +61,16 @@ def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_logprobs_agree(min_retention: float, sides: Sides) -> None:
     sides.engine.llm.collective_rpc("longmamba_set_filter", args=(str(sides.table), min_retention))
     of_engine = dict(sides.engine.tail_logprobs(enumerate(PROMPTS), SCORED))
-    plain = sides.reference
-    filtered = plain.with_method(LongMamba.from_table(load_table(sides.table), 1e-2))
-    model = plain if min_retention == 1.0 else filtered
+    plain, table = sides.reference, load_table(sides.table)
+    filtered = plain.with_method(LongMamba.from_table(table, 1e-2))
+    filters = {} if min_retention == 1.0 else {layer: table.thresholds(layer, min_retention) for layer in table.layers}
     for number, prompt in enumerate(PROMPTS):
-        expected = model.last_logprobs(prompt, SCORED).double().numpy()
-        np.testing.assert_allclose(of_engine[number], expected, rtol=0, atol=LOGPROB_TOLERANCE)
+
+        def expected(filters: Filters, prompt: list[int] = prompt) -> np.ndarray:
+            model = plain.with_method(LongMamba(filters, table.row_of)) if filters else plain
+            return model.last_logprobs(prompt, SCORED).double().numpy()
+
+        assert_agrees(of_engine[number], expected, filters)
     # The filter matters to the longer prompts, so that the two cases are two.
     longest = PROMPTS[-1]
     difference = filtered.last_logprobs(longest, SCORED) - plain.last_logprobs(longest, SCORED)
