@@ -83,8 +83,10 @@ def test_calibration_starts_with_all_settings(budget: float, monkeypatch: pytest
     mixers = [SimpleNamespace(layer_index=layer, dt_recorder=None, A=SimpleNamespace(data=A)) for layer in (0, 3)]
     monkeypatch.setattr(models, "long_mixers", lambda model: mixers if model == "model" else [])
     monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
     worker = SimpleNamespace(get_model=lambda: "model")
-    start_calibration(worker, LENGTH, ROWS, 3.0, "clipped", budget, dummy_weights=True)
+    channels = start_calibration(worker, LENGTH, ROWS, 3.0, "clipped", budget, dummy_weights=True)
+    assert channels == {0: 2 * len(A), 3: 2 * len(A)}
     settings = worker.longmamba_recorder
     assert (settings.train_length, settings.row_lengths, settings.clamp_percent) == (LENGTH, ROWS, 3.0)
     assert (settings.combine, settings.budget) == ("clipped", budget)

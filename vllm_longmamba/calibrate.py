@@ -1,6 +1,7 @@
 """Makes a model's threshold table: real text through the real vLLM model, without the filter."""
 
 import tempfile
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -139,18 +140,17 @@ def calibrate_groups(
             metadata.budget,
             metadata.channel_budgets,
         )
-        llm.collective_rpc("longmamba_start_calibration", args=arguments)
+        of_workers = llm.collective_rpc("longmamba_start_calibration", args=arguments)
+        _check_channels(settings.channel_budgets, dict(ChainMap(*of_workers)))
         layers = _run(llm, progress(sequences), settings, lengths)
-        _check_channels(settings.channel_budgets, layers)
         yield ThresholdTable(metadata=replace(metadata, seed=seed), row_lengths=row_lengths, layers=layers)
 
 
-def _check_channels(channel_budgets: Iterable[str], layers: dict[int, LayerThresholds]) -> None:
+def _check_channels(channel_budgets: Iterable[str], channels: dict[int, int]) -> None:
     for layer, channel in read_channel_budgets(channel_budgets):
-        if layer not in layers or channel >= len(layers[layer].retention):
-            raise ValueError(
-                f"channel_budgets: this model has no channel {layer}.{channel}; its layers are {list(layers)}"
-            )
+        if channel >= channels.get(layer, 0):
+            has = f"{channels[layer]} channels in layer {layer}" if layer in channels else f"layers {sorted(channels)}"
+            raise ValueError(f"channel_budgets: this model has no channel {layer}.{channel}; it has {has}")
 
 
 def model_name(model: str) -> str:

@@ -137,7 +137,7 @@ def start_calibration(
     budget: float = 1.0,
     channel_budgets: Sequence[str] = (),
     dummy_weights: bool = False,
-) -> None:
+) -> dict[int, int]:
     """Attach a recorder to all mixers of a worker.
 
     Args:
@@ -149,18 +149,24 @@ def start_calibration(
         budget: what a channel may keep, as a factor of its sum over the training length.
         channel_budgets: channels of which it is another one; see `read_channel_budgets`.
         dummy_weights: the weights are random, A among them, which then is made negative as a real one is.
+
+    Returns:
+        Layer index -> channels of all tensor-parallel ranks.
     """
-    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     from vllm_longmamba.models import long_mixers
 
     worker.longmamba_recorder = CalibrationRecorder(
         train_length, row_lengths, clamp_percent, combine, budget, channel_budgets
     )
-    tp_rank = get_tensor_model_parallel_rank()
+    tp_rank, tp_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    channels = {}
     for mixer in long_mixers(worker.get_model()):
         A = mixer.A.data
         worker.longmamba_recorder.attach(mixer, -A.abs().clamp(min=1e-6) if dummy_weights else A, tp_rank)
+        channels[mixer.layer_index] = tp_size * A.shape[0]
+    return channels
 
 
 def finish_calibration(worker: Any, num_sequences: int) -> WorkerLayers:
@@ -221,9 +227,9 @@ class CalibrationWorkerExtension:
         combine: str,
         budget: float,
         channel_budgets: Sequence[str],
-    ) -> None:
+    ) -> dict[int, int]:
         """See `start_calibration`."""
-        start_calibration(self, train_length, row_lengths, clamp_percent, combine, budget, channel_budgets)
+        return start_calibration(self, train_length, row_lengths, clamp_percent, combine, budget, channel_budgets)
 
     def longmamba_close_loop(
         self, num_sequences: int, min_retention: float, lengths: list[int], combine: str, budget: float

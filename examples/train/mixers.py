@@ -18,6 +18,8 @@ D_CONV = 4
 NORM_EPS = 1e-5
 # The forgetting of a head counts at a token up to so many times its even share: no few tokens can do all of it.
 FORGETTING_SPREAD = 8.0
+# A head that forgets more than this over a sequence, and keeps less than 5 % of its state, is no memory of it.
+FORGETTING_OF_MEMORY = 3.0
 
 
 class RMSNorm(nn.Module):
@@ -89,6 +91,8 @@ class Mamba2Mixer(nn.Module):
     Attributes:
         ceilings: (nheads,), of the retention over a sequence; None without.
         excess: `excess_retention` of the last call; None without ceilings.
+        costs_writing: whether the next call shall set `written`.
+        written: `forgetting_of_memories` of the last call.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -107,6 +111,8 @@ class Mamba2Mixer(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
         self.register_buffer("ceilings", None, persistent=False)
         self.excess: torch.Tensor | None = None
+        self.costs_writing = False
+        self.written: torch.Tensor | None = None
 
     def decay_parameters(self) -> list[torch.Tensor]:
         """What decides how much a head forgets at a token that the mixer reads: A, and bias and rows of dt."""
@@ -127,6 +133,8 @@ class Mamba2Mixer(nn.Module):
         A = -self.A_log.float().exp()
         if self.ceilings is not None:
             self.excess = excess_retention(dt, A, self.ceilings)
+        if self.costs_writing:
+            self.written = forgetting_of_memories(dt, A)
         y = ssd(x, dt, A, B, C, self.chunk_size)
         y = (y + self.D.to(x.dtype)[:, None] * x).flatten(-2)
         return self.out_proj(self.norm(y * F.silu(z)))
@@ -146,6 +154,19 @@ def excess_retention(dt: torch.Tensor, A: torch.Tensor, ceilings: torch.Tensor) 
     needed = -ceilings.log()
     forgetting = torch.minimum(-A * dt, FORGETTING_SPREAD * needed / dt.shape[1]).sum(1)
     return (1 - forgetting / needed).clamp(min=0).square().mean()
+
+
+def forgetting_of_memories(dt: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """The sum of -A dt over a sequence, at most FORGETTING_OF_MEMORY; a mean over sequences, summed over heads.
+
+    A token that a head writes into its state makes it forget others. Where that costs something, a head either writes
+    few tokens or forgets so much that it costs no more.
+
+    Args:
+        dt: (batch, tokens, heads).
+        A: (heads,), negative.
+    """
+    return (-A * dt).sum(1).clamp(max=FORGETTING_OF_MEMORY).mean(0).sum()
 
 
 def _initial_dt_bias(channels: int, settings: Settings) -> torch.Tensor:

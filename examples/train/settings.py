@@ -57,6 +57,7 @@ class Settings:
         weight_decay: of matrices; vectors, embeddings and A have none.
         clip: largest norm of the gradient.
         stages: mixtures of tasks.
+        distractors: of each sequence at most so many numbers that are never asked for stand in the text.
         evaluations: how many in a run, besides the last.
         evaluation_sequences: of each task.
         evaluated_lengths: at which an evaluation in a run measures, in training lengths, ascending from 1.
@@ -69,6 +70,8 @@ class Settings:
         memory_heads: (layer, head) of heads with a ceiling of their own.
         memory_ceiling: that of memory_heads.
         retention_weight: of the excess in the loss.
+        write_cost: in the loss, of what Mamba-2's heads with a long memory forget over a sequence (mixers.py,
+            `forgetting_of_memories`).
         start_ceiling: before the training, A of each Mamba-2 head is raised until the head keeps at most this share of
             its state over a sequence of text (decays.py); 1: A as it is.
         fixed_decays: what decides on the forgetting of Mamba-2's heads, A and the weights of dt, is not trained.
@@ -102,6 +105,7 @@ class Settings:
     weight_decay: float = 0.1
     clip: float = 1.0
     stages: tuple[Stage, ...] = field(default_factory=default_stages)
+    distractors: int = 0
     evaluations: int = 20
     evaluation_sequences: int = 256
     evaluated_lengths: tuple[int, ...] = (1,)
@@ -113,6 +117,7 @@ class Settings:
     memory_heads: tuple[tuple[int, int], ...] = ()
     memory_ceiling: float = 1.0
     retention_weight: float = 3.0
+    write_cost: float = 0.0
     start_ceiling: float = 1.0
     fixed_decays: bool = False
     seed: int = 0
@@ -135,7 +140,7 @@ class Settings:
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"settings: {name} must be above 0 and at most 1, got {getattr(self, name)}")
         if self.family == "mamba1":
-            for name in ("retention_ceiling", "start_ceiling", "fixed_decays"):
+            for name in ("retention_ceiling", "write_cost", "start_ceiling", "fixed_decays"):
                 if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                     raise ValueError(f"settings: {name} is for Mamba-2's heads, leave it out for mamba1")
         if self.memory_heads and 1 in (self.retention_ceiling, self.memory_ceiling):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from .books import windows
 from .sentences import DIGITS, Sentences
@@ -40,6 +41,7 @@ TASKS: dict[str, Task] = {
     # for evaluation
     "four_needles": Task((4, 4), (1, 1)),
 }
+DISTRACTOR_DIGITS = 6
 MAX_STATED = max(task.stated[1] for task in TASKS.values())
 SLOTS = max(task.stated[1] + task.mentioned[1] for task in TASKS.values())
 
@@ -100,6 +102,7 @@ def make_batch(
     batch: int,
     length: int,
     generator: torch.Generator,
+    distractors: int = 0,
 ) -> Batch:
     """Draws sequences.
 
@@ -113,6 +116,8 @@ def make_batch(
         batch: how many sequences.
         length: inputs of each; a window of length + 1 bytes is drawn.
         generator: of the same device.
+        distractors: of each sequence at most so many numbers that are never asked for are written over the text, before
+            the sentences are.
     """
     device, size = text.device, length + 1
 
@@ -120,6 +125,9 @@ def make_batch(
         return torch.rand(shape, device=device, generator=generator)
 
     tokens = windows(text, batch, size, generator)
+    distracting = torch.zeros_like(tokens, dtype=torch.bool)
+    if distractors:
+        tokens, distracting = _write_distractors(tokens, distractors, uniform)
     rows, numbers, known, used = _draw_sentences(sentences, mixture, batch, uniform)
     lengths = sentences.length[rows] * used  # (batch, SLOTS)
     used &= lengths.cumsum(1) <= size
@@ -143,8 +151,43 @@ def make_batch(
     kinds = torch.where(is_digit, torch.where(known, 1, 2)[..., None], 0).flatten(1)
 
     tokens = torch.cat([tokens, tokens[:, :1]], 1).scatter_(1, places, written)[:, :size]
-    kind = torch.zeros(batch, size + 1, dtype=torch.long, device=device).scatter_(1, places, kinds)[:, :size]
+    kind = F.pad(torch.where(distracting, 2, 0), (0, 1)).scatter_(1, places, kinds)[:, :size]
     return Batch(tokens, kind == 1, kind == 2)
+
+
+def _write_distractors(
+    tokens: torch.Tensor, most: int, uniform: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes numbers of 1 to DISTRACTOR_DIGITS digits with a space on each side over text.
+
+    A sequence is cut into `most` parts, each of which has a number with a probability that is drawn for the sequence.
+
+    Args:
+        tokens: (batch, size) bytes.
+        most: numbers in a sequence.
+        uniform: random numbers of a shape.
+
+    Returns:
+        The sequences, and which of their bytes are the digits.
+    """
+    batch, size = tokens.shape
+    part = size // most
+    if part < DISTRACTOR_DIGITS + 2:
+        raise ValueError(
+            f"make_batch: {most} distractors do not fit into sequences of {size - 1} bytes, each needs "
+            f"{DISTRACTOR_DIGITS + 2} of them; ask for fewer"
+        )
+    digits = 1 + (uniform(batch, most, 1) * DISTRACTOR_DIGITS).long()
+    start = (uniform(batch, most, 1) * (part - DISTRACTOR_DIGITS - 1)).long()
+    is_there = uniform(batch, most, 1) < uniform(batch, 1, 1)
+    place = torch.arange(part, device=tokens.device) - start
+    is_digit = is_there & (place >= 1) & (place <= digits)
+    is_space = is_there & ((place == 0) | (place == digits + 1))
+    values = ord("0") + (uniform(batch, most, part) * 10).long()
+    text, rest = tokens.split([most * part, size - most * part], dim=1)
+    written = torch.where(is_space, ord(" "), text.unflatten(1, (most, part)))
+    written = torch.where(is_digit, values, written).flatten(1)
+    return torch.cat([written, rest], 1), F.pad(is_digit.flatten(1), (0, rest.shape[1]))
 
 
 def _draw_sentences(

@@ -55,6 +55,9 @@ def make_model(settings: Settings) -> nn.Module:
         for layer, mixer in enumerate(mamba2_mixers(model)):
             mixer.ceilings = torch.full((settings.nheads,), settings.retention_ceiling)
             mixer.ceilings[[head for of, head in settings.memory_heads if of == layer]] = settings.memory_ceiling
+    if settings.write_cost:
+        for mixer in mamba2_mixers(model):
+            mixer.costs_writing = True
     return model
 
 
@@ -129,7 +132,9 @@ def train(
                 group["lr"] = learning_rate(settings, step, progress)
         if not drawn:
             sequences = DRAWN_AT_ONCE * settings.batch
-            many = make_batch(books.train, sentences, mixture, sequences, settings.length, generator)
+            many = make_batch(
+                books.train, sentences, mixture, sequences, settings.length, generator, settings.distractors
+            )
             drawn = many.split(DRAWN_AT_ONCE)
         batch = drawn.pop()
         with autocast:
@@ -137,6 +142,8 @@ def train(
         loss = text_loss + stage.answer_weight * answer_loss
         if settings.retention_ceiling < 1:
             loss = loss + settings.retention_weight * excess_retention(model)
+        if settings.write_cost:
+            loss = loss + settings.write_cost * sum(mixer.written for mixer in mamba2_mixers(model))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         for optimizer in optimizers:

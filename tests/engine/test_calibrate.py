@@ -68,6 +68,17 @@ def test_calibrate(
         np.testing.assert_allclose(thresholds.dt_threshold, expected.result().dt_threshold, rtol=1e-3)
 
 
+def test_a_budget_for_a_channel_that_is_missing(tiny_model: Callable[[str], Path]) -> None:
+    """It is refused before any sequence runs."""
+    settings = CalibrationSettings(train_length=TRAIN_LENGTH, channel_budgets=("0.0=2", "7.1=2"))
+
+    def progress(sequences: list[list[int]]) -> list[list[int]]:
+        pytest.fail("a sequence was asked for")
+
+    with pytest.raises(ValueError, match=r"has no channel 7\.1; it has layers \[0, 1"):
+        calibrate(str(tiny_model("mamba2")), settings=settings, progress=progress, dtype="float32", **MEMORY)
+
+
 def test_choose_sequences() -> None:
     tokens = list(range(1000))
     chosen = choose_sequences(tokens, 96, 5, seed=0)

@@ -25,10 +25,19 @@ STATEMENT = re.compile(r"\nThe magic number of the (\w+) is (\d{5})\.\n")
 ANSWER = re.compile(r"\nWhat is the magic number of the (\w+)\? The magic number of the \1 is (\d{5})\n")
 
 
-def draw(shares: dict[str, float], text_file: Path, *, batch: int = 40, length: int = LENGTH, seed: int = 0) -> Batch:
+def draw(
+    shares: dict[str, float],
+    text_file: Path,
+    *,
+    batch: int = 40,
+    length: int = LENGTH,
+    seed: int = 0,
+    distractors: int = 0,
+) -> Batch:
     books = read_books(text_file, CPU, held_out_bytes=20_000)
     generator = torch.Generator().manual_seed(seed)
-    return make_batch(books.train, write_sentences(NOUNS, CPU), mix_tasks(shares, CPU), batch, length, generator)
+    sentences, mixture = write_sentences(NOUNS, CPU), mix_tasks(shares, CPU)
+    return make_batch(books.train, sentences, mixture, batch, length, generator, distractors)
 
 
 def text_of(tokens: torch.Tensor) -> str:
@@ -101,6 +110,34 @@ def test_mentions_that_do_not_fit_are_left_out(text_file: Path) -> None:
         assert text_of(tokens[is_random]).isdigit()
         # no sentence is cut off
         assert is_random.sum() % 5 == 0
+
+
+def test_distractors_are_numbers_that_nothing_can_know(text_file: Path) -> None:
+    batch = draw({"text": 1}, text_file, batch=200, distractors=12)
+    counts = []
+    for tokens, is_random in zip(batch.tokens, batch.is_random, strict=True):
+        numbers = re.findall(r"(?<= )\d{1,6}(?= )", text_of(torch.where(is_random, tokens, ord(" "))) + " ")
+        counts.append(len(numbers))
+        assert sum(map(len, numbers)) == is_random.sum()
+    assert not batch.is_answer.any()
+    assert min(counts) == 0
+    assert 10 < max(counts) <= 12
+    assert 4 < sum(counts) / len(counts) < 8
+
+
+def test_distractors_leave_the_sentences_whole(text_file: Path) -> None:
+    batch = draw({"needles": 1}, text_file, distractors=12)
+    for tokens, is_answer, is_random in zip(batch.tokens, batch.is_answer, batch.is_random, strict=True):
+        stated = dict(STATEMENT.findall(text_of(tokens)))
+        assert 2 <= len(stated) <= 4
+        assert all(number == stated[name] for name, number in ANSWER.findall(text_of(tokens)))
+        assert is_answer.sum() % 5 == 0
+        assert is_random.sum() >= 5 * len(stated)
+
+
+def test_too_many_distractors_are_refused(text_file: Path) -> None:
+    with pytest.raises(ValueError, match="70 distractors do not fit into sequences of 512 bytes"):
+        draw({"text": 1}, text_file, distractors=70)
 
 
 def test_shares_and_seeds(text_file: Path) -> None:

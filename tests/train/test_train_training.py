@@ -15,7 +15,7 @@ from train.__main__ import app
 from train.books import read_books, windows
 from train.decays import FixedDecays, mamba2_mixers, raise_decays
 from train.evaluation import evaluation_of
-from train.mixers import excess_retention
+from train.mixers import FORGETTING_OF_MEMORY, excess_retention, forgetting_of_memories
 from train.optimizer import learning_rate, make_optimizers
 from train.settings import FAMILIES, Settings, Stage, family_settings, read_settings
 from train.tasks import Batch
@@ -95,7 +95,7 @@ def test_excess_retention_by_hand() -> None:
 @pytest.mark.parametrize("family", ["mamba2", "zamba2"])
 def test_a_ceiling_of_retention_is_learnt(family: str, text_file: Path) -> None:
     """From heads that hardly forget over the 96 bytes."""
-    lingering = {"dt_min": 1e-4, "dt_max": 2e-4, "a_max": 1.0, "steps": 30, "peak_lr": 0.05}
+    lingering = {"dt_min": 1e-4, "dt_max": 2e-4, "a_max": 1.0, "steps": 30, "peak_lr": 0.02}
     books = read_books(text_file, torch.device("cpu"))
     excess = {}
     for weight in (0.0, 10.0):
@@ -113,6 +113,26 @@ def test_memory_heads_have_a_ceiling_of_their_own() -> None:
     settings = small("mamba2", retention_ceiling=0.01, memory_heads=((0, 1), (1, 0), (1, 3)), memory_ceiling=0.5)
     found = [layer.mixer.ceilings.tolist() for layer in make_model(settings).backbone.layers]
     assert found == [pytest.approx([0.01, 0.5, 0.01, 0.01]), pytest.approx([0.5, 0.01, 0.01, 0.5])]
+
+
+def test_forgetting_of_memories_by_hand() -> None:
+    """A head that forgets 0.5 in one sequence and 1.5 in the other, and one that forgets more than counts in both."""
+    dt = torch.zeros(2, 16, 2)
+    dt[:, 3, 0], dt[..., 1] = torch.tensor([0.25, 0.75]), 10.0
+    assert forgetting_of_memories(dt, torch.full((2,), -2.0)).item() == pytest.approx(1 + 3)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "zamba2"])
+def test_what_costs_is_written_less(family: str, text_file: Path) -> None:
+    books = read_books(text_file, torch.device("cpu"))
+    forgotten = {}
+    for cost in (0.0, 1.0):
+        settings = small(family, write_cost=cost, dt_min=1e-3, dt_max=2e-3, a_max=2.0, steps=30, peak_lr=0.05)
+        model = make_model(settings)
+        train(model, settings, books)
+        sums = -kept_over_a_sequence(model, books.held_out[None, :96].long()).log()
+        forgotten[cost] = sums.clamp(max=FORGETTING_OF_MEMORY).sum().item()
+    assert forgotten[1.0] < 0.5 * forgotten[0.0]
 
 
 def kept_over_a_sequence(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -241,6 +261,7 @@ def test_settings_survive_a_file(tmp_path: Path) -> None:
         ({"memory_heads": ((0, 0),)}, "need a retention_ceiling and a memory_ceiling below 1"),
         ({"retention_ceiling": 0.1, "memory_ceiling": 0.2, "memory_heads": ((0, 16),)}, "8 layers with 16 heads each"),
         ({"retention_ceiling": 0.2, "family": "mamba1"}, "leave it out"),
+        ({"write_cost": 0.1, "family": "mamba1"}, "write_cost is for Mamba-2's heads"),
         ({"start_ceiling": 0.0}, "start_ceiling must be above 0"),
         ({"fixed_decays": True, "family": "mamba1"}, "fixed_decays is for Mamba-2's heads"),
         ({"exports": (0.5, 1)}, "exports must ascend between 0 and 1"),

@@ -9,6 +9,8 @@ from vllm_longmamba.evaluate.methods import LABELS
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), in the order of the methods.
 COLOURS = ("#767676", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# of methods beyond the number of colours
+_LINES = ("-", "--", ":")
 _MOST_BANDS = 5
 _PANELS_IN_A_ROW = 4
 _MAX_NUMBERED_CELLS = 240
@@ -111,8 +113,8 @@ def _curves(
             continue
         lengths = [row["length"] for row in own]
         middle, low, high = zip(*map(values, own), strict=True)
-        colour = COLOURS[number % len(COLOURS)]
-        axes.plot(lengths, middle, color=colour, marker="o", markersize=5, linewidth=2, label=LABELS[method])
+        style, colour = _LINES[number // len(COLOURS) % len(_LINES)], COLOURS[number % len(COLOURS)]
+        axes.plot(lengths, middle, style, color=colour, marker="o", markersize=5, linewidth=2, label=LABELS[method])
         if len(methods) <= _MOST_BANDS:
             axes.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.legend(frameon=False)
