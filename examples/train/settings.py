@@ -67,6 +67,8 @@ class Settings:
         start: folder of a checkpoint of the same shape, as `--out` has it, to go on from; empty: untrained weights.
         retention_ceiling: over a sequence, a Mamba-2 head should keep at most this share of its state (mixers.py,
             `excess_retention`); 1: any share.
+        ceiling_layers: the layers of these heads; empty: all. In the first layer dt depends on the token alone, so that
+            its heads cannot tell a number to remember from another one.
         memory_heads: (layer, head) of heads with a ceiling of their own.
         memory_ceiling: that of memory_heads.
         retention_weight: of the excess in the loss.
@@ -114,6 +116,7 @@ class Settings:
     compile: bool = True
     start: str = ""
     retention_ceiling: float = 1.0
+    ceiling_layers: tuple[int, ...] = ()
     memory_heads: tuple[tuple[int, int], ...] = ()
     memory_ceiling: float = 1.0
     retention_weight: float = 3.0
@@ -129,8 +132,11 @@ class Settings:
             raise ValueError(f"settings: optimizer must be adamw or muon, got {self.optimizer!r}")
         if (self.family == "zamba2") != bool(self.hybrid_layers):
             raise ValueError(f"settings: zamba2, and no other family, needs hybrid_layers, got {self.hybrid_layers}")
-        if any(not 0 <= layer < self.n_layer for layer in self.hybrid_layers):
-            raise ValueError(f"settings: hybrid_layers must lie below n_layer {self.n_layer}, got {self.hybrid_layers}")
+        for name in ("hybrid_layers", "ceiling_layers"):
+            if any(not 0 <= layer < self.n_layer for layer in getattr(self, name)):
+                raise ValueError(f"settings: {name} must lie below n_layer {self.n_layer}, got {getattr(self, name)}")
+        if self.ceiling_layers and self.retention_ceiling == 1:
+            raise ValueError("settings: ceiling_layers need a retention_ceiling below 1")
         for low, high in (("dt_min", "dt_max"), ("a_min", "a_max")):
             if not 0 < getattr(self, low) <= getattr(self, high):
                 raise ValueError(
@@ -185,7 +191,7 @@ def family_settings(family: str, **changes: Any) -> Settings:
     Raises:
         ValueError: an unknown family or a setting that is not allowed.
     """
-    for name in ("hybrid_layers", "evaluated_lengths", "exports"):
+    for name in ("hybrid_layers", "ceiling_layers", "evaluated_lengths", "exports"):
         if name in changes:
             changes[name] = tuple(changes[name])
     if "memory_heads" in changes:

@@ -53,6 +53,8 @@ def make_model(settings: Settings) -> nn.Module:
         model.load_state_dict(weights)
     if settings.retention_ceiling < 1:
         for layer, mixer in enumerate(mamba2_mixers(model)):
+            if settings.ceiling_layers and layer not in settings.ceiling_layers:
+                continue
             mixer.ceilings = torch.full((settings.nheads,), settings.retention_ceiling)
             mixer.ceilings[[head for of, head in settings.memory_heads if of == layer]] = settings.memory_ceiling
     if settings.write_cost:
@@ -63,7 +65,7 @@ def make_model(settings: Settings) -> nn.Module:
 
 def excess_retention(model: nn.Module) -> torch.Tensor | float:
     """What the Mamba-2 mixers of a model with ceilings of retention have just exceeded them by, over all layers."""
-    return sum(mixer.excess for mixer in mamba2_mixers(model))
+    return sum(mixer.excess for mixer in mamba2_mixers(model) if mixer.ceilings is not None)
 
 
 def losses(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

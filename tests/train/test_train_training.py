@@ -115,6 +115,16 @@ def test_memory_heads_have_a_ceiling_of_their_own() -> None:
     assert found == [pytest.approx([0.01, 0.5, 0.01, 0.01]), pytest.approx([0.5, 0.01, 0.01, 0.5])]
 
 
+def test_a_ceiling_for_some_layers(text_file: Path) -> None:
+    model = make_model(small("mamba2", retention_ceiling=0.2, ceiling_layers=(1,)))
+    first, second = mamba2_mixers(model)
+    assert first.ceilings is None
+    assert second.ceilings.tolist() == pytest.approx([0.2] * 4)
+    with torch.no_grad():
+        model(read_books(text_file, torch.device("cpu")).held_out[None, :96].long())
+    assert float(training.excess_retention(model)) == pytest.approx(float(second.excess))
+
+
 def test_forgetting_of_memories_by_hand() -> None:
     """A head that forgets 0.5 in one sequence and 1.5 in the other, and one that forgets more than counts in both."""
     dt = torch.zeros(2, 16, 2)
@@ -259,6 +269,8 @@ def test_settings_survive_a_file(tmp_path: Path) -> None:
         ({"evaluated_lengths": (4,)}, "ascend from 1"),
         ({"retention_ceiling": 1.5}, "retention_ceiling must be above 0 and at most 1"),
         ({"memory_heads": ((0, 0),)}, "need a retention_ceiling and a memory_ceiling below 1"),
+        ({"retention_ceiling": 0.1, "ceiling_layers": (8,)}, "ceiling_layers must lie below n_layer 8"),
+        ({"ceiling_layers": (0,)}, "ceiling_layers need a retention_ceiling below 1"),
         ({"retention_ceiling": 0.1, "memory_ceiling": 0.2, "memory_heads": ((0, 16),)}, "8 layers with 16 heads each"),
         ({"retention_ceiling": 0.2, "family": "mamba1"}, "leave it out"),
         ({"write_cost": 0.1, "family": "mamba1"}, "write_cost is for Mamba-2's heads"),
