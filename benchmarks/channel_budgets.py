@@ -18,53 +18,28 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from support.trial import Trial
 from support.variants import Subject
 
-from vllm_longmamba.evaluate.needles import middles, needle_questions, passkey_questions
-from vllm_longmamba.evaluate.perplexity import windows
-from vllm_longmamba.evaluate.texts import read_books
-from vllm_longmamba.evaluate.torch_contestant import tail_logprobs
 from vllm_longmamba.tables import LayerThresholds, ThresholdTable, filtered_channels
-from vllm_longmamba.torch_reference import LongMamba, Plain, ReadingMethod
+from vllm_longmamba.torch_reference import LongMamba, Plain
 
 Channel = tuple[int, int]
-Texts = list[list[int]]
-NAMES = 4
-SCORED = 100
 # Answers less than this much better are taken for chance.
 GAIN = 0.004
 
 
-class Trial:
-    """The questions and windows, and a table for each budget."""
+class Search:
+    """A trial, and a table for each budget."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.subject = Subject(options.model, None, 2 * max(options.lengths), options.device, options.segment_tokens)
+        subject = Subject(options.model, None, 2 * max(options.lengths), options.device, options.segment_tokens)
         budgets = sorted({options.budget, *options.budgets})
-        rows = [self.subject.table.metadata.train_length, *sorted(options.lengths)]
-        self.tables = {budget: self.subject.calibrated([], rows, 0.0, budget=budget) for budget in budgets}
-        encoder = self.subject.encoder
-        books = {book.name: encoder.encode(book.text) for book in read_books(options.text)}
-        haystack = [token for book in books.values() for token in book]
-        depths, seeds = middles(9), range(-(-options.questions // 9))
-        # (task, length) -> prompts and the digits that answer them; length -> texts to be scored.
-        self.asked: dict[tuple[str, int], tuple[Texts, Texts]] = {}
-        self.texts: dict[int, Texts] = {}
-        for length in options.lengths:
-            questions = {
-                "needles": needle_questions([length], depths, seeds, NAMES),
-                "passkey": passkey_questions([length], depths, seeds),
-            }
-            for task, asked in questions.items():
-                pairs = [(encoder.prompt(one, haystack), encoder.encode(one.asked[0].number)) for one in asked]
-                self.asked[task, length] = [prompt for prompt, _ in pairs], [digits for _, digits in pairs]
-            sizes = {name: len(tokens) for name, tokens in books.items() if len(tokens) >= length}
-            chosen = windows(sizes, [length], options.windows, SCORED)
-            self.texts[length] = [window.tokens(books[window.book], []) for window in chosen]
-        self.plain = {length: self._loss(Plain(), length) for length in options.lengths}
+        rows = [subject.metadata.train_length, *sorted(options.lengths)]
+        self.tables = {budget: subject.calibrated([], rows, 0.0, budget=budget) for budget in budgets}
+        self.trial = Trial(subject, options.text, options.lengths, options.questions, options.windows)
+        self.plain = {length: self.trial.loss(Plain(), length) for length in options.lengths}
 
     def channels(self) -> list[Channel]:
         """The global channels."""
@@ -86,24 +61,13 @@ class Trial:
         method = LongMamba.from_table(self.table(budgets), unfiltered_end=self.options.unfiltered_end)
         lengths = self.options.lengths
         found = {
-            task: [self._probability(method, *self.asked[task, length]) for length in lengths]
+            task: [self.trial.answers(method, task, length).probability for length in lengths]
             for task in ("needles", "passkey")
         }
-        above = [self._loss(method, length) - self.plain[length] for length in lengths]
+        above = [self.trial.loss(method, length) - self.plain[length] for length in lengths]
         excess = sum(max(0.0, loss - self.options.allowed) for loss in above)
         answers = sum(found["needles"]) + 0.5 * sum(found["passkey"])
         return {**found, "above plain": above, "score": (answers - 20 * excess) / len(lengths)}
-
-    def _probability(self, method: ReadingMethod, prompts: Texts, numbers: Texts) -> float:
-        digits = torch.tensor(numbers, device=self.subject.model.device)
-        reading = self.subject.model.with_method(method).read(prompts)
-        logits = torch.cat([reading.logits, reading.append(digits[:, :-1])], dim=1)
-        return float(np.exp(np.sum(tail_logprobs(logits, numbers), axis=1)).mean())
-
-    def _loss(self, method: ReadingMethod, length: int) -> float:
-        texts = self.texts[length]
-        logits = self.subject.model.with_method(method).read(texts, SCORED + 1).logits[:, :-1]
-        return -float(np.mean(tail_logprobs(logits, texts)))
 
 
 def main() -> None:
@@ -123,17 +87,17 @@ def main() -> None:
     parser.add_argument("--segment-tokens", type=int)
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     options = parser.parse_args()
-    trial, started = Trial(options), time.monotonic()
+    search, started = Search(options), time.monotonic()
     own: dict[Channel, float] = {}
-    best = trial.score(own)
+    best = search.score(own)
     tried: list[dict[str, Any]] = [{"channels": _names(own), **best}]
     improved = True
     while improved and time.monotonic() - started < options.seconds:
         improved = False
-        for budget, channel in product(options.budgets, trial.channels()):
+        for budget, channel in product(options.budgets, search.channels()):
             if own.get(channel, options.budget) == budget or time.monotonic() - started > options.seconds:
                 continue
-            score = trial.score({**own, channel: budget})
+            score = search.score({**own, channel: budget})
             tried.append({"channels": _names({**own, channel: budget}), **score})
             if score["score"] > best["score"] + GAIN:
                 own, best, improved = {**own, channel: budget}, score, True

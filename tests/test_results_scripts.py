@@ -11,7 +11,7 @@ import pytest
 import torch
 from engine.harness import TRAIN_LENGTH, write_table
 from reference_lm import reference_dt
-from tiny_models import random_token_ids, write_mamba1_original
+from tiny_models import random_token_ids, write_mamba1_original, write_mamba2_original
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 HAYSTACK = BENCHMARKS.parent / "examples" / "texts" / "haystack.txt"
@@ -94,6 +94,34 @@ def test_ablations_go_on_and_appear_on_the_page(script: Script, folder: Path, tm
         assert f"\n{heading}\n" in text
     assert "| tiny | plain | 1.5e-05 | 2.0e-06 |" in text
     assert f"{losses['theta']['0.01']:.3f}" in text
+
+
+def test_candidates_need_no_table(script: Script, tmp_path: Path) -> None:
+    folder = write_mamba2_original(tmp_path / "tiny")
+    script(
+        "candidates", folder, "--train-length", TRAIN_LENGTH, "--text", HAYSTACK, "--lengths", 300, 400,
+        "--questions", 9, "--windows", 1, "--device", "cpu", "--output", tmp_path / "found.json",
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "found.json").read_text())
+    assert [(row["method"], row["length"]) for row in rows[:3]] == [("plain", 300), ("plain", 400), ("paper", 300)]
+    assert {row["method"] for row in rows} == {"plain", "paper", "unclamped", "unfiltered end"}
+    assert len({row["text"] for row in rows}) == len(rows) == 8
+    # Random weights know nothing.
+    assert all(row["needles"] == row["passkey"] == 0 for row in rows)
+
+
+def test_search_for_budgets_of_channels(script: Script, tmp_path: Path) -> None:
+    folder = write_mamba2_original(tmp_path / "tiny")
+    write_table(folder, folder / "longmamba.safetensors")
+    script(
+        "channel_budgets", folder, "--text", HAYSTACK, "--lengths", 300, "--questions", 9, "--budgets", 2,
+        "--unfiltered-end", 16, "--device", "cpu", "--seconds", 1000, "--output", tmp_path / "found.json",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["tried"][0]["channels"] == []
+    assert found["best"]["score"] >= max(trial["score"] for trial in found["tried"]) - 0.004
+    changed = [trial for trial in found["tried"] if trial["above plain"] != found["tried"][0]["above plain"]]
+    assert changed
 
 
 def test_calibration_in_the_reference(script: Script, folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from vllm_longmamba import __version__
 from vllm_longmamba.calibrate import draw_sequences, tokenize
 from vllm_longmamba.calibration_settings import CalibrationSettings
 from vllm_longmamba.calibration_text import read_corpus
@@ -22,7 +23,7 @@ from vllm_longmamba.evaluate.texts import Encoder
 from vllm_longmamba.evaluate.torch_contestant import TorchContestant, TorchRunner, tail_logprobs
 from vllm_longmamba.options import LongMambaOptions
 from vllm_longmamba.table_lookup import Weights, find_table
-from vllm_longmamba.tables import LayerCalibration, ThresholdTable, load_table
+from vllm_longmamba.tables import UNCLAMPED, LayerCalibration, TableMetadata, ThresholdTable, load_table
 from vllm_longmamba.torch_reference import (
     LongMamba,
     Plain,
@@ -49,6 +50,7 @@ class Subject:
         max_length: the longest prompt.
         device: "cpu" or "cuda"; None takes the GPU where there is one.
         segment_tokens: tokens of all prompts that the model reads at a time; None: as in `TorchModel`.
+        train_length: L of a model without a table; its own tables then have the settings of `longmamba calibrate`.
     """
 
     def __init__(
@@ -58,9 +60,10 @@ class Subject:
         max_length: int,
         device: str | None = None,
         segment_tokens: int | None = None,
+        train_length: int | None = None,
     ) -> None:
         self.folder = folder
-        self._table, self._max_length = table, max_length
+        self._table, self._max_length, self._train_length = table, max_length, train_length
         self._device, self._segment_tokens = device, segment_tokens
 
     @cached_property
@@ -80,6 +83,25 @@ class Subject:
         """Its table."""
         weights = Weights(self.folder, [str(file) for file in weight_files(self.folder)])
         return load_table(find_table(str(self.folder), weights, LongMambaOptions(table=self._table)))
+
+    @cached_property
+    def metadata(self) -> TableMetadata:
+        """Its table's, or that of tables to come."""
+        if self._train_length is None:
+            return self.table.metadata
+        settings = CalibrationSettings()
+        return TableMetadata(
+            model_id=self.folder.name,
+            weights_fingerprint=self.contestant.description["weights"],
+            train_length=self._train_length,
+            corpus="",
+            clamp_percent=0.0,
+            min_retention=settings.theta,
+            num_sequences=settings.num_sequences,
+            seed=settings.seed,
+            tool_version=f"vllm_longmamba {__version__}",
+            method=UNCLAMPED,
+        )
 
     @cached_property
     def model(self) -> TorchModel:
@@ -109,7 +131,7 @@ class Subject:
         seed: int = 0,
         budget: float = 1.0,
     ) -> ThresholdTable:
-        """A table of the paper's method, for C = 0 of "unclamped"; sequences, L and theta are as in the model's table.
+        """A table of the paper's method, for C = 0 of "unclamped"; sequences, L and theta are as in `metadata`.
 
         Args:
             texts: to calibrate on; none stands for the package's sample.
@@ -118,7 +140,7 @@ class Subject:
             seed: chooses the sequences.
             budget: what a channel may keep, as a factor of its sum over L.
         """
-        corpus, metadata = read_corpus(list(texts)), self.table.metadata
+        corpus, metadata = read_corpus(list(texts)), self.metadata
         settings = CalibrationSettings(clamp_percent=clamp_percent)
         tokens = tokenize(_Tokenizer(self.encoder), corpus)
         recording = Recording()
@@ -173,7 +195,7 @@ class Variant:
     ) -> None:
         self._subject, self._method, self._generated = subject, method, generated
         self.encoder = subject.encoder
-        self.train_length = subject.table.metadata.train_length
+        self.train_length = subject.metadata.train_length
         of_model = {**subject.contestant.description, "train_length": self.train_length}
         self.description: dict[str, Any] = {**of_model, **description}
         if generated is not None:

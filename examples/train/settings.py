@@ -58,6 +58,7 @@ class Settings:
         clip: largest norm of the gradient.
         stages: mixtures of tasks.
         distractors: of each sequence at most so many numbers that are never asked for stand in the text.
+        foreign_words: share of these that are words of other scripts instead.
         evaluations: how many in a run, besides the last.
         evaluation_sequences: of each task.
         evaluated_lengths: at which an evaluation in a run measures, in training lengths, ascending from 1.
@@ -108,6 +109,7 @@ class Settings:
     clip: float = 1.0
     stages: tuple[Stage, ...] = field(default_factory=default_stages)
     distractors: int = 0
+    foreign_words: float = 0.0
     evaluations: int = 20
     evaluation_sequences: int = 256
     evaluated_lengths: tuple[int, ...] = (1,)

@@ -41,7 +41,9 @@ TASKS: dict[str, Task] = {
     # for evaluation
     "four_needles": Task((4, 4), (1, 1)),
 }
-DISTRACTOR_DIGITS = 6
+DISTRACTOR_BYTES = 6
+# First bytes of accented Latin, Greek and Cyrillic letters in UTF-8.
+FOREIGN_LETTERS = torch.tensor([0xC3, 0xC4, 0xCE, 0xCF, 0xD0, 0xD1])
 MAX_STATED = max(task.stated[1] for task in TASKS.values())
 SLOTS = max(task.stated[1] + task.mentioned[1] for task in TASKS.values())
 
@@ -82,7 +84,7 @@ class Batch:
     Attributes:
         tokens: (batch, length + 1) int64 bytes; inputs are all but the last, targets all but the first.
         is_answer: (batch, length + 1) bool, digits that can be known from what came before.
-        is_random: (batch, length + 1) bool, digits that cannot.
+        is_random: (batch, length + 1) bool, digits that cannot, and letters of distractors.
     """
 
     tokens: torch.Tensor
@@ -103,6 +105,7 @@ def make_batch(
     length: int,
     generator: torch.Generator,
     distractors: int = 0,
+    foreign_words: float = 0.0,
 ) -> Batch:
     """Draws sequences.
 
@@ -118,6 +121,7 @@ def make_batch(
         generator: of the same device.
         distractors: of each sequence at most so many numbers that are never asked for are written over the text, before
             the sentences are.
+        foreign_words: share of the distractors that are words of other scripts instead.
     """
     device, size = text.device, length + 1
 
@@ -127,7 +131,7 @@ def make_batch(
     tokens = windows(text, batch, size, generator)
     distracting = torch.zeros_like(tokens, dtype=torch.bool)
     if distractors:
-        tokens, distracting = _write_distractors(tokens, distractors, uniform)
+        tokens, distracting = _write_distractors(tokens, distractors, foreign_words, uniform)
     rows, numbers, known, used = _draw_sentences(sentences, mixture, batch, uniform)
     lengths = sentences.length[rows] * used  # (batch, SLOTS)
     used &= lengths.cumsum(1) <= size
@@ -156,38 +160,45 @@ def make_batch(
 
 
 def _write_distractors(
-    tokens: torch.Tensor, most: int, uniform: Callable[..., torch.Tensor]
+    tokens: torch.Tensor, most: int, foreign_words: float, uniform: Callable[..., torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Writes numbers of 1 to DISTRACTOR_DIGITS digits with a space on each side over text.
+    """Writes numbers of 1 to 6 digits, or words of 1 to 3 letters, with a space on each side over text.
 
-    A sequence is cut into `most` parts, each of which has a number with a probability that is drawn for the sequence.
+    A sequence is cut into `most` parts, each of which has a distractor with a probability drawn for the sequence.
 
     Args:
         tokens: (batch, size) bytes.
-        most: numbers in a sequence.
+        most: distractors in a sequence.
+        foreign_words: share of words.
         uniform: random numbers of a shape.
 
     Returns:
-        The sequences, and which of their bytes are the digits.
+        The sequences, and which of their bytes are digits and letters so written.
     """
     batch, size = tokens.shape
     part = size // most
-    if part < DISTRACTOR_DIGITS + 2:
+    if part < DISTRACTOR_BYTES + 2:
         raise ValueError(
             f"make_batch: {most} distractors do not fit into sequences of {size - 1} bytes, each needs "
-            f"{DISTRACTOR_DIGITS + 2} of them; ask for fewer"
+            f"{DISTRACTOR_BYTES + 2} of them; ask for fewer"
         )
-    digits = 1 + (uniform(batch, most, 1) * DISTRACTOR_DIGITS).long()
-    start = (uniform(batch, most, 1) * (part - DISTRACTOR_DIGITS - 1)).long()
     is_there = uniform(batch, most, 1) < uniform(batch, 1, 1)
+    is_word = uniform(batch, most, 1) < foreign_words
+    digits = 1 + (uniform(batch, most, 1) * DISTRACTOR_BYTES).long()
+    length = torch.where(is_word, digits + digits % 2, digits)
+    start = (uniform(batch, most, 1) * (part - DISTRACTOR_BYTES - 1)).long()
     place = torch.arange(part, device=tokens.device) - start
-    is_digit = is_there & (place >= 1) & (place <= digits)
-    is_space = is_there & ((place == 0) | (place == digits + 1))
-    values = ord("0") + (uniform(batch, most, part) * 10).long()
+    is_written = is_there & (place >= 1) & (place <= length)
+    is_space = is_there & ((place == 0) | (place == length + 1))
+
+    # a letter: two bytes of UTF-8, the first of which tells its script
+    first, numbers = FOREIGN_LETTERS.to(tokens.device), uniform(batch, most, part)
+    letter = torch.where(place % 2 == 1, first[(numbers * len(first)).long()], 0x80 + (numbers * 64).long())
+    value = torch.where(is_word, letter, ord("0") + (numbers * 10).long())
     text, rest = tokens.split([most * part, size - most * part], dim=1)
     written = torch.where(is_space, ord(" "), text.unflatten(1, (most, part)))
-    written = torch.where(is_digit, values, written).flatten(1)
-    return torch.cat([written, rest], 1), F.pad(is_digit.flatten(1), (0, rest.shape[1]))
+    written = torch.where(is_written, value, written).flatten(1)
+    return torch.cat([written, rest], 1), F.pad(is_written.flatten(1), (0, rest.shape[1]))
 
 
 def _draw_sentences(

@@ -135,7 +135,14 @@ def train(
         if not drawn:
             sequences = DRAWN_AT_ONCE * settings.batch
             many = make_batch(
-                books.train, sentences, mixture, sequences, settings.length, generator, settings.distractors
+                books.train,
+                sentences,
+                mixture,
+                sequences,
+                settings.length,
+                generator,
+                settings.distractors,
+                settings.foreign_words,
             )
             drawn = many.split(DRAWN_AT_ONCE)
         batch = drawn.pop()

@@ -33,11 +33,12 @@ def draw(
     length: int = LENGTH,
     seed: int = 0,
     distractors: int = 0,
+    foreign_words: float = 0.0,
 ) -> Batch:
     books = read_books(text_file, CPU, held_out_bytes=20_000)
     generator = torch.Generator().manual_seed(seed)
     sentences, mixture = write_sentences(NOUNS, CPU), mix_tasks(shares, CPU)
-    return make_batch(books.train, sentences, mixture, batch, length, generator, distractors)
+    return make_batch(books.train, sentences, mixture, batch, length, generator, distractors, foreign_words)
 
 
 def text_of(tokens: torch.Tensor) -> str:
@@ -133,6 +134,17 @@ def test_distractors_leave_the_sentences_whole(text_file: Path) -> None:
         assert all(number == stated[name] for name, number in ANSWER.findall(text_of(tokens)))
         assert is_answer.sum() % 5 == 0
         assert is_random.sum() >= 5 * len(stated)
+
+
+def test_foreign_words_are_whole_letters(text_file: Path) -> None:
+    batch = draw({"text": 1}, text_file, batch=200, distractors=12, foreign_words=0.5)
+    words, numbers = [], 0
+    for tokens, is_random in zip(batch.tokens, batch.is_random, strict=True):
+        written = bytes(torch.where(is_random, tokens, ord(" ")).tolist()).decode("utf-8").split()
+        words += [word for word in written if not word.isdigit()]
+        numbers += len(written)
+    assert all(1 <= len(word) <= 3 and all("\xc0" <= letter < "\u0480" for letter in word) for word in words)
+    assert 0.4 < len(words) / numbers < 0.6
 
 
 def test_too_many_distractors_are_refused(text_file: Path) -> None:
