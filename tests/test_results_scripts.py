@@ -1,6 +1,7 @@
 """The scripts of benchmarks/ that compare variants and write the page of results, on a tiny model."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +125,18 @@ def test_search_for_budgets_of_channels(script: Script, tmp_path: Path) -> None:
     assert changed
 
 
+def test_what_is_left_out_of_texts(script: Script, folder: Path, tmp_path: Path) -> None:
+    script(
+        "left_out_text", folder, "--text", HAYSTACK, "--length", 400, "--windows", 1, "--device", "cpu",
+        "--output", tmp_path / "found.json",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found["loss"])[:2] == [f"plain, the last {TRAIN_LENGTH} alone", "plain"]
+    assert list(found["loss"])[-1] == f"nothing before the last {TRAIN_LENGTH}"
+    losses = [next(iter(of_texts.values())) for of_texts in found["loss"].values()]
+    assert len(set(losses)) == len(losses) == 6
+
+
 def test_calibration_in_the_reference(script: Script, folder: Path, tmp_path: Path) -> None:
     script  # noqa: B018 - puts benchmarks/ on the path
     from support.variants import Subject
@@ -203,3 +216,46 @@ def test_other_methods_are_put_beside(script: Script, tmp_path: Path, task: str,
     for number, (message, report) in enumerate(wrong.items()):
         with pytest.raises(SystemExit, match=message):
             script("join_reports", ours, "--beside", write(f"wrong{number}", report), "-o", tmp_path / "joined")
+
+
+def test_evidence_goes_on_after_a_failure(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a `longmamba eval` that fails until a file exists, and tells which GPU it was given."""
+    reports = {task: _report(task, {"plain": 0.5, "longmamba": 0.9}) for task in ("passkey", "needles", "perplexity")}
+    (tmp_path / "reports.json").write_text(json.dumps(reports))
+    fake = tmp_path / "bin" / "longmamba"
+    fake.parent.mkdir()
+    fake.write_text(
+        f"#!{sys.executable}\n"
+        "import json, os, sys\n"
+        "from pathlib import Path\n"
+        "task, output = sys.argv[2], Path(sys.argv[sys.argv.index('-o') + 1])\n"
+        f"home = Path({str(tmp_path)!r})\n"
+        "with (home / 'calls').open('a') as calls:\n"
+        "    calls.write(output.name + ' on ' + os.environ['CUDA_VISIBLE_DEVICES'] + '\\n')\n"
+        "if task == 'needles' and not (home / 'mended').exists():\n"
+        "    sys.exit('no needles today')\n"
+        "(output / 'report.json').write_text(json.dumps(json.loads((home / 'reports.json').read_text())[task]))\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}{os.pathsep}{os.environ['PATH']}")
+    arguments = [
+        "evidence", "some/tiny", "--text", HAYSTACK, "--table", "paper=one", "--table", "my own=two",
+        "--gpus", 0, 1, "--work", tmp_path / "work", "--output", tmp_path / "results",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="some runs failed"):
+        script(*arguments)
+    assert f"needles-paper: failed, see {tmp_path}" in capsys.readouterr().out
+    assert "no needles today" in (tmp_path / "work" / "needles-my-own" / "log.txt").read_text()
+    first = (tmp_path / "calls").read_text().splitlines()
+    assert len(first) == 6
+    assert {call[-1] for call in first} == {"0", "1"}
+
+    (tmp_path / "mended").touch()
+    script(*arguments)
+    again = (tmp_path / "calls").read_text().splitlines()[6:]
+    assert sorted(call.split()[0] for call in again) == ["needles-my-own", "needles-paper"]
+    for task in reports:
+        joined = json.loads((tmp_path / "results" / "tiny" / task / "report.json").read_text())
+        assert list(joined["methods"]) == ["plain", "LongMamba, paper", "LongMamba, my own"]
