@@ -12,9 +12,9 @@ RUNS_TRITON = IS_INTERPRETED or DEVICE == "cuda"
 TOLERANCES = {
     # float32 accumulation over at most a few hundred tokens, hardware exp2 and division on a GPU
     torch.float32: 2e-6,
-    # the output is rounded to 8 bits: 2^-9 at most, about 1.7e-3 in the norm; the interpreter cuts bits off: twice that
+    # the output is rounded to 8 bits: 2^-8 at most, about 1.7e-3 in the norm; the interpreter cuts bits off: twice that
     torch.bfloat16: 6e-3 if IS_INTERPRETED else 3e-3,
-    # 11 bits: 2^-12 at most
+    # 11 bits: 2^-11 at most
     torch.float16: 4e-4,
 }
 
