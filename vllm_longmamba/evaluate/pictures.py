@@ -9,7 +9,7 @@ from vllm_longmamba.evaluate.methods import LABELS
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), in the order of the methods.
 COLOURS = ("#767676", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-# of methods beyond the number of colours
+# of the first methods, of those beyond the number of colours, and so on
 _LINES = ("-", "--", ":")
 _MOST_BANDS = 5
 _PANELS_IN_A_ROW = 4
@@ -113,14 +113,20 @@ def _curves(
             continue
         lengths = [row["length"] for row in own]
         middle, low, high = zip(*map(values, own), strict=True)
-        style, colour = _LINES[number // len(COLOURS) % len(_LINES)], COLOURS[number % len(COLOURS)]
+        style, colour = _look(number)
         axes.plot(lengths, middle, style, color=colour, marker="o", markersize=5, linewidth=2, label=LABELS[method])
         if len(methods) <= _MOST_BANDS:
             axes.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, handlelength=3)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _look(number: int) -> tuple[str, str]:
+    """Line and colour of a method; the first, mostly plain, has its grey for itself."""
+    turn, place = divmod(max(number - 1, 0), len(COLOURS) - 1)
+    return _LINES[turn % len(_LINES)], COLOURS[1 + place if number else 0]
 
 
 def _length_axis(axes: Any, rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> None:
