@@ -2,9 +2,9 @@
 
     python benchmarks/candidates.py out/first out/second --train-length 512 --text FOLDER --output out/candidates.json
 
-For each model: plain, the paper's table, the default one, and one with half of L unfiltered and a quarter of the
-budget, all calibrated here on the package's sample. Models of bytes, of the families of the torch reference; they need
-no table. Choose on other text than the one that the chosen model is shown on.
+For each model: plain, the paper's table, tables of the default method with some budgets, and one with half of L
+unfiltered and a quarter of the budget, all calibrated here on the package's sample. Models of bytes, of the families of
+the torch reference; they need no table. Choose on other text than the one that the chosen model is shown on.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from vllm_longmamba.torch_reference.checkpoint import read_config
 BUDGET_BEFORE_THE_END = 0.25
 
 
-def methods(subject: Subject, lengths: list[int]) -> Iterator[tuple[str, ReadingMethod]]:
+def methods(subject: Subject, lengths: list[int], budgets: list[float]) -> Iterator[tuple[str, ReadingMethod]]:
     """Names and methods, calibrated."""
     train_length = subject.metadata.train_length
     rows = sorted({train_length, *(length for length in lengths if length > train_length)})
@@ -34,7 +34,8 @@ def methods(subject: Subject, lengths: list[int]) -> Iterator[tuple[str, Reading
     yield "plain", Plain()
     clamped = subject.calibrated([], rows, paper.clamp(architecture))
     yield "paper", LongMamba.from_table(clamped, paper.theta)
-    yield "unclamped", LongMamba.from_table(subject.calibrated([], rows, 0.0))
+    for budget in budgets:
+        yield f"budget {budget:g}", LongMamba.from_table(subject.calibrated([], rows, 0.0, budget=budget))
     smaller = subject.calibrated([], rows, 0.0, budget=BUDGET_BEFORE_THE_END)
     yield "unfiltered end", LongMamba.from_table(smaller, unfiltered_end=train_length // 2)
 
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--train-length", type=int, required=True, help="L of all models, in tokens")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="to hide numbers in and to score")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 8192, 16384, 32768])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[1.0, 2.0], help="1 is the default table's")
     parser.add_argument("--questions", type=int, default=27, help="of each kind and length, by nines [%(default)s]")
     parser.add_argument("--windows", type=int, default=4, help="of each length in each text [%(default)s]")
     parser.add_argument("--device", choices=("cpu", "cuda"))
@@ -57,7 +59,7 @@ def main() -> None:
         longest, started = max(options.lengths), time.monotonic()
         subject = Subject(folder, None, 2 * longest, options.device, options.segment_tokens, options.train_length)
         trial = Trial(subject, options.text, options.lengths, options.questions, options.windows)
-        for name, method in methods(subject, options.lengths):
+        for name, method in methods(subject, options.lengths, options.budgets):
             for length in options.lengths:
                 needles, passkey = (trial.answers(method, task, length) for task in ("needles", "passkey"))
                 row = {"model": folder.name, "method": name, "length": length, "needles": needles.found}

@@ -105,8 +105,8 @@ def test_candidates_need_no_table(script: Script, tmp_path: Path) -> None:
     )  # fmt: skip
     rows = json.loads((tmp_path / "found.json").read_text())
     assert [(row["method"], row["length"]) for row in rows[:3]] == [("plain", 300), ("plain", 400), ("paper", 300)]
-    assert {row["method"] for row in rows} == {"plain", "paper", "unclamped", "unfiltered end"}
-    assert len({row["text"] for row in rows}) == len(rows) == 8
+    assert {row["method"] for row in rows} == {"plain", "paper", "budget 1", "budget 2", "unfiltered end"}
+    assert len({row["text"] for row in rows}) == len(rows) == 10
     # Random weights know nothing.
     assert all(row["needles"] == row["passkey"] == 0 for row in rows)
 
