@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,12 +194,34 @@ def test_tuning_report(tmp_path: Path) -> None:
     assert tuning_markdown(before, draw_tuning(before, tmp_path)) == text
 
 
+def test_tuning_report_of_budgets_without_a_clamp(tmp_path: Path) -> None:
+    def tried(clamp: float, budget: float) -> TriedTable:
+        of_table: dict[str, Any] = {"method": "paper"} if clamp else {"method": "unclamped", "budget": budget}
+        return TriedTable(Path(f"C{clamp}-{budget}"), small_table(clamp_percent=clamp, **of_table), [0.1])
+
+    tables = [tried(5.0, 1.0), tried(0.0, 1.0), tried(0.0, 2.0)]
+    found = [0.5, 0.8, 0.9]
+    scores = [scored(candidate(one, 0.1), share, 1.5) for one, share in zip(tables, found, strict=True)]
+    report = {**HEAD, **summarize_tuning([scored(plain(tables[0]), 0.1, 1.4), *scores], choose(scores))}
+    assert report["best"] == {"clamp_percent": 0.0, "budget": 2.0, "min_retention": 0.1}
+    text = tuning_markdown(report, draw_tuning(report, tmp_path))
+    assert text.startswith("# Tuning\n\nBest: clamp_percent 0, budget 2, min_retention 0.1. ")
+    header, _, *rows = [line.split(" | ")[:4] for line in text.splitlines() if line.startswith("| ")]
+    assert header == ["| C (%)", "budget", "theta", "global channels"]
+    assert rows == [
+        ["| plain", "", "", "0"],
+        ["| 0", "1", "0.1", "2"],
+        ["| **0**", "**2**", "**0.1**", "2"],
+        ["| 5", "1", "0.1", "2"],
+    ]
+    assert "C = 0 %, budget 2" in (tmp_path / "tuning.svg").read_text()
+
+
 def test_tuning_report_of_the_closed_loop(tmp_path: Path) -> None:
     # A smaller loss with the larger theta, and a key less with the largest budget.
     scores = [scored(plain(CLOSED[0]), 0.1, 1.4)]
     for one in reversed(CLOSED):
         setting = candidate(one, one.thetas[0])
-        assert setting.budget is not None
         scores.append(scored(setting, 1.0 - 0.1 * (setting.budget == 1.0), 1.6 - 0.1 * setting.min_retention))
     report = {**HEAD, **summarize_tuning(scores, choose(scores[1:]))}
     assert json.loads(json.dumps(report)) == report

@@ -60,7 +60,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> Calibrated:
             )
         else:
             metadata |= {"clamp_percent": settings.clamp("Mamba2ForCausalLM")}
-            metadata |= {"combine": settings.way_to_combine, "min_retention": settings.theta}
+            metadata |= {"combine": settings.way_to_combine, "min_retention": settings.theta, "budget": settings.budget}
         return small_table(**metadata)
 
     monkeypatch.setattr(tuning_tables, "calibrate", calibrate)
@@ -93,6 +93,15 @@ def test_make_paper(calibrated: Calibrated, tmp_path: Path) -> None:
     assert len(calibrated) == 3
 
 
+def test_make_budgets_without_a_clamp(calibrated: Calibrated, tmp_path: Path) -> None:
+    grid = make_grid("paper", thetas=[0.1], clamp_percents=[0.0, 5.0], budgets=[1.0, 2.0])
+    tables = maker(settings_of(grid, PAPER), tmp_path).make(16)
+    assert calibrated == [CalibrationSettings(), CalibrationSettings(budget=2.0), replace(PAPER, clamp_percent=5.0)]
+    assert [one.path.name.rpartition("-")[0] for one in tables] == ["table-C0", "table-C0-budget2", "table-C5"]
+    labels = ["C 0, theta 0.1", "C 0, budget 2, theta 0.1", "C 5, theta 0.1"]
+    assert [candidate(one, 0.1).label() for one in tables] == labels
+
+
 def test_make_closed_loop(calibrated: Calibrated, tmp_path: Path) -> None:
     # The same channels are global with 0.01 and 0.5, and others with 1e-4.
     settings = settings_of(make_grid("closed-loop", thetas=[0.01, 1e-4, 0.5], budgets=[0.5, 1.0]), CLOSED)
@@ -120,7 +129,7 @@ def test_measure_to(calibrated: Calibrated, tmp_path: Path) -> None:
 
 
 def test_make_grid() -> None:
-    assert make_grid("paper") == Grid(THETAS["paper"], CLAMP_PERCENTS, (), 1)
+    assert make_grid("paper") == Grid(THETAS["paper"], CLAMP_PERCENTS, BUDGETS, 1)
     assert make_grid("closed-loop") == Grid((0.01, 0.05, 0.2, 0.5, 0.7), (), BUDGETS, 0)
     assert make_grid("closed-loop", [0.1], None, [0.5], 0) == Grid([0.1], (), [0.5], 0)
 
@@ -138,7 +147,8 @@ def test_lengths_for() -> None:
         ("paper", {"thetas": [0.1, 1.0]}, "--thetas must be"),
         ("paper", {"thetas": [0.1, 0.1]}, "--thetas must be different"),
         ("paper", {"clamp_percents": [0.0, 100.0]}, "--clamp-percents must be different numbers between 0 and 100"),
-        ("paper", {"budgets": [1.0]}, "--budgets has a part in the method closed-loop only"),
+        ("paper", {"budgets": [2.0], "clamp_percents": [5.0]}, "--budgets: a clamp allows for no budget but 1"),
+        ("paper", {"budgets": [2.0, 2.0]}, "--budgets must be different numbers above 0, got 2.0, 2.0"),
         ("unclamped", {}, "--method must be paper or closed-loop, got 'unclamped'; paper tries tables without a clamp"),
         ("closed-loop", {"budgets": [0.0, 1.0]}, "--budgets must be different numbers above 0, got 0.0, 1.0"),
         ("closed-loop", {"clamp_percents": [5.0]}, "--clamp-percents: C has no part in the method closed-loop"),

@@ -1,4 +1,4 @@
-"""The `longmamba tune` command: searches theta and C, or the closed loop's theta and budget, on held-out text."""
+"""The `longmamba tune` command: searches theta, C and the budget on held-out text."""
 
 from pathlib import Path
 from typing import Annotated
@@ -64,7 +64,7 @@ def tune(
     ] = None,
     budgets: Annotated[
         str | None,
-        typer.Option(help="Closed loop: budget to try, as for longmamba calibrate, separated by commas. [default: 1]"),
+        typer.Option(help="Closed loop, and C 0: as for longmamba calibrate, separated by commas. [default: 1]"),
     ] = None,
     combine: Annotated[
         str | None, typer.Option(help="Closed loop: as for longmamba calibrate. [default: median]")
@@ -104,7 +104,7 @@ def tune(
     max_model_len: MaxModelLen = None,
     engine_arg: EngineArg = None,
 ) -> None:
-    """Search the min_retention and clamp_percent (closed loop: budget) that serve MODEL best; write the best table."""
+    """Search the min_retention, clamp_percent and budget that serve MODEL best; write the best table."""
     with user_errors("tune"):
         from vllm_longmamba.calibration_settings import CalibrationSettings
         from vllm_longmamba.evaluate.report import provenance

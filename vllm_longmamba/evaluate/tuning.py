@@ -45,7 +45,7 @@ class Candidate:
 
     Attributes:
         clamp_percent: the paper's C, of the table; None where the closed loop made it.
-        budget: of the closed loop; None where the paper's method made the table.
+        budget: of the table; 1 is that of the paper.
         min_retention: the paper's theta; 1 is the plain model.
         global_channels: channels that it filters, in all layers.
         thresholds: stands for the thresholds in force; settings that share it are the same model.
@@ -54,7 +54,7 @@ class Candidate:
     """
 
     clamp_percent: float | None
-    budget: float | None
+    budget: float
     min_retention: float
     global_channels: int
     thresholds: str
@@ -70,9 +70,11 @@ class Candidate:
         """The setting in words."""
         if self.is_plain:
             return "plain"
-        table = f"C {self.clamp_percent:g}" if self.budget is None else f"budget {self.budget:g}"
+        names = [f"C {self.clamp_percent:g}"] if self.clamp_percent is not None else []
+        if self.budget != 1 or not names:
+            names.append(f"budget {self.budget:g}")
         left_out = f", without {', '.join(self.unfiltered)}" if self.unfiltered else ""
-        return f"{table}, theta {self.min_retention:.3g}{left_out}"
+        return f"{', '.join(names)}, theta {self.min_retention:.3g}{left_out}"
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def candidate(tried: TriedTable, min_retention: float, unfiltered: Sequence[str]
     closed = metadata.closed_loop
     return Candidate(
         clamp_percent=metadata.clamp_percent if closed is None else None,
-        budget=closed.budget if closed is not None else None,
+        budget=closed.budget if closed is not None else metadata.budget,
         min_retention=min_retention,
         global_channels=table.count_global(min_retention),
         thresholds=str(digest.hexdigest()[:32]),

@@ -9,11 +9,20 @@ from vllm_longmamba.evaluate.markdown import conditions, images, interval, table
 from vllm_longmamba.evaluate.pictures import COLOURS, figure_with_panels, save
 from vllm_longmamba.evaluate.tuning import FOUND_TOLERANCE, Score
 
+_COLUMNS = {"clamp_percent": "C (%)", "budget": "budget"}
+_LABELS = {"clamp_percent": "C = {:g} %", "budget": "budget {:g}"}
+
 
 def summarize_tuning(scores: Sequence[Score], best: Score) -> dict[str, Any]:
-    """The scores as plain values: "plain", "tried" (by C or budget, theta and what is left unfiltered) and "best"."""
-    varied = "clamp_percent" if best.candidate.budget is None else "budget"
-    names: tuple[str, ...] = (varied, "min_retention")
+    """The scores as plain values: "plain", "tried" (by C, budget, theta and what is left unfiltered) and "best".
+
+    "best" has what tells settings apart: no C in the closed loop, elsewhere no budget where none but 1 was tried.
+    """
+    is_closed_loop = best.candidate.clamp_percent is None
+    names: tuple[str, ...] = () if is_closed_loop else ("clamp_percent",)
+    if is_closed_loop or any(score.candidate.budget != 1 for score in scores):
+        names += ("budget",)
+    names += ("min_retention",)
     if any(score.candidate.unfiltered for score in scores):
         names += ("unfiltered",)
     tried = [_as_values(score, names) for score in scores[1:]]
@@ -32,27 +41,28 @@ def tuning_markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
         pictures: file names of pictures beside it.
     """
     best, varied = report["best"], _varied(report)
-    closed = varied == "budget"
-    header = ["budget" if closed else "C (%)", "theta", "global channels"]
+    closed = _is_closed_loop(report)
+    header = [*(_COLUMNS[name] for name in varied), "theta", "global channels"]
     if report["plain"]["found"]:
         header.append("keys found")
     if report["plain"]["loss"]:
         header += ["nats/token", "perplexity", "difference to plain"]
     searched = "unfiltered" in best
     if searched:
-        header.insert(2, "unfiltered")
-    rows = [["plain", "", *([""] if searched else []), "0", *_scores(report["plain"])]]
+        header.insert(len(varied) + 1, "unfiltered")
+    rows = [["plain", *([""] * (len(varied) + searched)), "0", *_scores(report["plain"])]]
     for score in report["tried"]:
         setting = score["candidate"]
         mark = "**" if all(setting[name] == best[name] for name in best) else ""
-        names = [f"{setting[varied]:g}", f"{setting['min_retention']:.3g}"]
+        names = [*(f"{setting[name]:g}" for name in varied), f"{setting['min_retention']:.3g}"]
         if searched:
             names.append(", ".join(setting["unfiltered"]) or "-")
         cells = [*(f"{mark}{name}{mark}" for name in names), str(setting["global_channels"]), *_scores(score)]
         rows.append(cells)
     left_out = f", without {', '.join(best['unfiltered'])}" if best.get("unfiltered") else ""
+    chosen = "".join(f"{name} {best[name]:g}, " for name in varied)
     text = (
-        f"Best: {varied} {best[varied]:g}, min_retention {best['min_retention']:.3g}{left_out}. It has the "
+        f"Best: {chosen}min_retention {best['min_retention']:.3g}{left_out}. It has the "
         f"smallest loss of the settings whose share of keys found is within {FOUND_TOLERANCE:g} of the largest. "
         "Intervals: 95 %, Wilson for keys, bootstrap over texts for losses; they do not allow for the choice of the "
         "best of many, so confirm it on other text (`longmamba eval`)."
@@ -64,7 +74,7 @@ def tuning_markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
 
 
 def draw_tuning(report: Mapping[str, Any], folder: Path) -> list[str]:
-    """Draw keys found and the loss less that of plain over theta, a curve for each C or budget.
+    """Draw keys found and the loss less that of plain over theta, a curve for each C and budget.
 
     Args:
         report: as written to JSON.
@@ -76,25 +86,31 @@ def draw_tuning(report: Mapping[str, Any], folder: Path) -> list[str]:
     kinds = [(name, of) for name, of in (("found", "share"), ("difference", "loss")) if report["plain"][name]]
     labels = {"found": "keys found", "difference": "nats per token, difference to plain, same windows"}
     varied = _varied(report)
-    label = "closed loop, budget {:g}" if varied == "budget" else "C = {:g} %"
+    label = ", ".join(_LABELS[name] for name in varied)
+    if _is_closed_loop(report):
+        label = f"closed loop, {label}"
     # Over theta: what was tried with something left unfiltered is in the table only.
     over_theta = [score for score in report["tried"] if not score["candidate"].get("unfiltered")]
-    curves = sorted({score["candidate"][varied] for score in over_theta})
+
+    def curve(setting: Mapping[str, Any]) -> tuple[float, ...]:
+        return tuple(setting[name] for name in varied)
+
+    curves = sorted({curve(score["candidate"]) for score in over_theta})
     with figure_with_panels(5.2 * len(kinds), 3.8, len(kinds)) as (figure, panels):
         for panel, (kind, of) in zip(panels, kinds, strict=True):
             panel.axhline(report["plain"][kind][of], color=COLOURS[0], linestyle="--", label="plain")
             for number, fixed in enumerate(curves, start=1):
-                own = [score for score in over_theta if score["candidate"][varied] == fixed]
+                own = [score for score in over_theta if curve(score["candidate"]) == fixed]
                 thetas = [score["candidate"]["min_retention"] for score in own]
                 values = [score[kind][of] for score in own]
                 colour = COLOURS[number % len(COLOURS)]
-                panel.plot(thetas, values, color=colour, marker="o", markersize=4, label=label.format(fixed))
+                panel.plot(thetas, values, color=colour, marker="o", markersize=4, label=label.format(*fixed))
                 panel.fill_between(
                     thetas, *([score[kind][end] for score in own] for end in ("low", "high")),
                     color=colour, alpha=0.08, linewidth=0,
                 )  # fmt: skip
                 for theta, value in zip(thetas, values, strict=True):
-                    if (report["best"][varied], report["best"]["min_retention"]) == (fixed, theta):
+                    if (curve(report["best"]), report["best"]["min_retention"]) == (fixed, theta):
                         panel.plot(theta, value, marker="o", markersize=11, fillstyle="none", color="black")
             panel.set_xscale("log")
             panel.set_xlabel("theta (min_retention)")
@@ -114,9 +130,13 @@ def _as_values(score: Score, names: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _varied(report: Mapping[str, Any]) -> str:
-    """What tells the tables of a report apart: "budget" in the closed loop, otherwise "clamp_percent"."""
-    return "budget" if "budget" in report["best"] else "clamp_percent"
+def _varied(report: Mapping[str, Any]) -> list[str]:
+    """What tells the tables of a report apart."""
+    return [name for name in _COLUMNS if name in report["best"]]
+
+
+def _is_closed_loop(report: Mapping[str, Any]) -> bool:
+    return "clamp_percent" not in report["best"]
 
 
 def _scores(score: Mapping[str, Any]) -> list[str]:

@@ -50,7 +50,7 @@ class TuningResult:
 def tune_model(
     model: str, settings: TuningSettings, engine_args: Mapping[str, Any], folder: Path, progress: Progress
 ) -> TuningResult:
-    """Search theta and C, or the closed loop's theta and budget, for a model.
+    """Search theta and C, or the closed loop's theta, and the budget, for a model.
 
     Args:
         model: name or folder, as for `vllm serve`.

@@ -31,7 +31,7 @@ class Grid:
     Attributes:
         thetas: `min_retention`, each between 0 and 1.
         clamp_percents: the paper's C, each a calibration; none in the closed loop.
-        budgets: of the closed loop, where each with each theta is a calibration; none for the paper's method.
+        budgets: each a calibration: in the closed loop with each theta, otherwise for C = 0, where nothing is clamped.
         refine: finer grids of theta after the first; 0 in the closed loop.
 
     Raises:
@@ -48,6 +48,10 @@ class Grid:
         clamps = self.clamp_percents
         _check("--clamp-percents", clamps, "between 0 and 100", all(0 <= clamp < 100 for clamp in clamps))
         _check("--budgets", self.budgets, "above 0", all(0 < budget < float("inf") for budget in self.budgets))
+
+    def budgets_of(self, clamp_percent: float) -> Sequence[float]:
+        """The budgets to be tried with a C: with a clamp the paper's alone."""
+        return BUDGETS if clamp_percent else self.budgets
 
 
 def make_grid(
@@ -78,12 +82,13 @@ def make_grid(
             f"--refine: with the method {CLOSED_LOOP} every theta takes a calibration; give more --thetas in a second "
             "run with the same --output, which goes on from the first"
         )
-    if not closed and budgets is not None:
-        raise ValueError(f"--budgets {_CLOSED_LOOP_ONLY}")
+    clamps = () if closed else CLAMP_PERCENTS if clamp_percents is None else clamp_percents
+    if not closed and budgets is not None and 0 not in clamps:
+        raise ValueError("--budgets: a clamp allows for no budget but 1; leave it out, or add 0 to --clamp-percents")
     return Grid(
         thetas=THETAS[method] if thetas is None else thetas,
-        clamp_percents=() if closed else CLAMP_PERCENTS if clamp_percents is None else clamp_percents,
-        budgets=() if not closed else BUDGETS if budgets is None else budgets,
+        clamp_percents=clamps,
+        budgets=BUDGETS if budgets is None else budgets,
         refine=REFINE[method] if refine is None else refine,
     )
 

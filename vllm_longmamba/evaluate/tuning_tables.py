@@ -1,4 +1,4 @@
-"""The tables that `longmamba tune` tries: one for each C, or in the closed loop one for each budget and theta."""
+"""The tables that `longmamba tune` tries: one for each C and, without a clamp, budget; see `make_grid`."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -57,17 +57,16 @@ class TableMaker:
         """
         calibration, grid = self.settings.calibration, self.settings.grid
         if calibration.method != CLOSED_LOOP:
-            # Method and combination follow from the clamp: without one the table is made as "unclamped".
-            return [
-                self._made(
-                    f"C{clamp:g}",
-                    replace(calibration, method=None, combine=None, clamp_percent=clamp or None),
-                    grid.thetas,
-                )
-                for clamp in grid.clamp_percents
-            ]
+            return [self._of_clamp(clamp, budget) for clamp in grid.clamp_percents for budget in grid.budgets_of(clamp)]
         calibration = replace(calibration, measure_to=calibration.measure_to or measure_to)
         return [one for budget in grid.budgets for one in self._closed_loop(replace(calibration, budget=budget))]
+
+    def _of_clamp(self, clamp_percent: float, budget: float) -> TriedTable:
+        # Method and combination follow from the clamp: without one the table is made as "unclamped".
+        changes: dict[str, Any] = {"method": None, "combine": None, "clamp_percent": clamp_percent or None}
+        name = f"C{clamp_percent:g}" if budget == 1 else f"C{clamp_percent:g}-budget{budget:g}"
+        calibration = replace(self.settings.calibration, budget=budget, **changes)
+        return self._made(name, calibration, self.settings.grid.thetas)
 
     def _closed_loop(self, calibration: CalibrationSettings) -> list[TriedTable]:
         """The tables of a budget: thetas of the same global channels share one."""
