@@ -1,7 +1,7 @@
 """Which channels should keep more, or less, of a long prompt than the others? A search by needles, pass keys and text.
 
-    python benchmarks/channel_budgets.py examples/reference-mamba2-4m --text FOLDER --lengths 2048 8192 16384 \
-        --budget 0.25 --unfiltered-end 256 --device cuda --output out/budgets.json
+    python benchmarks/channel_budgets.py examples/reference-mamba2-few-writes-4m --text FOLDER \
+        --lengths 2048 8192 16384 --budget 0.25 --unfiltered-end 256 --device cuda --output out/budgets.json
 
 Starts with the same budget for all global channels, tries another one for each by itself (--budgets), and keeps what
 scores better, until nothing does or the time is up. The score is the mean probability of the right answers, needles

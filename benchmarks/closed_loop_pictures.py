@@ -1,6 +1,6 @@
 """Draws thresholds against the prompt's length, as the three methods of calibration make them.
 
-    python benchmarks/closed_loop_pictures.py examples/reference-mamba1-4m examples/reference-mamba2-4m \
+    python benchmarks/closed_loop_pictures.py examples/reference-mamba1-4m examples/reference-mamba2-few-writes-4m \
         --output docs/pictures/thresholds.png
 
 A model's folder holds paper.safetensors, longmamba.safetensors (unclamped) and closed-loop.safetensors. A column a

@@ -1,8 +1,8 @@
 """What docs/results.md shows of a model: pass keys, needles and text through the engine, with several tables.
 
-    python benchmarks/evidence.py examples/reference-mamba2-4m --text BOOKS --gpus 0 1 --together 3 \
-        --table paper=examples/reference-mamba2-4m/paper.safetensors \
-        --table unclamped=examples/reference-mamba2-4m/longmamba.safetensors
+    python benchmarks/evidence.py examples/reference-mamba2-few-writes-4m --text BOOKS --gpus 0 1 --together 3 \
+        --table paper=examples/reference-mamba2-few-writes-4m/paper.safetensors \
+        --table unclamped=examples/reference-mamba2-few-writes-4m/longmamba.safetensors
 
 Runs `longmamba eval` of each task and table in processes of their own, --together of them on each GPU, and joins the
 reports of a task (join_reports.py) in --output/MODEL/TASK. A run that ended before is not repeated; --work keeps the

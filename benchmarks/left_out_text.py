@@ -1,6 +1,6 @@
 """What does text lose by the filter: by what the filter leaves out, or by what it keeps? Text by text.
 
-    python benchmarks/left_out_text.py examples/reference-mamba2-4m --text BOOKS --output out/left_out.json
+    python benchmarks/left_out_text.py examples/reference-mamba2-few-writes-4m --text BOOKS --output out/left_out.json
 
 Loss of the last 100 tokens of windows under: plain; plain of the last L tokens alone; the default table; half of L
 unfiltered and a quarter of the budget; and with nothing kept of what stands before an unfiltered end of L / 2 or L

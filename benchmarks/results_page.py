@@ -19,6 +19,8 @@ from typing import Any
 from support.agreement import agreement_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
+# Pixels: the pictures of one panel stay as they are.
+WIDE = 1700
 # The order of the sections of a model.
 TASKS = ("passkey", "needles", "perplexity", "tune", "ablation")
 
@@ -133,13 +135,16 @@ def _pictures(folder: Path, report: Mapping[str, Any]) -> list[Path]:
 
 
 def _keep_small(folder: Path) -> None:
-    """The repository has no room for more than PNG files of few colours."""
+    """The repository has no room for more than PNG files of few colours, and not for wide ones."""
     from PIL import Image
 
     for picture in folder.glob("*.svg"):
         picture.unlink()
     for picture in folder.glob("*.png"):
-        Image.open(picture).convert("RGB").quantize(48).save(picture, optimize=True)
+        image = Image.open(picture).convert("RGB")
+        if image.width > WIDE:
+            image.thumbnail((WIDE, image.height))
+        image.quantize(48).save(picture, optimize=True)
 
 
 def _link(file: Path, page: Path) -> str:
