@@ -113,7 +113,7 @@ def _curves(
             continue
         lengths = [row["length"] for row in own]
         middle, low, high = zip(*map(values, own), strict=True)
-        style, colour = _look(number)
+        style, colour = look(number)
         axes.plot(lengths, middle, style, color=colour, marker="o", markersize=5, linewidth=2, label=LABELS[method])
         if len(methods) <= _MOST_BANDS:
             axes.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -123,7 +123,7 @@ def _curves(
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _look(number: int) -> tuple[str, str]:
+def look(number: int) -> tuple[str, str]:
     """Line and colour of a method; the first, mostly plain, has its grey for itself."""
     turn, place = divmod(max(number - 1, 0), len(COLOURS) - 1)
     return _LINES[turn % len(_LINES)], COLOURS[1 + place if number else 0]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_longmamba.evaluate.markdown import conditions, images, interval, table
-from vllm_longmamba.evaluate.pictures import COLOURS, figure_with_panels, save
+from vllm_longmamba.evaluate.pictures import COLOURS, figure_with_panels, look, save
 from vllm_longmamba.evaluate.tuning import FOUND_TOLERANCE, Score
 
 _COLUMNS = {"clamp_percent": "C (%)", "budget": "budget"}
@@ -103,8 +103,8 @@ def draw_tuning(report: Mapping[str, Any], folder: Path) -> list[str]:
                 own = [score for score in over_theta if curve(score["candidate"]) == fixed]
                 thetas = [score["candidate"]["min_retention"] for score in own]
                 values = [score[kind][of] for score in own]
-                colour = COLOURS[number % len(COLOURS)]
-                panel.plot(thetas, values, color=colour, marker="o", markersize=4, label=label.format(*fixed))
+                style, colour = look(number)
+                panel.plot(thetas, values, style, color=colour, marker="o", markersize=4, label=label.format(*fixed))
                 panel.fill_between(
                     thetas, *([score[kind][end] for score in own] for end in ("low", "high")),
                     color=colour, alpha=0.08, linewidth=0,

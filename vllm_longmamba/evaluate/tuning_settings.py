@@ -21,8 +21,6 @@ REFINE = {PAPER: 1, CLOSED_LOOP: 0}
 # shows from 16 times on (docs/closed_loop.md).
 MULTIPLES = (8, 16)
 
-_CLOSED_LOOP_ONLY = f"has a part in the method {CLOSED_LOOP} only; leave it out, or give --method {CLOSED_LOOP}"
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -138,7 +136,10 @@ class TuningSettings:
         if self.search_unfiltered and not self.perplexity:
             raise ValueError("--search-unfiltered goes by the loss of text; leave out --score passkey")
         if self.calibration.method != CLOSED_LOOP and self.calibration.measure_to is not None:
-            raise ValueError(f"--measure-to {_CLOSED_LOOP_ONLY}")
+            raise ValueError(
+                f"--measure-to has a part in the method {CLOSED_LOOP} only; "
+                f"leave it out, or give --method {CLOSED_LOOP}"
+            )
 
     def lengths_for(self, train_length: int) -> list[int]:
         """Tokens of prompts and windows."""
