@@ -59,6 +59,7 @@ def test_candidate() -> None:
     assert not candidate(TABLES[0], 0.1).is_plain
     with_end = TriedTable(Path("end"), small_table(clamp_percent=5.0, unfiltered_end=64), THETAS)
     assert candidate(with_end, 1e-4).thresholds != candidate(TABLES[0], 1e-4).thresholds
+    assert [candidate(one, 1e-4).unfiltered_end for one in (TABLES[0], with_end)] == [0, 64]
 
 
 def test_label() -> None:
@@ -194,12 +195,28 @@ def test_tuning_report(tmp_path: Path) -> None:
     assert tuning_markdown(before, draw_tuning(before, tmp_path)) == text
 
 
-def test_tuning_report_of_budgets_without_a_clamp(tmp_path: Path) -> None:
-    def tried(clamp: float, budget: float) -> TriedTable:
-        of_table: dict[str, Any] = {"method": "paper"} if clamp else {"method": "unclamped", "budget": budget}
-        return TriedTable(Path(f"C{clamp}-{budget}"), small_table(clamp_percent=clamp, **of_table), [0.1])
+def one_theta(clamp: float, budget: float, unfiltered_end: int = 0) -> TriedTable:
+    of_table: dict[str, Any] = {"method": "paper"} if clamp else {"method": "unclamped", "budget": budget}
+    table = small_table(clamp_percent=clamp, unfiltered_end=unfiltered_end, **of_table)
+    return TriedTable(Path(f"C{clamp}-{budget}-{unfiltered_end}"), table, [0.1])
 
-    tables = [tried(5.0, 1.0), tried(0.0, 1.0), tried(0.0, 2.0)]
+
+def test_tuning_report_of_unfiltered_ends(tmp_path: Path) -> None:
+    tables = [one_theta(0.0, budget, end) for budget in (0.25, 1.0) for end in (0, 4)]
+    losses = [1.6, 1.4, 1.5, 1.45]
+    scores = [scored(candidate(one, 0.1), 0.9, loss) for one, loss in zip(tables, losses, strict=True)]
+    report = {**HEAD, **summarize_tuning([scored(plain(tables[0]), 0.1, 1.9), *scores], choose(scores))}
+    assert report["best"] == {"clamp_percent": 0.0, "budget": 0.25, "unfiltered_end": 4, "min_retention": 0.1}
+    text = tuning_markdown(report, draw_tuning(report, tmp_path))
+    assert "Best: clamp_percent 0, budget 0.25, unfiltered_end 4, min_retention 0.1. " in text
+    header, _, *rows = [line.split(" | ")[:4] for line in text.splitlines() if line.startswith("| ")]
+    assert header == ["| C (%)", "budget", "unfiltered end", "theta"]
+    assert [row[1:3] for row in rows] == [["", ""], ["0.25", "0"], ["**0.25**", "**4**"], ["1", "0"], ["1", "4"]]
+    assert "C = 0 %, budget 0.25, unfiltered end 4" in (tmp_path / "tuning.svg").read_text()
+
+
+def test_tuning_report_of_budgets_without_a_clamp(tmp_path: Path) -> None:
+    tables = [one_theta(5.0, 1.0), one_theta(0.0, 1.0), one_theta(0.0, 2.0)]
     found = [0.5, 0.8, 0.9]
     scores = [scored(candidate(one, 0.1), share, 1.5) for one, share in zip(tables, found, strict=True)]
     report = {**HEAD, **summarize_tuning([scored(plain(tables[0]), 0.1, 1.4), *scores], choose(scores))}

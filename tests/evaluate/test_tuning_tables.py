@@ -13,7 +13,7 @@ from vllm_longmamba.calibration_settings import CalibrationSettings
 from vllm_longmamba.evaluate.tuning import candidate
 from vllm_longmamba.evaluate.tuning_settings import BUDGETS, CLAMP_PERCENTS, THETAS, Grid, TuningSettings, make_grid
 from vllm_longmamba.evaluate.tuning_tables import TableMaker
-from vllm_longmamba.tables import ClosedLoop, ThresholdTable
+from vllm_longmamba.tables import ClosedLoop, ThresholdTable, load_table
 
 PAPER, CLOSED = CalibrationSettings(method="paper"), CalibrationSettings(method="closed-loop")
 Calibrated = list[CalibrationSettings]
@@ -102,6 +102,23 @@ def test_make_budgets_without_a_clamp(calibrated: Calibrated, tmp_path: Path) ->
     assert [candidate(one, 0.1).label() for one in tables] == labels
 
 
+@pytest.mark.parametrize("method", ["paper", "closed-loop"])
+def test_make_unfiltered_ends(calibrated: Calibrated, tmp_path: Path, method: str) -> None:
+    """Each with every table, and no calibration more."""
+    of_paper: dict[str, Any] = {"clamp_percents": [0.0]} if method == "paper" else {}
+    grid = make_grid(method, thetas=[0.1], budgets=[0.25, 1.0], unfiltered_ends=[0, 4], **of_paper)
+    tables = maker(settings_of(grid, CalibrationSettings(method=method)), tmp_path).make(16)
+    assert [of.budget for of in calibrated] == [0.25, 1.0]
+    settings = [candidate(one, 0.1) for one in tables]
+    assert [(one.budget, one.unfiltered_end) for one in settings] == [(0.25, 0), (0.25, 4), (1.0, 0), (1.0, 4)]
+    assert [one.label().split(", ")[-2] for one in settings[1::2]] == ["unfiltered end 4"] * 2
+    # All made by `small_table`: the same thresholds with every budget, but not with every end.
+    assert (len({one.thresholds for one in settings}), len({one.path for one in tables})) == (2, 4)
+    # The file says what the engine shall do with it.
+    assert [load_table(one.path).unfiltered_end() for one in tables] == [0, 4, 0, 4]
+    assert [load_table(one.path).layers.keys() for one in tables] == [one.table.layers.keys() for one in tables]
+
+
 def test_make_closed_loop(calibrated: Calibrated, tmp_path: Path) -> None:
     # The same channels are global with 0.01 and 0.5, and others with 1e-4.
     settings = settings_of(make_grid("closed-loop", thetas=[0.01, 1e-4, 0.5], budgets=[0.5, 1.0]), CLOSED)
@@ -151,6 +168,8 @@ def test_lengths_for() -> None:
         ("paper", {"budgets": [2.0, 2.0]}, "--budgets must be different numbers above 0, got 2.0, 2.0"),
         ("unclamped", {}, "--method must be paper or closed-loop, got 'unclamped'; paper tries tables without a clamp"),
         ("closed-loop", {"budgets": [0.0, 1.0]}, "--budgets must be different numbers above 0, got 0.0, 1.0"),
+        ("paper", {"unfiltered_ends": [0, 0]}, "--unfiltered-ends must be different numbers of tokens, 0 or more"),
+        ("paper", {"unfiltered_ends": [-1]}, "--unfiltered-ends must be .* tokens, 0 or more, got -1"),
         ("closed-loop", {"clamp_percents": [5.0]}, "--clamp-percents: C has no part in the method closed-loop"),
         ("closed-loop", {"refine": 1}, "--refine: with the method closed-loop every theta takes a calibration"),
     ],

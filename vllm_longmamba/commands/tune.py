@@ -1,4 +1,4 @@
-"""The `longmamba tune` command: searches theta, C and the budget on held-out text."""
+"""The `longmamba tune` command: searches theta, C, the budget and the unfiltered end on held-out text."""
 
 from pathlib import Path
 from typing import Annotated
@@ -73,7 +73,10 @@ def tune(
         int | None,
         typer.Option(min=2, help="Closed loop: as for longmamba calibrate. [default: the longest of --lengths]"),
     ] = None,
-    unfiltered_end: Annotated[int, typer.Option(min=0, help="Of all that is tried: as for longmamba calibrate.")] = 0,
+    unfiltered_ends: Annotated[
+        str | None,
+        typer.Option(help="Tokens, as for longmamba calibrate, each with all else, separated by commas. [default: 0]"),
+    ] = None,
     score: Annotated[str, typer.Option(help="What decides: passkey, perplexity or both.")] = "both",
     lengths: Annotated[
         str | None,
@@ -104,7 +107,7 @@ def tune(
     max_model_len: MaxModelLen = None,
     engine_arg: EngineArg = None,
 ) -> None:
-    """Search the min_retention, clamp_percent and budget that serve MODEL best; write the best table."""
+    """Search the min_retention, clamp_percent, budget and unfiltered end that serve MODEL best; write their table."""
     with user_errors("tune"):
         from vllm_longmamba.calibration_settings import CalibrationSettings
         from vllm_longmamba.evaluate.report import provenance
@@ -125,7 +128,6 @@ def tune(
             method=method,
             combine=combine,
             measure_to=measure_to,
-            unfiltered_end=unfiltered_end,
         )
         settings = TuningSettings(
             grid=make_grid(
@@ -134,6 +136,7 @@ def tune(
                 clamp_percents=real_numbers(clamp_percents) if clamp_percents is not None else None,
                 budgets=real_numbers(budgets) if budgets is not None else None,
                 refine=refine,
+                unfiltered_ends=numbers(unfiltered_ends) if unfiltered_ends is not None else None,
             ),
             held_out=read_books(held_out),
             calibration_texts=text or [],
@@ -169,8 +172,6 @@ def tune(
         }
         if needles:
             what["needles"] = needles
-        if unfiltered_end:
-            what["unfiltered_end"] = unfiltered_end
         if metadata.closed_loop is not None:
             what |= {"combine": metadata.closed_loop.combine, "measured": list(metadata.closed_loop.lengths)}
         report = {

@@ -1,4 +1,4 @@
-"""The search for theta (`min_retention`) and C (`clamp_percent`), or the closed loop's budget, on held-out text."""
+"""The search for theta (`min_retention`), C (`clamp_percent`), the budget and the unfiltered end, on held-out text."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +51,7 @@ class Candidate:
         thresholds: stands for the thresholds in force; settings that share it are the same model.
         table: name of the table's file.
         unfiltered: global channels that it leaves unfiltered; names as in `leave_unfiltered`.
+        unfiltered_end: as many of a prompt's last tokens are not filtered.
     """
 
     clamp_percent: float | None
@@ -60,6 +61,7 @@ class Candidate:
     thresholds: str
     table: str
     unfiltered: tuple[str, ...] = ()
+    unfiltered_end: int = 0
 
     @property
     def is_plain(self) -> bool:
@@ -73,6 +75,8 @@ class Candidate:
         names = [f"C {self.clamp_percent:g}"] if self.clamp_percent is not None else []
         if self.budget != 1 or not names:
             names.append(f"budget {self.budget:g}")
+        if self.unfiltered_end:
+            names.append(f"unfiltered end {self.unfiltered_end}")
         left_out = f", without {', '.join(self.unfiltered)}" if self.unfiltered else ""
         return f"{', '.join(names)}, theta {self.min_retention:.3g}{left_out}"
 
@@ -113,6 +117,7 @@ def candidate(tried: TriedTable, min_retention: float, unfiltered: Sequence[str]
         thresholds=str(digest.hexdigest()[:32]),
         table=tried.path.name,
         unfiltered=tuple(unfiltered),
+        unfiltered_end=metadata.unfiltered_end,
     )
 
 

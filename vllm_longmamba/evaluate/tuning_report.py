@@ -9,19 +9,22 @@ from vllm_longmamba.evaluate.markdown import conditions, images, interval, table
 from vllm_longmamba.evaluate.pictures import COLOURS, figure_with_panels, look, save
 from vllm_longmamba.evaluate.tuning import FOUND_TOLERANCE, Score
 
-_COLUMNS = {"clamp_percent": "C (%)", "budget": "budget"}
-_LABELS = {"clamp_percent": "C = {:g} %", "budget": "budget {:g}"}
+_COLUMNS = {"clamp_percent": "C (%)", "budget": "budget", "unfiltered_end": "unfiltered end"}
+_LABELS = {"clamp_percent": "C = {:g} %", "budget": "budget {:g}", "unfiltered_end": "unfiltered end {:g}"}
 
 
 def summarize_tuning(scores: Sequence[Score], best: Score) -> dict[str, Any]:
-    """The scores as plain values: "plain", "tried" (by C, budget, theta and what is left unfiltered) and "best".
+    """The scores as plain values: "plain", "tried" (by the settings' numbers, then what is left unfiltered) and "best".
 
-    "best" has what tells settings apart: no C in the closed loop, elsewhere no budget where none but 1 was tried.
+    "best" has what tells settings apart: no C in the closed loop, elsewhere no budget where none but 1 was tried, no
+    unfiltered end where none was.
     """
     is_closed_loop = best.candidate.clamp_percent is None
     names: tuple[str, ...] = () if is_closed_loop else ("clamp_percent",)
     if is_closed_loop or any(score.candidate.budget != 1 for score in scores):
         names += ("budget",)
+    if any(score.candidate.unfiltered_end for score in scores):
+        names += ("unfiltered_end",)
     names += ("min_retention",)
     if any(score.candidate.unfiltered for score in scores):
         names += ("unfiltered",)
@@ -74,7 +77,7 @@ def tuning_markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
 
 
 def draw_tuning(report: Mapping[str, Any], folder: Path) -> list[str]:
-    """Draw keys found and the loss less that of plain over theta, a curve for each C and budget.
+    """Draw keys found and the loss less that of plain over theta, a curve for each C, budget and unfiltered end.
 
     Args:
         report: as written to JSON.

@@ -16,6 +16,7 @@ THETAS = {
 }
 CLAMP_PERCENTS = (0.0, 5.0, 10.0, 20.0)
 BUDGETS = (1.0,)
+UNFILTERED_ENDS = (0,)
 REFINE = {PAPER: 1, CLOSED_LOOP: 0}
 # Multiples of the training length to score at where no lengths are given. What theta does to text and the clamp to keys
 # shows from 16 times on (docs/closed_loop.md).
@@ -31,6 +32,7 @@ class Grid:
         clamp_percents: the paper's C, each a calibration; none in the closed loop.
         budgets: each a calibration: in the closed loop with each theta, otherwise for C = 0, where nothing is clamped.
         refine: finer grids of theta after the first; 0 in the closed loop.
+        unfiltered_ends: each with every table, as many of a prompt's last tokens are not filtered.
 
     Raises:
         ValueError: a value outside its range, or twice.
@@ -40,12 +42,15 @@ class Grid:
     clamp_percents: Sequence[float]
     budgets: Sequence[float]
     refine: int
+    unfiltered_ends: Sequence[int] = UNFILTERED_ENDS
 
     def __post_init__(self) -> None:
         _check("--thetas", self.thetas, "between 0 and 1", all(0 < theta < 1 for theta in self.thetas))
         clamps = self.clamp_percents
         _check("--clamp-percents", clamps, "between 0 and 100", all(0 <= clamp < 100 for clamp in clamps))
         _check("--budgets", self.budgets, "above 0", all(0 < budget < float("inf") for budget in self.budgets))
+        ends = self.unfiltered_ends
+        _check("--unfiltered-ends", ends, "of tokens, 0 or more", all(end >= 0 for end in ends))
 
     def budgets_of(self, clamp_percent: float) -> Sequence[float]:
         """The budgets to be tried with a C: with a clamp the paper's alone."""
@@ -58,12 +63,13 @@ def make_grid(
     clamp_percents: Sequence[float] | None = None,
     budgets: Sequence[float] | None = None,
     refine: int | None = None,
+    unfiltered_ends: Sequence[int] | None = None,
 ) -> Grid:
     """The grid of a method, its default where nothing is given.
 
     Args:
         method: "paper" or "closed-loop".
-        thetas, clamp_percents, budgets, refine: see `Grid`.
+        thetas, clamp_percents, budgets, refine, unfiltered_ends: see `Grid`.
 
     Raises:
         ValueError: as `Grid`, or something given that has no part in the method.
@@ -88,6 +94,7 @@ def make_grid(
         clamp_percents=clamps,
         budgets=BUDGETS if budgets is None else budgets,
         refine=REFINE[method] if refine is None else refine,
+        unfiltered_ends=UNFILTERED_ENDS if unfiltered_ends is None else unfiltered_ends,
     )
 
 

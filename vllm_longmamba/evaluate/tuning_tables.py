@@ -1,4 +1,4 @@
-"""The tables that `longmamba tune` tries: one for each C and, without a clamp, budget; see `make_grid`."""
+"""The tables that `longmamba tune` tries: one for each C, or budget, and unfiltered end; see `make_grid`."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -57,9 +57,11 @@ class TableMaker:
         """
         calibration, grid = self.settings.calibration, self.settings.grid
         if calibration.method != CLOSED_LOOP:
-            return [self._of_clamp(clamp, budget) for clamp in grid.clamp_percents for budget in grid.budgets_of(clamp)]
-        calibration = replace(calibration, measure_to=calibration.measure_to or measure_to)
-        return [one for budget in grid.budgets for one in self._closed_loop(replace(calibration, budget=budget))]
+            made = [self._of_clamp(clamp, budget) for clamp in grid.clamp_percents for budget in grid.budgets_of(clamp)]
+        else:
+            calibration = replace(calibration, measure_to=calibration.measure_to or measure_to)
+            made = [one for budget in grid.budgets for one in self._closed_loop(replace(calibration, budget=budget))]
+        return [_with_unfiltered_end(one, end) for one in made for end in grid.unfiltered_ends]
 
     def _of_clamp(self, clamp_percent: float, budget: float) -> TriedTable:
         # Method and combination follow from the clamp: without one the table is made as "unclamped".
@@ -95,6 +97,16 @@ class TableMaker:
             table = calibrate(self.model, list(self.settings.calibration_texts), calibration, progress=bar, **arguments)
             save_table(table, path)
         return TriedTable(path, load_table(path), list(thetas))
+
+
+def _with_unfiltered_end(tried: TriedTable, tokens: int) -> TriedTable:
+    """The same thresholds, in a file of their own, with an unfiltered end; 0: the table itself."""
+    if not tokens:
+        return tried
+    path = tried.path.with_stem(f"{tried.path.stem}-end{tokens}")
+    table = replace(tried.table, metadata=replace(tried.table.metadata, unfiltered_end=tokens))
+    save_table(table, path)
+    return TriedTable(path, table, tried.thetas)
 
 
 def _same_channels(table: ThresholdTable, theta: float, other: float) -> bool:
