@@ -46,6 +46,9 @@ class Settings:
         dt_min, dt_max: initial time steps (softplus of their bias), uniform in the logarithm.
         a_min, a_max: initial decays -A of Mamba-2's heads, uniform. Mamba-1's are 1 to d_state.
         hybrid_layers, attention_heads, mlp_width, adapter_rank, rope_theta: of the shared transformer of zamba2.
+        far_sequences: of zamba2: in training, attention also sees the keys of so many other sequences of the batch, as
+            if they stood far before; 0: its own only. The Mamba layers are not told of them.
+        far_length: with far_sequences, as many bytes as the longest text for which these keys stand.
         length: bytes of a sequence, the training length L.
         batch: sequences a step.
         steps: at most so many.
@@ -96,6 +99,8 @@ class Settings:
     mlp_width: int = 256
     adapter_rank: int = 8
     rope_theta: float = 10.0
+    far_sequences: int = 0
+    far_length: int = 32_768
     length: int = 512
     batch: int = 64
     steps: int = 40_000
@@ -134,6 +139,14 @@ class Settings:
             raise ValueError(f"settings: optimizer must be adamw or muon, got {self.optimizer!r}")
         if (self.family == "zamba2") != bool(self.hybrid_layers):
             raise ValueError(f"settings: zamba2, and no other family, needs hybrid_layers, got {self.hybrid_layers}")
+        if self.far_sequences and self.family != "zamba2":
+            raise ValueError(f"settings: far_sequences are for zamba2's attention, leave them out for {self.family}")
+        if not 0 <= self.far_sequences < self.batch:
+            raise ValueError(
+                f"settings: far_sequences must be others of a batch of {self.batch}, got {self.far_sequences}"
+            )
+        if self.far_length < self.length:
+            raise ValueError(f"settings: far_length must be at least the length {self.length}, got {self.far_length}")
         for name in ("hybrid_layers", "ceiling_layers"):
             if any(not 0 <= layer < self.n_layer for layer in getattr(self, name)):
                 raise ValueError(f"settings: {name} must lie below n_layer {self.n_layer}, got {getattr(self, name)}")

@@ -2,8 +2,11 @@
 
 One shared block of attention and MLP (`num_mem_blocks` 1, no adapters on the attention) is called before some of the
 Mamba-2 layers. Its rotary base is small: every frequency turns many times within the training length, so that a product
-of query and key cannot look for content at any distance. See README.md.
+of query and key cannot look for content at any distance. In training it can see keys of other sequences as well, so
+that its softmax learns to leave out the thousands of keys of a long text. See README.md.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -20,6 +23,7 @@ class Attention(nn.Module):
         super().__init__()
         width = 2 * settings.d_model
         self.headdim, self.rope_theta = width // settings.attention_heads, settings.rope_theta
+        self.far_sequences, self.far_length = settings.far_sequences, settings.far_length
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=False)
@@ -32,19 +36,49 @@ class Attention(nn.Module):
             proj(hidden).unflatten(-1, (-1, self.headdim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = self._rotate(q), self._rotate(k)
+        position = torch.arange(tokens, device=hidden.device)
         mask = None
-        if window is not None:
-            distance = torch.arange(tokens, device=hidden.device)[:, None] - torch.arange(tokens, device=hidden.device)
-            mask = (distance >= 0) & (distance < window)
+        if self.training and self.far_sequences:
+            q, k, v, mask = self._with_far_keys(q, k, v, position)
+        else:
+            q, k = self._rotate(q, position), self._rotate(k, position)
+            if window is not None:
+                distance = position[:, None] - position
+                mask = (distance >= 0) & (distance < window)
         scale = (self.headdim / 2) ** -0.5  # Zamba2's
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def _rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotary position embedding, halves rotated against each other: x (batch, heads, tokens, headdim)."""
+    def _with_far_keys(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, rotated, with keys and values of other sequences of the batch before a sequence's
+        own, and what to add to their products.
+
+        The text's length is drawn, uniform in the logarithm, up to `far_length`. The few sequences that stand for all
+        that comes before are put at random places of it, and each of their keys counts as many times as makes up for
+        the others.
+        """
+        tokens = q.shape[2]
+        before = (torch.rand((), device=q.device) * math.log(self.far_length / tokens)).exp() * tokens
+        keys, values = [], []
+        for shift in range(1, self.far_sequences + 1):
+            distance = (tokens + torch.rand((), device=q.device) * before).round()
+            keys.append(self._rotate(k.roll(shift, 0), position - distance))
+            values.append(v.roll(shift, 0))
+        times = (before / (self.far_sequences * tokens)).log().to(q.dtype)
+        future = torch.full((tokens, tokens), -torch.inf, device=q.device, dtype=q.dtype).triu(1)
+        mask = torch.cat([times.expand(tokens, self.far_sequences * tokens), future], dim=1)
+        keys, values = [*keys, self._rotate(k, position)], [*values, v]
+        return self._rotate(q, position), torch.cat(keys, dim=2), torch.cat(values, dim=2), mask
+
+    def _rotate(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Rotary position embedding of positions (tokens,), halves rotated against each other.
+
+        x (batch, heads, tokens, headdim).
+        """
         half = torch.arange(0, self.headdim, 2, device=x.device) / self.headdim
-        angle = torch.arange(x.shape[2], device=x.device)[:, None] * self.rope_theta**-half
+        angle = position[:, None] * self.rope_theta**-half
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
