@@ -99,14 +99,14 @@ def test_the_unfiltered_end_is_handed_on(
     assert (result.exit_code, seen) == (1, [options]), result.output
 
 
-@pytest.mark.parametrize(("given", "expected"), [([], 0), (["--unfiltered-end", "64"], 64)])
-def test_tune_calibrates_with_the_unfiltered_end(
-    given: list[str], expected: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("given", "expected"), [([], [0]), (["--unfiltered-ends", "0,64"], [0, 64])])
+def test_tune_tries_the_unfiltered_ends(
+    given: list[str], expected: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen = []
 
     def tune_model(model: str, settings: TuningSettings, *_: object) -> None:
-        seen.append(settings.calibration.unfiltered_end)
+        seen.append(list(settings.grid.unfiltered_ends))
         raise ValueError("seen")
 
     monkeypatch.setattr(tuning_run, "tune_model", tune_model)
