@@ -37,11 +37,11 @@ class Attention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         position = torch.arange(tokens, device=hidden.device)
-        mask = None
+        q, mask = self._rotate(q, position), None
         if self.training and self.far_sequences:
-            q, k, v, mask = self._with_far_keys(q, k, v, position)
+            k, v, mask = self._with_far_keys(k, v, position)
         else:
-            q, k = self._rotate(q, position), self._rotate(k, position)
+            k = self._rotate(k, position)
             if window is not None:
                 distance = position[:, None] - position
                 mask = (distance >= 0) & (distance < window)
@@ -50,27 +50,26 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def _with_far_keys(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values, rotated, with keys and values of other sequences of the batch before a sequence's
-        own, and what to add to their products.
+        self, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A sequence's keys, rotated, and values, then those of other sequences of the batch as if they stood before,
+        and what to add to the products of queries and keys.
 
         The text's length is drawn, uniform in the logarithm, up to `far_length`. The few sequences that stand for all
         that comes before are put at random places of it, and each of their keys counts as many times as makes up for
         the others.
         """
-        tokens = q.shape[2]
-        before = (torch.rand((), device=q.device) * math.log(self.far_length / tokens)).exp() * tokens
-        keys, values = [], []
+        tokens = k.shape[2]
+        before = (torch.rand((), device=k.device) * math.log(self.far_length / tokens)).exp() * tokens
+        keys, values = [self._rotate(k, position)], [v]
         for shift in range(1, self.far_sequences + 1):
-            distance = (tokens + torch.rand((), device=q.device) * before).round()
+            distance = (tokens + torch.rand((), device=k.device) * before).round()
             keys.append(self._rotate(k.roll(shift, 0), position - distance))
             values.append(v.roll(shift, 0))
-        times = (before / (self.far_sequences * tokens)).log().to(q.dtype)
-        future = torch.full((tokens, tokens), -torch.inf, device=q.device, dtype=q.dtype).triu(1)
-        mask = torch.cat([times.expand(tokens, self.far_sequences * tokens), future], dim=1)
-        keys, values = [*keys, self._rotate(k, position)], [*values, v]
-        return self._rotate(q, position), torch.cat(keys, dim=2), torch.cat(values, dim=2), mask
+        future = torch.full((tokens, tokens), -torch.inf, device=k.device, dtype=k.dtype).triu(1)
+        times = (before / (self.far_sequences * tokens)).log().to(k.dtype)
+        mask = torch.cat([future, times.expand(tokens, self.far_sequences * tokens)], dim=1)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2), mask
 
     def _rotate(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Rotary position embedding of positions (tokens,), halves rotated against each other.

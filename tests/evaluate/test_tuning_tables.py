@@ -170,6 +170,7 @@ def test_lengths_for() -> None:
         ("closed-loop", {"budgets": [0.0, 1.0]}, "--budgets must be different numbers above 0, got 0.0, 1.0"),
         ("paper", {"unfiltered_ends": [0, 0]}, "--unfiltered-ends must be different numbers of tokens, 0 or more"),
         ("paper", {"unfiltered_ends": [-1]}, "--unfiltered-ends must be .* tokens, 0 or more, got -1"),
+        ("paper", {"unfiltered_ends": [1 << 31]}, "--unfiltered-ends: unfiltered_end must be a number of tokens, 0 to"),
         ("closed-loop", {"clamp_percents": [5.0]}, "--clamp-percents: C has no part in the method closed-loop"),
         ("closed-loop", {"refine": 1}, "--refine: with the method closed-loop every theta takes a calibration"),
     ],

@@ -52,7 +52,7 @@ def test_the_sequence_before_is_seen_at_its_place(
 def test_keys_count_as_often_as_text_is_left_out(
     attention: Attention, hidden: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half way, in the logarithm, to four lengths, one sequence counts for two; keys far off weigh more, not less."""
+    """Half way, in the logarithm, to four lengths, one sequence counts for two, at its place."""
     far = trained(attention, hidden, [0.5, 0.0], monkeypatch)
     twice = _with_the_sequence_before_twice(attention, hidden)
     torch.testing.assert_close(far, twice, atol=1e-5, rtol=1e-4)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vllm_longmamba.calibration_settings import CalibrationSettings
 from vllm_longmamba.evaluate.texts import Book
-from vllm_longmamba.tables import CLOSED_LOOP, PAPER
+from vllm_longmamba.tables import CLOSED_LOOP, PAPER, check_unfiltered_end
 
 # The grids where none is given. The paper searches theta between 1e-40 and 1e-1. In the closed loop every theta takes a
 # calibration; these span the best of the models tried (docs/closed_loop.md).
@@ -51,6 +51,8 @@ class Grid:
         _check("--budgets", self.budgets, "above 0", all(0 < budget < float("inf") for budget in self.budgets))
         ends = self.unfiltered_ends
         _check("--unfiltered-ends", ends, "of tokens, 0 or more", all(end >= 0 for end in ends))
+        for end in ends:
+            check_unfiltered_end(end, "--unfiltered-ends")
 
     def budgets_of(self, clamp_percent: float) -> Sequence[float]:
         """The budgets to be tried with a C: with a clamp the paper's alone."""

@@ -100,8 +100,8 @@ class TableMaker:
 
 
 def _with_unfiltered_end(tried: TriedTable, tokens: int) -> TriedTable:
-    """The same thresholds, in a file of their own, with an unfiltered end; 0: the table itself."""
-    if not tokens:
+    """The same thresholds with an unfiltered end: in a file of their own, unless the table has this end already."""
+    if tokens == tried.table.metadata.unfiltered_end:
         return tried
     path = tried.path.with_stem(f"{tried.path.stem}-end{tokens}")
     table = replace(tried.table, metadata=replace(tried.table.metadata, unfiltered_end=tokens))
