@@ -18,8 +18,8 @@ import torch
 from calibration_groups import DEPTHS
 from support.recording import Recording
 
-from vllm_longmamba.calibrate import draw_sequences
-from vllm_longmamba.calibration_text import sample_corpus
+from vllm_longmamba.calibration.sequences import draw_sequences
+from vllm_longmamba.calibration.text import sample_corpus
 from vllm_longmamba.tables import COMBINE, DEFAULT_MIN_RETENTION, UNCLAMPED, LayerCalibration, combine_thresholds
 from vllm_longmamba.torch_reference import LongMamba, Plain, TorchModel
 

@@ -94,8 +94,8 @@ def main() -> None:
 
 
 def _calibrate(num_sequences: int, longest: int, options: argparse.Namespace) -> list[Any]:
-    from vllm_longmamba.calibrate import calibrate_groups
-    from vllm_longmamba.calibration_settings import CalibrationSettings
+    from vllm_longmamba.calibration.offline import calibrate_groups
+    from vllm_longmamba.calibration.settings import CalibrationSettings
 
     settings = CalibrationSettings(
         num_sequences=num_sequences,
@@ -137,7 +137,7 @@ def _found(llm: Any, table: Any, tasks: list[Any]) -> int:
     from passkey import KEY_DIGITS
     from vllm import SamplingParams
 
-    from vllm_longmamba.calibration_worker import use_table
+    from vllm_longmamba.calibration.worker import use_table
     from vllm_longmamba.tables import table_to_bytes
 
     llm.collective_rpc(use_table, args=(table_to_bytes(table),))

@@ -17,7 +17,7 @@ from typing import Any
 from support.trial import Trial
 from support.variants import Subject
 
-from vllm_longmamba.calibration_settings import CalibrationSettings
+from vllm_longmamba.calibration.settings import CalibrationSettings
 from vllm_longmamba.tables import PAPER
 from vllm_longmamba.torch_reference import LongMamba, Plain, ReadingMethod
 from vllm_longmamba.torch_reference.checkpoint import read_config

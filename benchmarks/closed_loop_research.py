@@ -24,8 +24,8 @@ from support.closed_loop_records import read_records, report
 from support.closed_loop_specs import parse
 from support.recording import Recording
 
-from vllm_longmamba.calibrate import draw_sequences
-from vllm_longmamba.calibration_text import read_corpus
+from vllm_longmamba.calibration.sequences import draw_sequences
+from vllm_longmamba.calibration.text import read_corpus
 from vllm_longmamba.evaluate.needles import PASSKEY_QUESTION, hide, passkey_needle
 from vllm_longmamba.tables import LayerCalibration, LayerThresholds
 from vllm_longmamba.tables.closed_loop import combine_thresholds

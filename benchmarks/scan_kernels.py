@@ -1,4 +1,4 @@
-"""Time filtered_scan against vLLM's selective_scan_fn on one GPU, in one process.
+"""Time selective_scan against vLLM's selective_scan_fn on one GPU, in one process.
 
     python benchmarks/scan_kernels.py [--out FOLDER]
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from support.environment import environment, environment_line
 
-from vllm_longmamba.kernels import filtered_scan, filtered_scan_reference
+from vllm_longmamba.kernels import selective_scan, selective_scan_reference
 
 D_STATE = 16
 SHAPES = [(tokens, d_inner, nseq) for d_inner in (4096, 8192) for tokens in (2048, 8192, 65536) for nseq in (1, 4)]
@@ -88,9 +88,9 @@ def check(inputs: dict[str, torch.Tensor | None]) -> float:
         name: tensor.double() if tensor.is_floating_point() else tensor
         for name, tensor in first_tokens(inputs, count).items()
     }
-    expected = filtered_scan_reference(**exact)
-    out = filtered_scan(**inputs | {"state": inputs["state"].clone()}, out=torch.full_like(inputs["x"], float("nan")))
-    assert not out.isnan().any(), "filtered_scan left outputs unwritten"
+    expected = selective_scan_reference(**exact)
+    out = selective_scan(**inputs | {"state": inputs["state"].clone()}, out=torch.full_like(inputs["x"], float("nan")))
+    assert not out.isnan().any(), "selective_scan left outputs unwritten"
     error = ((out[:count] - expected).norm() / expected.norm()).item()
     assert error <= MAX_ERROR, f"relative error {error:.1e} against float64, more than {MAX_ERROR}"
     return error
@@ -129,8 +129,8 @@ def measure(tokens: int, d_inner: int, nseq: int) -> dict[str, float]:
         "d_inner": d_inner,
         "sequences": nseq,
         "stock_ms": median_ms(stock_scan(plain)),
-        "off_ms": median_ms(lambda: filtered_scan(**plain, out=out)),
-        "on_ms": median_ms(lambda: filtered_scan(**filtered, out=out)),
+        "off_ms": median_ms(lambda: selective_scan(**plain, out=out)),
+        "on_ms": median_ms(lambda: selective_scan(**filtered, out=out)),
         "floor_bytes_ms": 1e3 * floor_bytes,
         "floor_exponentials_ms": 1e3 * floor_exponentials,
         "error": error,
@@ -165,7 +165,7 @@ def main() -> None:
 
 def markdown(document: dict[str, Any]) -> str:
     lines = [
-        "# The Mamba-1 scan: vLLM's selective_scan_fn against filtered_scan",
+        "# The Mamba-1 scan: vLLM's selective_scan_fn against selective_scan",
         "",
         environment_line(document["environment"]),
         "",

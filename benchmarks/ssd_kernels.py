@@ -1,4 +1,4 @@
-"""Time ssd_prefill against vLLM's mamba_chunk_scan_combined_varlen on one GPU, in one process.
+"""Time ssd against vLLM's mamba_chunk_scan_combined_varlen on one GPU, in one process.
 
     python benchmarks/ssd_kernels.py [--out FOLDER]
 
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from support.environment import environment, environment_line
 
-from vllm_longmamba.kernels import filtered_ssd_reference, ssd_prefill
+from vllm_longmamba.kernels import ssd, ssd_reference
 
 # nheads, headdim, d_state
 SHAPES = {"mamba2-1.3b": (64, 64, 128), "zamba2-1.2b": (64, 64, 64)}
@@ -118,13 +118,13 @@ def with_own_state(inputs: dict) -> dict:
     return inputs | {"state": inputs["state"].clone()}
 
 
-def check_small(shape: str, dtype: torch.dtype, run: Callable[..., object] = ssd_prefill) -> tuple[float, float]:
+def check_small(shape: str, dtype: torch.dtype, run: Callable[..., object] = ssd) -> tuple[float, float]:
     """Relative error norms of outputs and states of two short sequences against float64."""
     inputs = ssd_inputs(shape, 2 * CHECKED_TOKENS, 2, True, dtype)
     # some heads beyond what the factored kernel takes
     inputs["A"][::9] *= 40.0
     exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-    expected = filtered_ssd_reference(**exact)
+    expected = ssd_reference(**exact)
     out = torch.full_like(inputs["x"], float("nan"))
     given = with_own_state(inputs)
     run(**given, out=out)
@@ -135,7 +135,7 @@ def check_large(inputs: dict) -> dict[str, float]:
     """Relative differences of outputs and states from vLLM's, on the measured shape."""
     ours, stock = with_own_state(inputs), with_own_state(inputs)
     out, stock_out = (torch.full_like(inputs["x"], float("nan")) for _ in range(2))
-    ssd_prefill(**ours, out=out)
+    ssd(**ours, out=out)
     stock_ssd(stock, stock_out)()
     return {
         "output_difference": relative_error(out, stock_out),
@@ -181,15 +181,15 @@ def measure(shape: str, tokens: int, nseq: int) -> dict[str, Any]:
         "tokens": tokens,
         "sequences": nseq,
         "stock_ms": median_ms(stock_ssd(plain, out)),
-        "off_ms": median_ms(lambda: ssd_prefill(**plain, out=out)),
-        "on_ms": median_ms(lambda: ssd_prefill(**filtered, out=out)),
+        "off_ms": median_ms(lambda: ssd(**plain, out=out)),
+        "on_ms": median_ms(lambda: ssd(**filtered, out=out)),
         "floor_bytes_ms": 1e3 * floor_bytes,
         "floor_operations_ms": 1e3 * floor_operations,
         **difference,
     }
     if nseq == 1:
         result["stock_kernels_us"] = kernel_times(stock_ssd(filtered, out))
-        result["kernels_us"] = kernel_times(lambda: ssd_prefill(**filtered, out=out))
+        result["kernels_us"] = kernel_times(lambda: ssd(**filtered, out=out))
     return result | {
         "speedup": result["stock_ms"] / result["off_ms"],
         "speedup_on": result["stock_ms"] / result["on_ms"],
@@ -230,12 +230,12 @@ def compare(out: Path) -> None:
     (out / "ssd_kernels.json").write_text(json.dumps(document, indent=1) + "\n")
     (out / "ssd_kernels.md").write_text(markdown(document))
     if not is_exact:
-        sys.exit("ssd_prefill is further from float64 than allowed")
+        sys.exit("ssd is further from float64 than allowed")
 
 
 def markdown(document: dict[str, Any]) -> str:
     lines = [
-        "# Mamba-2 prefill: vLLM's mamba_chunk_scan_combined_varlen against ssd_prefill",
+        "# Mamba-2 prefill: vLLM's mamba_chunk_scan_combined_varlen against ssd",
         "",
         environment_line(document["environment"]),
         "",

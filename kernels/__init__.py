@@ -7,16 +7,16 @@ the CPU. Both are imported on the first call, so that importing this package nev
 from .causal_conv1d import causal_conv1d
 from .compile_ahead import PER_DECODE_TOKEN, compile_ahead
 from .filter_dt import filter_dt_
-from .filtered_scan import filtered_scan
-from .filtered_state_update import filtered_state_update
 from .reference import (
     causal_conv1d_reference,
     filter_dt_reference,
-    filtered_scan_reference,
-    filtered_ssd_reference,
-    filtered_state_update_reference,
+    selective_scan_reference,
+    selective_state_update_reference,
+    ssd_reference,
 )
-from .ssd_prefill import ssd_prefill, ssd_prefill_supports
+from .selective_scan import selective_scan
+from .selective_state_update import selective_state_update
+from .ssd import ssd, ssd_supports
 
 __all__ = [
     "PER_DECODE_TOKEN",
@@ -25,11 +25,11 @@ __all__ = [
     "compile_ahead",
     "filter_dt_",
     "filter_dt_reference",
-    "filtered_scan",
-    "filtered_scan_reference",
-    "filtered_ssd_reference",
-    "filtered_state_update",
-    "filtered_state_update_reference",
-    "ssd_prefill",
-    "ssd_prefill_supports",
+    "selective_scan",
+    "selective_scan_reference",
+    "selective_state_update",
+    "selective_state_update_reference",
+    "ssd",
+    "ssd_reference",
+    "ssd_supports",
 ]

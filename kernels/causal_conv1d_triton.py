@@ -10,8 +10,8 @@ import triton.language as tl
 
 from .dispatch import UNALIGNED
 from .filter_dt_triton import _softplus
-from .filtered_scan_parts import _find_sequence
 from .reference import NULL_SLOT
+from .selective_scan_chunks_triton import _find_sequence
 
 # measured on an H200 (benchmarks/notes.md)
 BLOCK_TOKENS = 64

@@ -43,7 +43,7 @@ def _filtered_steps(
     return step.masked_fill(is_filtered, 0.0)
 
 
-def filtered_scan_reference(
+def selective_scan_reference(
     x: torch.Tensor,
     dt: torch.Tensor,
     A: torch.Tensor,
@@ -61,7 +61,7 @@ def filtered_scan_reference(
     seq_prompt_tokens: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See :func:`kernels.filtered_scan.filtered_scan`. Mamba (arXiv 2312.00752) equation 2; LongMamba equation 6.
+    """See :func:`kernels.selective_scan.selective_scan`. Mamba (arXiv 2312.00752) equation 2; LongMamba equation 6.
 
     Returns:
         (tokens, d_inner) in ``x.dtype``; ``state`` is updated in place.
@@ -85,7 +85,7 @@ def filtered_scan_reference(
     return out
 
 
-def filtered_ssd_reference(
+def ssd_reference(
     x: torch.Tensor,
     dt: torch.Tensor,
     A: torch.Tensor,
@@ -110,7 +110,7 @@ def filtered_ssd_reference(
         B, C: (tokens, ngroups, d_state); head h belongs to group ``h * ngroups // nheads``.
         state: (slots, nheads, headdim, d_state), updated in place.
         query_start_loc, state_indices, has_initial_state, dt_threshold, seq_rows, seq_prompt_tokens: as in
-            :func:`kernels.filtered_scan.filtered_scan`, with nheads channels.
+            :func:`kernels.selective_scan.selective_scan`, with nheads channels.
 
     Returns:
         (tokens, nheads, headdim) in ``x.dtype``.
@@ -179,7 +179,7 @@ def causal_conv1d_reference(
     return out
 
 
-def filtered_state_update_reference(
+def selective_state_update_reference(
     state: torch.Tensor,
     x: torch.Tensor,
     dt: torch.Tensor,
@@ -194,7 +194,7 @@ def filtered_state_update_reference(
     token_rows: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See :func:`kernels.filtered_state_update.filtered_state_update`: a batch of sequences of one token each.
+    """See :func:`kernels.selective_state_update.selective_state_update`: a batch of sequences of one token each.
 
     Returns:
         (batch, d_inner) in ``x.dtype``, 0 in rows of padding; ``state`` is updated in place.
@@ -206,10 +206,10 @@ def filtered_state_update_reference(
     filters = (dt_threshold, token_rows, torch.ones_like(state_indices))
     where = (state, one_each, state_indices, torch.ones(batch, dtype=torch.bool, device=x.device))
     if A.dim() == 2:
-        return filtered_scan_reference(x, dt, A, B, C, D, z, dt_bias, *where, *filters, out)
+        return selective_scan_reference(x, dt, A, B, C, D, z, dt_bias, *where, *filters, out)
     nheads, headdim = A.shape[0], x.shape[1] // A.shape[0]
     heads, groups = (batch, nheads, headdim), (batch, B.shape[1] // d_state, d_state)
-    y = filtered_ssd_reference(
+    y = ssd_reference(
         x.reshape(heads), dt, A, B.reshape(groups), C.reshape(groups), D, dt_bias,
         state.view(-1, nheads, headdim, d_state), *where[1:], *filters,
     ).flatten(1)  # fmt: skip

@@ -1,6 +1,6 @@
 """A plan of a calibration at the start, for tests that run none."""
 
-from vllm_longmamba.calibration_plan import CalibrationPlan
+from vllm_longmamba.calibration.plan import CalibrationPlan
 
 PAPER_PLAN = CalibrationPlan(
     model_id="org/model",

@@ -7,20 +7,20 @@ import pytest
 from vllm_longmamba.architectures import (
     SUPPORTED,
     is_mamba1,
-    long_name,
-    register_architectures,
     stock_name,
     supported_architecture,
     uses_longmamba,
+    variant_name,
 )
+from vllm_longmamba.engine.registration import register_architectures
 
 MAMBA1 = {"MambaForCausalLM", "FalconMambaForCausalLM", "JambaForCausalLM"}
 
 
 @pytest.mark.parametrize("architecture", SUPPORTED)
 def test_long_name(architecture: str) -> None:
-    assert long_name(architecture) == f"Long{architecture}"
-    assert long_name(long_name(architecture)) == f"Long{architecture}"
+    assert variant_name(architecture) == f"Long{architecture}"
+    assert variant_name(variant_name(architecture)) == f"Long{architecture}"
 
 
 @pytest.mark.parametrize("architecture", SUPPORTED)
@@ -57,7 +57,7 @@ def test_supported_architecture_refuses(given: str | list[str], named: str) -> N
 @pytest.mark.parametrize("architecture", SUPPORTED)
 def test_is_mamba1(architecture: str) -> None:
     assert is_mamba1(architecture) == (architecture in MAMBA1)
-    assert is_mamba1(long_name(architecture)) == (architecture in MAMBA1)
+    assert is_mamba1(variant_name(architecture)) == (architecture in MAMBA1)
 
 
 @pytest.mark.parametrize(
@@ -78,10 +78,10 @@ def test_register_architectures() -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from vllm_longmamba.engine_config import LongMambaModelConfig
+    from vllm_longmamba.engine.config import LongMambaModelConfig
 
     register_architectures()
-    first = {name: ModelRegistry.models[name] for name in map(long_name, SUPPORTED)}
+    first = {name: ModelRegistry.models[name] for name in map(variant_name, SUPPORTED)}
     register_architectures()
     for name, registered in first.items():
         assert ModelRegistry.models[name] is registered

@@ -15,6 +15,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Modules that vLLM imports before it shows any error of theirs, and what those import at module level.
 LIGHT_MODULES = ("plugin", "compatibility", "architectures")
+# The folders and root modules of the package, from the top: each may import those in the lines below its own.
+LAYERS = (
+    ("cli",),
+    ("commands",),
+    ("evaluate", "inspect", "summarize"),
+    ("plugin",),
+    ("engine",),
+    ("calibration",),
+    ("layers", "checkpoint"),
+    ("options", "architectures"),
+    ("compatibility", "kernels", "tables", "chat_templates"),
+)
 
 # Run by a fresh interpreter; argv: folder to put first on the path, or "" for none.
 LIST_MODULES = """
@@ -80,12 +92,67 @@ def list_modules(cwd: Path, first_on_path: Path | None) -> Any:
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize(
-    ("folder", "forbidden"),
-    [("kernels", ("vllm", "vllm_longmamba", "tables")), ("tables", ("vllm", "vllm_longmamba", "kernels"))],
-    ids=["kernels", "tables"],
-)
-def test_kernels_and_tables_know_neither_vllm_nor_each_other(folder: str, forbidden: tuple[str, ...]) -> None:
+def own_modules() -> dict[str, Path]:
+    """Name of every module of the package, as it is imported, and its file."""
+    modules = {}
+    for top in ("vllm_longmamba", "kernels", "tables"):
+        for path in (ROOT / top).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(parts if parts[-1] != "__init__" else parts[:-1])
+            modules[name if top == "vllm_longmamba" else f"vllm_longmamba.{name}"] = path
+    return modules
+
+
+def own_imports() -> dict[str, set[str]]:
+    """Module -> the modules of the package that it imports anywhere, within functions too."""
+    modules = own_modules()
+    graph: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            for imported in _absolute_names(node, package):
+                found = imported if imported in modules else imported.rpartition(".")[0]
+                if found in modules and found != name:
+                    graph[name].add(found)
+    return graph
+
+
+def _absolute_names(node: ast.AST, package: str) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            parent = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*parent, *filter(None, [node.module])])
+        yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def test_imports_go_downwards_only() -> None:
+    place = {folder: number for number, folders in enumerate(LAYERS) for folder in folders}
+    graph = own_imports()
+    assert len(graph) > 100
+    assert {name.split(".")[1] for name in graph if "." in name} == set(place), "every folder has a place in LAYERS"
+    upwards = [
+        f"{name} imports {imported}"
+        for name, imports in graph.items()
+        for imported in imports
+        if "." in name and "." in imported and name.split(".")[1] != imported.split(".")[1]
+        if place[name.split(".")[1]] >= place[imported.split(".")[1]]
+    ]
+    assert upwards == []
+
+
+def test_no_import_circles() -> None:
+    waiting = own_imports()
+    while leaves := [name for name, imports in waiting.items() if not imports & waiting.keys()]:
+        for name in leaves:
+            del waiting[name]
+    assert waiting == {}, "these modules import each other, or a module that does"
+
+
+@pytest.mark.parametrize("folder", ["kernels", "tables"])
+def test_kernels_and_tables_know_neither_vllm_nor_each_other(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))
     assert len(files) > 3
     wrong = []
@@ -93,7 +160,7 @@ def test_kernels_and_tables_know_neither_vllm_nor_each_other(folder: str, forbid
         depth = len(path.relative_to(ROOT / folder).parts)
         for name in imported_modules(ast.parse(path.read_text())):
             level = len(name) - len(name.lstrip("."))
-            if name.partition(".")[0] in forbidden or level > depth:
+            if name.partition(".")[0] in ("vllm", "vllm_longmamba", "kernels", "tables") or level > depth:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert wrong == []
 
@@ -110,8 +177,8 @@ def test_modules_import_while_vllm_builds_a_model() -> None:
     """They may be imported for the first time then: torch's defaults are the model's dtype and its device."""
     code = (
         "import importlib, pkgutil, torch, vllm, vllm_longmamba; torch.set_default_dtype(torch.bfloat16); "
-        "torch.set_default_device('meta'); names = ['models', 'kernels', 'tables', 'calibrate_at_start', "
-        "'calibration_worker', 'model_state', 'closed_loop', 'prefix_cache', 'inspect', 'import_table']; "
+        "torch.set_default_device('meta'); names = ['engine.models', 'kernels', 'tables', 'calibration.at_start', "
+        "'calibration.worker', 'engine.prompt_lengths', 'calibration.closed_loop', 'engine.prefix_cache', 'inspect']; "
         "[importlib.import_module(f'vllm_longmamba.{name}') for name in names]"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -145,7 +212,7 @@ def test_bare_tree_wheel_and_installation_hold_the_same_modules(bare_tree: Path,
     for other in (from_wheel, installed):
         assert other["names"] == from_tree["names"]
         assert other["modules"] == from_tree["modules"]
-    assert "filtered_scan" in from_tree["modules"]["vllm_longmamba.kernels"]
+    assert "selective_scan" in from_tree["modules"]["vllm_longmamba.kernels"]
     assert "load_table" in from_tree["names"]["vllm_longmamba.tables"]
 
 

@@ -12,7 +12,7 @@ from tiny_models import write_hf_twin, write_mamba1_original, write_mamba2_origi
 
 from vllm_longmamba import compatibility
 from vllm_longmamba.compatibility import IncompatibleVllmError
-from vllm_longmamba.patches import _MARK, PATCHES, Patch, apply_patches
+from vllm_longmamba.engine.patches import _MARK, PATCHES, Patch, apply_patches
 from vllm_longmamba.plugin import register
 
 IDS = [patch.name for patch in PATCHES]
@@ -260,6 +260,6 @@ def test_with_the_flag_vllm_takes_the_variant(family: str, architecture: str, tm
     name, model_class, _ = resolved(WRITERS[family](tmp_path), "longmamba")
     assert name == f"Long{architecture}"
     assert model_class.__name__ == name
-    assert model_class.__module__ == "vllm_longmamba.models"
+    assert model_class.__module__ == "vllm_longmamba.engine.models"
     stock = model_class.__mro__[2]
     assert (stock.__name__, stock.__module__.rpartition(".")[0]) == (architecture, "vllm.model_executor.models")

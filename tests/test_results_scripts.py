@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from engine.harness import TRAIN_LENGTH, write_table
-from reference_lm import reference_dt
+from references.reference_lm import reference_dt
 from tiny_models import random_token_ids, write_mamba1_original, write_mamba2_original
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -141,7 +141,7 @@ def test_calibration_in_the_reference(script: Script, folder: Path, tmp_path: Pa
     script  # noqa: B018 - puts benchmarks/ on the path
     from support.variants import Subject
 
-    from vllm_longmamba.calibrate import draw_sequences
+    from vllm_longmamba.calibration.sequences import draw_sequences
     from vllm_longmamba.tables import LayerCalibration
 
     text = "".join(chr(token % 96 + 32) for token in random_token_ids(2000, seed=1))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from vllm_longmamba.architectures import SUPPORTED
-from vllm_longmamba.patches import PATCHES, Patch
+from vllm_longmamba.engine.patches import PATCHES, Patch
 
 MIXER1 = "vllm.model_executor.layers.mamba.mamba_mixer:MambaMixer"
 MIXER2 = "vllm.model_executor.layers.mamba.mamba_mixer2:MambaMixer2"
@@ -548,12 +548,12 @@ def test_every_model_on_the_mixers_is_supported() -> None:
 
 @pytest.mark.parametrize("architecture", SUPPORTED)
 def test_variant_of_every_supported_model(architecture: str) -> None:
-    from vllm_longmamba import models
+    from vllm_longmamba.engine import models
 
     module, class_name = SUPPORTED[architecture]
     stock = resolve(f"vllm.model_executor.models.{module}:{class_name}")
     variant = getattr(models, f"Long{architecture}")
-    assert issubclass(variant, models.LongModel)
+    assert issubclass(variant, models.LongMambaModel)
     assert issubclass(variant, stock)
     assert {"vllm_config", "prefix"} <= set(inspect.signature(stock.__init__).parameters)
     assert "weights" in inspect.signature(stock.load_weights).parameters

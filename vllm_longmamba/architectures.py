@@ -20,7 +20,7 @@ SUPPORTED: dict[str, tuple[str, str]] = {
 }
 
 
-def long_name(architecture: str) -> str:
+def variant_name(architecture: str) -> str:
     """Name of the LongMamba variant of a vLLM architecture, e.g. "MambaForCausalLM" -> "LongMambaForCausalLM"."""
     return architecture if architecture.startswith(PREFIX) else PREFIX + architecture
 
@@ -60,18 +60,3 @@ def is_mamba1(architecture: str) -> bool:
 def uses_longmamba(model_config: Any) -> bool:
     """Whether a vLLM `ModelConfig` was made with `--model-impl longmamba`."""
     return getattr(model_config, "model_impl", None) == MODEL_IMPL
-
-
-def register_architectures() -> None:
-    """Put the LongMamba variants into vLLM's model registry and its table of per-architecture config hooks."""
-    from vllm.model_executor.models import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-
-    from vllm_longmamba.engine_config import LongMambaModelConfig
-
-    known = ModelRegistry.get_supported_archs()
-    for architecture in SUPPORTED:
-        name = long_name(architecture)
-        if name not in known:
-            ModelRegistry.register_model(name, f"vllm_longmamba.models:{name}")
-        MODELS_CONFIG_MAP[name] = LongMambaModelConfig

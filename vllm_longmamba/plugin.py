@@ -15,9 +15,9 @@ def register() -> None:
 
     check_vllm_version()
 
-    from vllm_longmamba.architectures import register_architectures
-    from vllm_longmamba.checkpoint_config import register_config_parser
-    from vllm_longmamba.patches import apply_patches
+    from vllm_longmamba.checkpoint.original_config import register_config_parser
+    from vllm_longmamba.engine.patches import apply_patches
+    from vllm_longmamba.engine.registration import register_architectures
 
     apply_patches()
     register_config_parser()

@@ -114,7 +114,7 @@ class _Engine:
 
 def set_filter(worker: Any, is_on: bool) -> None:
     """On the worker: hand the layers no rows for prompts, so that they run the kernels without the filter, or do."""
-    from vllm_longmamba import metadata
+    from vllm_longmamba.layers import step_metadata as metadata
 
     builder = metadata._FilterRowsBuilder
     if not hasattr(builder, "filter_rows_before"):
@@ -135,9 +135,9 @@ def peak_memory(worker: Any, reset: bool) -> float:
 
 def filtered_share(worker: Any) -> dict[str, float]:
     """On the worker: share of the global channels, of all layers together."""
-    from vllm_longmamba.models import long_mixers
+    from vllm_longmamba.layers.filtered_mixer import filtered_mixers
 
-    mixers = long_mixers(worker.model_runner.model)
+    mixers = filtered_mixers(worker.model_runner.model)
     is_global = [(mixer.dt_threshold[1] > 0).float().mean().item() for mixer in mixers]
     return {"global_channels": sum(is_global) / len(is_global)}
 

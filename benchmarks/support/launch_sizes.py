@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scan_kernels import scan_inputs, stock_scan
 
-from vllm_longmamba.kernels import causal_conv1d, causal_conv1d_triton, filtered_scan, filtered_scan_triton
-from vllm_longmamba.kernels.filtered_state_update_triton import filtered_state_update_triton
+from vllm_longmamba.kernels import causal_conv1d, causal_conv1d_triton, selective_scan, selective_scan_triton
+from vllm_longmamba.kernels.selective_state_update_triton import selective_state_update_triton
 
 
 def microseconds(function: Callable[[], Any]) -> float:
@@ -54,7 +54,7 @@ def with_constants(module: Any, function: Callable[[], Any], **constants: Any) -
 
 
 def scan() -> None:
-    module = filtered_scan_triton
+    module = selective_scan_triton
     variants = [
         {},
         {"supports_dependent_launch": lambda device: False},
@@ -70,12 +70,12 @@ def scan() -> None:
         out = torch.empty_like(inputs["x"])
         print(f"scan {tokens}: stock {microseconds(stock_scan(inputs)):.0f}")
         for variant in variants:
-            print(f"  {variant}: {with_constants(module, lambda: filtered_scan(**inputs, out=out), **variant):.1f}")
+            print(f"  {variant}: {with_constants(module, lambda: selective_scan(**inputs, out=out), **variant):.1f}")
         for chunk in (64, 128, 256, 512):
             sizes = {"SMALLEST_CHUNK": chunk, "LARGEST_CHUNK": chunk}
-            print(f"  chunk {chunk}: {with_constants(module, lambda: filtered_scan(**inputs, out=out), **sizes):.1f}")
+            print(f"  chunk {chunk}: {with_constants(module, lambda: selective_scan(**inputs, out=out), **sizes):.1f}")
         if SHARDS == 1:
-            kernels(lambda: filtered_scan(**inputs, out=out))
+            kernels(lambda: selective_scan(**inputs, out=out))
 
 
 def kernels(function: Callable[[], Any]) -> None:
@@ -95,11 +95,11 @@ def walk() -> None:
         for states, ahead in ((1, 16), (2, 8), (2, 16), (4, 8), (4, 16), (1, 32)):
             if not is_mine():
                 continue
-            filtered_scan_triton.WALK_STATES, filtered_scan_triton.WALK_AHEAD = states, ahead
-            filtered_scan(**inputs, out=out)
+            selective_scan_triton.WALK_STATES, selective_scan_triton.WALK_AHEAD = states, ahead
+            selective_scan(**inputs, out=out)
             print(f"walk {tokens} / {chunk}: {states} states, {ahead} ahead")
-            kernels(lambda: filtered_scan(**inputs, out=out))
-    filtered_scan_triton.WALK_STATES, filtered_scan_triton.WALK_AHEAD = 2, 16
+            kernels(lambda: selective_scan(**inputs, out=out))
+    selective_scan_triton.WALK_STATES, selective_scan_triton.WALK_AHEAD = 2, 16
 
 
 def conv() -> None:
@@ -197,7 +197,7 @@ def update() -> None:
             if channels > headdim or not 8 <= channels * d_state // (32 * warps) <= 32 or not is_mine():
                 continue
             arguments = (state, x, dt, A, B, C, D, gate, bias, slots, threshold, rows, out)
-            run = lambda: filtered_state_update_triton(*arguments, sizes=(channels, warps))  # noqa: E731
+            run = lambda: selective_state_update_triton(*arguments, sizes=(channels, warps))  # noqa: E731
             results.append((1e3 * do_bench_cudagraph(run, rep=20, return_mode="median"), channels, warps))
         best = ", ".join(f"{channels}/{warps} {time:.2f}" for time, channels, warps in sorted(results)[:5])
         rest = ", ".join(f"{channels}/{warps} {time:.2f}" for time, channels, warps in sorted(results)[5:])

@@ -76,7 +76,7 @@ def write_model(name: str, folder: Path, tiny: bool = False) -> Path:
     import numpy as np
     import torch
 
-    from vllm_longmamba.fingerprint import DUMMY
+    from vllm_longmamba.checkpoint.fingerprint import DUMMY
     from vllm_longmamba.tables import LayerThresholds, TableMetadata, ThresholdTable, save_table
 
     folder.mkdir(parents=True, exist_ok=True)

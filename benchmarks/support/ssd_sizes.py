@@ -1,7 +1,7 @@
-"""Try launch sizes of ssd_prefill: python benchmarks/support/ssd_sizes.py [--seconds 150] [--out FOLDER]
+"""Try launch sizes of ssd: python benchmarks/support/ssd_sizes.py [--seconds 150] [--out FOLDER]
 
 Prints microseconds of each kernel, by the profiler, for each variant until the seconds are up; vLLM's kernels first.
-The best sizes are constants of kernels/ssd_prefill_triton.py.
+The best sizes are constants of kernels/ssd_triton.py.
 """
 
 import argparse
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ssd_kernels import kernel_times, median_ms, relative_error, ssd_inputs, stock_ssd, with_own_state
 
 from support.environment import environment
-from vllm_longmamba.kernels.ssd_prefill_triton import Sizes, ssd_prefill_triton
+from vllm_longmamba.kernels.ssd_triton import Sizes, ssd_triton
 
 
 def variants() -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def sweep_shape(shape: str, tokens: int, tried: list[dict[str, Any]], end: float
         sizes = Sizes()._replace(**variant)
 
         def run(given: dict = given, sizes: Any = sizes) -> None:
-            ssd_prefill_triton(**given, **unused, out=out, sizes=sizes)
+            ssd_triton(**given, **unused, out=out, sizes=sizes)
 
         started = time.monotonic()
         try:

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 from vllm_longmamba import __version__
-from vllm_longmamba.calibrate import draw_sequences, tokenize
-from vllm_longmamba.calibration_settings import CalibrationSettings
-from vllm_longmamba.calibration_text import read_corpus
+from vllm_longmamba.calibration.sequences import draw_sequences, tokenize
+from vllm_longmamba.calibration.settings import CalibrationSettings
+from vllm_longmamba.calibration.text import read_corpus
+from vllm_longmamba.checkpoint.table_lookup import Weights, find_table
 from vllm_longmamba.evaluate.methods import ModelSettings
 from vllm_longmamba.evaluate.statistics import Floats
 from vllm_longmamba.evaluate.texts import Encoder
 from vllm_longmamba.evaluate.torch_contestant import TorchContestant, TorchRunner, tail_logprobs
 from vllm_longmamba.options import LongMambaOptions
-from vllm_longmamba.table_lookup import Weights, find_table
 from vllm_longmamba.tables import UNCLAMPED, LayerCalibration, TableMetadata, ThresholdTable, load_table
 from vllm_longmamba.torch_reference import (
     LongMamba,

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference_lm import reference_dt, reference_logprobs
+from references.reference_lm import reference_dt, reference_logprobs
 from tiny_models import random_token_ids
 
-from vllm_longmamba.fingerprint import weights_fingerprint
+from vllm_longmamba.checkpoint.fingerprint import weights_fingerprint
 from vllm_longmamba.tables import LayerThresholds, TableMetadata, ThresholdTable, save_table
 
 TRAIN_LENGTH = 96

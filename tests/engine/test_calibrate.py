@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference_lm import _read_weights, reference_dt
+from references.reference_lm import _read_weights, reference_dt
 from tiny_models import random_token_ids
 
-from vllm_longmamba.calibrate import calibrate, calibrate_groups, choose_sequences, draw_sequences
-from vllm_longmamba.calibration_settings import CalibrationSettings
+from vllm_longmamba.calibration.offline import calibrate, calibrate_groups
+from vllm_longmamba.calibration.sequences import choose_sequences, draw_sequences
+from vllm_longmamba.calibration.settings import CalibrationSettings
 from vllm_longmamba.tables import LayerCalibration, table_to_bytes
 
 from .harness import MEMORY, TRAIN_LENGTH

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from example_modules import EXAMPLES, load_example
-from reference_lm import _read_weights, reference_dt, reference_logprobs
+from references.reference_lm import _read_weights, reference_dt, reference_logprobs
 from tiny_models import random_token_ids
 
-import vllm_longmamba.calibrate_at_start as calibrate_at_start
+import vllm_longmamba.calibration.at_start as calibrate_at_start
 import vllm_longmamba.tables.shipped as shipped
-from vllm_longmamba.calibrate import draw_sequences
-from vllm_longmamba.calibration_text import sample_corpus
-from vllm_longmamba.models import long_mixers
+from vllm_longmamba.calibration.sequences import draw_sequences
+from vllm_longmamba.calibration.text import sample_corpus
+from vllm_longmamba.layers.filtered_mixer import filtered_mixers
 from vllm_longmamba.tables import LayerCalibration, LayerThresholds, ThresholdTable, load_table, table_to_bytes
 
 from .harness import TRAIN_LENGTH, Completion, Engine, Filters, assert_agrees
@@ -38,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     monkeypatch.setenv("VLLM_CACHE_ROOT", os.environ.get("VLLM_CACHE_ROOT", str(own / "vllm")))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("vllm_longmamba.calibration_plan.DEFAULT_MAX_MODEL_LEN", 1024)
+    monkeypatch.setattr("vllm_longmamba.calibration.plan.DEFAULT_MAX_MODEL_LEN", 1024)
     monkeypatch.setattr(shipped, "__path__", [str(tmp_path / "none")])
     return tmp_path / "cache" / "vllm_longmamba"
 
@@ -170,7 +170,7 @@ def threshold_buffers(worker: Any) -> tuple[int, int, int]:
     """How many mixers, buffers of thresholds (which vLLM's sleep mode keeps) and such entries of the checkpoint."""
     model = worker.get_model()
     buffers = [name for name, _ in model.named_buffers() if name.endswith("dt_threshold")]
-    return len(long_mixers(model)), len(buffers), len(set(buffers) & set(model.state_dict()))
+    return len(filtered_mixers(model)), len(buffers), len(set(buffers) & set(model.state_dict()))
 
 
 def test_dummy_weights(cache: Path, start: Callable[..., Engine], tiny_model: Callable[[str], Path]) -> None:

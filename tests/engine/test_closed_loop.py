@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference_lm import TimeSteps, _logprobs, _read_weights, reference_dt
+from references.reference_lm import TimeSteps, _logprobs, _read_weights, reference_dt
 from tiny_models import random_token_ids
 
 import vllm_longmamba.tables.shipped as shipped
-from vllm_longmamba.calibrate import calibrate, draw_sequences
-from vllm_longmamba.calibration_settings import CalibrationSettings
-from vllm_longmamba.closed_loop import closed_loop_sequences
+from vllm_longmamba.calibration.closed_loop import closed_loop_sequences
+from vllm_longmamba.calibration.offline import calibrate
+from vllm_longmamba.calibration.sequences import draw_sequences
+from vllm_longmamba.calibration.settings import CalibrationSettings
 from vllm_longmamba.tables import (
     CLOSED_LOOP,
     DEFAULT_MIN_RETENTION,
@@ -112,7 +113,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engi
     own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     monkeypatch.setenv("VLLM_CACHE_ROOT", os.environ.get("VLLM_CACHE_ROOT", str(own / "vllm")))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("vllm_longmamba.calibration_plan.DEFAULT_MAX_MODEL_LEN", 1024)
+    monkeypatch.setattr("vllm_longmamba.calibration.plan.DEFAULT_MAX_MODEL_LEN", 1024)
     monkeypatch.setattr(shipped, "__path__", [str(tmp_path / "none")])
 
     def run(model: Path, **arguments: Any) -> Engine:
@@ -128,7 +129,7 @@ def test_engine_makes_its_table(
 ) -> None:
     from tokenizers import Tokenizer
 
-    from vllm_longmamba.calibration_text import sample_corpus
+    from vllm_longmamba.calibration.text import sample_corpus
 
     model = tiny_model("mamba2")
     engine = start(model, max_num_batched_tokens=600, max_model_len=501)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reference_lm import reference_dt, reference_logprobs
+from references.reference_lm import reference_dt, reference_logprobs
 from tiny_models import random_token_ids
 
 from .conftest import longmamba

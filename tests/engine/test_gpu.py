@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import random_token_ids, write_hf_twin
 
-from vllm_longmamba.kernels import filtered_scan
+from vllm_longmamba.kernels import selective_scan
 
 from .conftest import longmamba
 from .harness import assert_exact
@@ -70,7 +70,7 @@ def test_offsets_beyond_32_bits() -> None:
 
     def scan(start: int) -> torch.Tensor:
         length = tokens - start
-        return filtered_scan(
+        return selective_scan(
             x[start:],
             dt[start:],
             A,

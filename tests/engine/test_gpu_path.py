@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny_models import random_token_ids
 
-from vllm_longmamba.long_mixer import LongMixer
+from vllm_longmamba.layers.filtered_mixer import FilteredMixer
 
 from .conftest import longmamba
 from .harness import assert_exact
@@ -37,7 +37,7 @@ def test_gpu_path(
         asked.append(mixer.layer_index)
         return True
 
-    monkeypatch.setattr(LongMixer, "runs_own_kernels", runs_own_kernels)
+    monkeypatch.setattr(FilteredMixer, "runs_own_kernels", runs_own_kernels)
     prompts = [random_token_ids(length, seed=length) for length in LENGTHS]
     for prompt, result in zip(prompts, running.generate(prompts), strict=True):
         assert_exact(tiny_model(family), prompt, result, table if is_filtered else None)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference_lm import reference_dt, reference_logprobs
+from references.reference_lm import reference_dt, reference_logprobs
 from tiny_models import random_token_ids
 
-from vllm_longmamba.import_table import ReleaseSettings, import_table
-from vllm_longmamba.model_files import open_model
+from vllm_longmamba.calibration.released_files import ReleaseSettings, import_table
+from vllm_longmamba.checkpoint.shapes import open_model
 from vllm_longmamba.tables import save_table
 
 from .conftest import longmamba

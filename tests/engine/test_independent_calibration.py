@@ -7,15 +7,15 @@ independent_calibration.
 from collections.abc import Callable
 from pathlib import Path
 
-import independent_calibration
 import numpy as np
 import pytest
 import torch
 from example_modules import EXAMPLES
-from reference_lm import _read_weights, reference_dt
+from references import independent_calibration
+from references.reference_lm import _read_weights, reference_dt
 
-from vllm_longmamba.calibrate import calibrate
-from vllm_longmamba.calibration_settings import CalibrationSettings
+from vllm_longmamba.calibration.offline import calibrate
+from vllm_longmamba.calibration.settings import CalibrationSettings
 
 from .harness import MEMORY, TRAIN_LENGTH
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference_lm import TimeSteps, _logprobs, _read_weights
+from references.reference_lm import TimeSteps, _logprobs, _read_weights
 from tiny_models import random_token_ids
 from torch.nn import functional
 from typer.testing import CliRunner
@@ -16,7 +16,7 @@ from vllm_longmamba.cli import app
 from vllm_longmamba.inspect.hidden_attention import attention
 from vllm_longmamba.inspect.measure import measure
 from vllm_longmamba.inspect.recording import _convolve, layer_inputs
-from vllm_longmamba.models import long_mixers
+from vllm_longmamba.layers.filtered_mixer import filtered_mixers
 
 from .conftest import longmamba
 from .harness import MEMORY, TRAIN_LENGTH
@@ -66,7 +66,7 @@ def test_hidden_attention_gives_the_output_of_every_layer(family: str, engine: C
         expected = output_of(mixer, hidden, mup_vector)
         differences[mixer.layer_index] = (float((actual - expected).abs().max()), float(expected.abs().max()))
 
-    mixers: list[Any] = long_mixers(model)
+    mixers: list[Any] = filtered_mixers(model)
     hooks = [mixer.register_forward_pre_hook(before, with_kwargs=True) for mixer in mixers]
     hooks += [mixer.register_forward_hook(after, with_kwargs=True) for mixer in mixers]
     running.generate([random_token_ids(101, seed=3)], max_tokens=2)

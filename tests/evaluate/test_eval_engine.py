@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engine.harness import LOGPROB_TOLERANCE, ROW_LENGTHS, TRAIN_LENGTH, Filters, assert_agrees, write_table
-from reference_lm import reference_logprobs
+from references.reference_lm import reference_logprobs
 from tiny_models import random_token_ids, write_mamba2_original
 
 from vllm_longmamba.evaluate.engine import EngineContestant, EngineRunner

@@ -9,7 +9,7 @@ import pytest
 from small_tables import small_table
 
 import vllm_longmamba.evaluate.tuning_tables as tuning_tables
-from vllm_longmamba.calibration_settings import CalibrationSettings
+from vllm_longmamba.calibration.settings import CalibrationSettings
 from vllm_longmamba.evaluate.tuning import candidate
 from vllm_longmamba.evaluate.tuning_settings import BUDGETS, CLAMP_PERCENTS, THETAS, Grid, TuningSettings, make_grid
 from vllm_longmamba.evaluate.tuning_tables import TableMaker

@@ -28,7 +28,7 @@ def scan_inputs(
     is_filtered: bool = True,
     seed: int = 0,
 ) -> dict[str, torch.Tensor | None]:
-    """Arguments of filtered_scan: every second sequence starts from its slot, rows go round, 2 tokens are no prompt.
+    """Arguments of selective_scan: every second sequence starts from its slot, rows go round, 2 tokens are no prompt.
 
     B and C are slices of one projection, z of another, and the cache's slots lie further apart than they are long.
     """

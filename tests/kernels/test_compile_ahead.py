@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_longmamba.kernels import PER_DECODE_TOKEN, compile_ahead, filtered_scan, filtered_state_update, ssd_prefill
+from vllm_longmamba.kernels import PER_DECODE_TOKEN, compile_ahead, selective_scan, selective_state_update, ssd
 from vllm_longmamba.kernels.compile_ahead import PER_PROMPT_TOKEN, launch, meta_calls
 from vllm_longmamba.kernels.dispatch import UNALIGNED
 
@@ -73,9 +73,9 @@ def update_arguments(tokens: int, device: str = "cpu") -> dict[str, Any]:
 
 
 OPERATIONS = {
-    filtered_scan: (scan_arguments, PER_PROMPT_TOKEN),
-    ssd_prefill: (ssd_arguments, PER_PROMPT_TOKEN),
-    filtered_state_update: (update_arguments, PER_DECODE_TOKEN),
+    selective_scan: (scan_arguments, PER_PROMPT_TOKEN),
+    ssd: (ssd_arguments, PER_PROMPT_TOKEN),
+    selective_state_update: (update_arguments, PER_DECODE_TOKEN),
 }
 
 
@@ -164,8 +164,8 @@ def test_nothing_is_compiled_for_a_cpu() -> None:
 def test_kernels_do_not_depend_on_where_metadata_begins() -> None:
     """They would be compiled again while requests wait: a step's metadata are parts of longer tensors."""
     seen = set()
-    for name in ("causal_conv1d_triton", "filter_dt_triton", "filtered_scan_triton", "filtered_scan_parts",
-                 "filtered_state_update_triton", "ssd_prefill_parts", "ssd_prefill_scan_triton"):  # fmt: skip
+    for name in ("causal_conv1d_triton", "filter_dt_triton", "selective_scan_triton", "selective_scan_chunks_triton",
+                 "selective_state_update_triton", "ssd_blocks_triton", "ssd_scan_triton"):  # fmt: skip
         for kernel in vars(importlib.import_module(f"vllm_longmamba.kernels.{name}")).values():
             if getattr(kernel, "__name__", "").endswith("_kernel") and hasattr(kernel, "params"):
                 unaligned = {one.name for one in kernel.params if one.do_not_specialize_on_alignment}

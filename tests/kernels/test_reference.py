@@ -7,7 +7,7 @@ import torch
 from scan_inputs import in_float64
 from scan_inputs import scan_inputs as device_inputs
 
-from vllm_longmamba.kernels import filter_dt_reference, filtered_scan_reference, filtered_ssd_reference
+from vllm_longmamba.kernels import filter_dt_reference, selective_scan_reference, ssd_reference
 
 # both sides are float64 and differ in the order of a few sums
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -32,12 +32,12 @@ def threshold_of(inputs: dict, sequence: int, position: int, channel: int) -> fl
 
 @pytest.mark.parametrize("is_filtered", [False, True], ids=["plain", "filtered"])
 @pytest.mark.parametrize("has_gate", [False, True], ids=["no-gate", "gate"])
-def test_filtered_scan_reference(is_filtered: bool, has_gate: bool):
+def test_selective_scan_reference(is_filtered: bool, has_gate: bool):
     inputs = in_float64(scan_inputs((5, 1, 3), d_inner=3, d_state=5, is_filtered=is_filtered))
     inputs["dt"][0, 0] = 30.0
     inputs["z"] = inputs["z"] if has_gate else None
     state = inputs["state"].clone()
-    out = filtered_scan_reference(**inputs)
+    out = selective_scan_reference(**inputs)
 
     starts = inputs["query_start_loc"].tolist()
     for sequence, slot in enumerate(inputs["state_indices"].tolist()):
@@ -61,7 +61,7 @@ def test_filtered_scan_reference(is_filtered: bool, has_gate: bool):
 
 
 @pytest.mark.parametrize("is_filtered", [False, True], ids=["plain", "filtered"])
-def test_filtered_ssd_reference(is_filtered: bool):
+def test_ssd_reference(is_filtered: bool):
     nheads, headdim, ngroups, d_state = 4, 2, 2, 3
     inputs = in_float64(scan_inputs((4, 1, 3), d_inner=nheads, d_state=d_state, is_filtered=is_filtered))
     generator = torch.Generator().manual_seed(1)
@@ -73,7 +73,7 @@ def test_filtered_ssd_reference(is_filtered: bool):
     inputs["C"] = torch.randn(tokens, ngroups, d_state, generator=generator, dtype=torch.float64)
     inputs["state"] = torch.randn(5, nheads, headdim, d_state, generator=generator, dtype=torch.float64)
     state = inputs["state"].clone()
-    out = filtered_ssd_reference(**inputs)
+    out = ssd_reference(**inputs)
 
     starts = inputs["query_start_loc"].tolist()
     for sequence, slot in enumerate(inputs["state_indices"].tolist()):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from reference_lm import reference_dt
+from references.reference_lm import reference_dt
 
 from vllm_longmamba.torch_reference import TorchModel
 

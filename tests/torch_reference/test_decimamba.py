@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference_lm import NORM_EPS, TimeSteps, mamba1_mixer, mamba2_mixer, rms_norm
+from references.reference_lm import NORM_EPS, TimeSteps, mamba1_mixer, mamba2_mixer, rms_norm
 from tiny_models import random_token_ids
 
 from vllm_longmamba.torch_reference import DeciMamba, LayerPlan, LayerView, Prompt, TorchModel

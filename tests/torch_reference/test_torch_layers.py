@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from vllm_longmamba.kernels.reference import filtered_ssd_reference
+from vllm_longmamba.kernels.reference import ssd_reference
 from vllm_longmamba.torch_reference.layers import (
     causal_conv1d,
     gated_rms_norm,
@@ -65,7 +65,7 @@ def test_ssd(tokens: int, nheads: int, ngroups: int, chunk_size: int) -> None:
     B, C, state = normal(2, tokens, ngroups, 7), normal(2, tokens, ngroups, 7), normal(2, nheads, 5, 7)
     # The reference's slot 0 is for padding.
     expected_state = torch.cat([state.new_zeros(1, nheads, 5, 7), state])
-    expected = filtered_ssd_reference(
+    expected = ssd_reference(
         *(tensor.flatten(0, 1) for tensor in (x, raw_dt)),
         A,
         *(tensor.flatten(0, 1) for tensor in (B, C)),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from example_modules import EXAMPLES, load_example
 from filtered_logprobs import logprobs, quantile_thresholds
-from reference_lm import reference_logprobs
+from references.reference_lm import reference_logprobs
 from small_tables import small_table
 from tiny_models import random_token_ids
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from filtered_logprobs import logprobs, quantile_thresholds
-from reference_lm import reference_logprobs
+from references.reference_lm import reference_logprobs
 from small_tables import small_table
 from tiny_models import random_token_ids
 
-from vllm_longmamba.fingerprint import weights_fingerprint
+from vllm_longmamba.checkpoint.fingerprint import weights_fingerprint
 from vllm_longmamba.options import LongMambaOptions
 from vllm_longmamba.tables import ThresholdTable, save_table
 from vllm_longmamba.torch_reference import LongMamba, TorchModel

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_lm import reference_logprobs
+from references.reference_lm import reference_logprobs
 from tiny_models import random_token_ids, write_mamba1_original, write_mamba2_original, write_zamba2
 from torch import nn
 from train.export import export_model, read_weights

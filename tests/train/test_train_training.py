@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference_lm import reference_logprobs
+from references.reference_lm import reference_logprobs
 from train import mixers, training
 from train.__main__ import app
 from train.books import read_books, windows

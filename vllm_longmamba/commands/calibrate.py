@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from vllm_longmamba.model_length import DEFAULT_MAX_MODEL_LEN
+from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN
 
 console = Console(stderr=True)
 
@@ -102,9 +102,9 @@ def calibrate(
     tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "--tp", min=1)] = 1,
 ) -> None:
     """Make the threshold table of MODEL from text like that of its training."""
-    from vllm_longmamba.calibrate import calibrate_groups
-    from vllm_longmamba.calibration_settings import CalibrationSettings
-    from vllm_longmamba.table_lookup import cached_table_path
+    from vllm_longmamba.calibration.offline import calibrate_groups
+    from vllm_longmamba.calibration.settings import CalibrationSettings
+    from vllm_longmamba.checkpoint.table_lookup import cached_table_path
     from vllm_longmamba.tables import save_table
 
     engine_args: dict[str, Any] = {
@@ -156,7 +156,7 @@ def _report_table(table: Any, path: Path) -> None:
 
 def _report_groups(tables: list[Any], groups_output: Path | None) -> None:
     """Print how far the tables agree, and write all of it."""
-    from vllm_longmamba.calibration_report import UNSTABLE, stability_table, unstable_layers, write_stability
+    from vllm_longmamba.calibration.stability_report import UNSTABLE, stability_table, unstable_layers, write_stability
     from vllm_longmamba.tables import table_stability
 
     layers = table_stability(tables)

@@ -32,9 +32,9 @@ def import_table(
     sequences: Annotated[int, typer.Option(min=1, help="Sequences they were made from, for the record.")] = 5,
 ) -> None:
     """Turn the calibration files that LongMamba's authors released into a threshold table."""
-    from vllm_longmamba.import_table import ReleaseSettings, import_table
-    from vllm_longmamba.model_files import open_model
-    from vllm_longmamba.table_lookup import cached_table_path
+    from vllm_longmamba.calibration.released_files import ReleaseSettings, import_table
+    from vllm_longmamba.checkpoint.shapes import open_model
+    from vllm_longmamba.checkpoint.table_lookup import cached_table_path
     from vllm_longmamba.tables import save_table
 
     settings = ReleaseSettings(train_length, min_retention, clamp_percent, sequences)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN
 from vllm_longmamba.commands.evaluate import (
     Depths,
     Dtype,
@@ -26,7 +27,6 @@ from vllm_longmamba.evaluate.command_line import (
     user_errors,
     write_report,
 )
-from vllm_longmamba.model_length import DEFAULT_MAX_MODEL_LEN
 
 
 def tune(
@@ -109,13 +109,13 @@ def tune(
 ) -> None:
     """Search the min_retention, clamp_percent, budget and unfiltered end that serve MODEL best; write their table."""
     with user_errors("tune"):
-        from vllm_longmamba.calibration_settings import CalibrationSettings
+        from vllm_longmamba.calibration.settings import CalibrationSettings
+        from vllm_longmamba.checkpoint.table_lookup import cached_table_path
         from vllm_longmamba.evaluate.report import provenance
         from vllm_longmamba.evaluate.texts import read_books
         from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
         from vllm_longmamba.evaluate.tuning_run import tune_model
         from vllm_longmamba.evaluate.tuning_settings import TuningSettings, make_grid
-        from vllm_longmamba.table_lookup import cached_table_path
         from vllm_longmamba.tables import save_table
 
         if score not in ("passkey", "perplexity", "both"):

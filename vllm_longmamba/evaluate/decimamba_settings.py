@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 from rich.progress import Progress
 
-from vllm_longmamba.calibration_text import sample_corpus
+from vllm_longmamba.calibration.text import sample_corpus
 from vllm_longmamba.evaluate.methods import ModelSettings, Runner
 from vllm_longmamba.evaluate.needles import Question
 from vllm_longmamba.evaluate.perplexity import Window, windows

@@ -51,8 +51,8 @@ class EngineContestant:
         self.description = self._describe(config)
 
     def _describe(self, config: Any) -> dict[str, Any]:
-        from vllm_longmamba.calibration_plan import plan_from_config
-        from vllm_longmamba.table_lookup import locate_weights
+        from vllm_longmamba.calibration.plan import plan_from_config
+        from vllm_longmamba.checkpoint.table_lookup import locate_weights
         from vllm_longmamba.tables import load_table
 
         description: dict[str, Any] = {

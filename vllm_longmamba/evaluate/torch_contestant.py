@@ -69,7 +69,7 @@ class TorchContestant:
             self._use_decimamba(settings.decimamba, config["num_hidden_layers"])
 
     def _use_table(self, given: Mapping[str, Any]) -> None:
-        from vllm_longmamba.table_lookup import Weights, find_table
+        from vllm_longmamba.checkpoint.table_lookup import Weights, find_table
         from vllm_longmamba.tables import load_table
         from vllm_longmamba.torch_reference import LongMamba
         from vllm_longmamba.torch_reference.checkpoint import weight_files

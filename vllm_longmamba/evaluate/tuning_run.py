@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_longmamba.calibrate import find_train_length
+from vllm_longmamba.calibration.offline import find_train_length
 from vllm_longmamba.evaluate.comparison import Progress
 from vllm_longmamba.evaluate.engine import EngineContestant
 from vllm_longmamba.evaluate.needles import (

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_longmamba.calibration_settings import CalibrationSettings
+from vllm_longmamba.calibration.settings import CalibrationSettings
 from vllm_longmamba.evaluate.texts import Book
 from vllm_longmamba.tables import CLOSED_LOOP, PAPER, check_unfiltered_end
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from vllm_longmamba.calibrate import calibrate
-from vllm_longmamba.calibration_settings import CalibrationSettings
+from vllm_longmamba.calibration.offline import calibrate
+from vllm_longmamba.calibration.settings import CalibrationSettings
 from vllm_longmamba.evaluate.comparison import Progress
 from vllm_longmamba.evaluate.records import settings_key
 from vllm_longmamba.evaluate.tuning import TriedTable

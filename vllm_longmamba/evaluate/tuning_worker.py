@@ -25,10 +25,10 @@ class TuningWorkerExtension:
             get_tensor_model_parallel_world_size,
         )
 
-        from vllm_longmamba.models import long_mixers
+        from vllm_longmamba.layers.filtered_mixer import filtered_mixers
         from vllm_longmamba.tables import leave_unfiltered, load_table
 
-        mixers = long_mixers(self.get_model())
+        mixers = filtered_mixers(self.get_model())
         if not mixers:
             return
         # One object for all layers and for the metadata builders, which must go on to see the same.

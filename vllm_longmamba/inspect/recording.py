@@ -77,11 +77,11 @@ class InspectWorkerExtension:
 
     def longmamba_inspect_start(self) -> None:
         """Attach to all mixers of this worker."""
-        from vllm_longmamba.models import long_mixers
+        from vllm_longmamba.layers.filtered_mixer import filtered_mixers
 
         self._longmamba_recorder = None
         self._longmamba_thresholds = {}
-        for mixer in long_mixers(self.model_runner.model):
+        for mixer in filtered_mixers(self.model_runner.model):
             self._longmamba_thresholds[mixer.layer_index] = mixer.dt_threshold.clone()
             assert mixer.prompt_filter is not None, "longmamba inspect starts the engine with the filter"
             self._longmamba_unfiltered_end = mixer.prompt_filter.unfiltered_end
@@ -95,9 +95,9 @@ class InspectWorkerExtension:
             is_filtered: whether the model runs with the filter.
             chosen: pairs of layer and channel whose receptive field is drawn.
         """
-        from vllm_longmamba.models import long_mixers
+        from vllm_longmamba.layers.filtered_mixer import filtered_mixers
 
-        for mixer in long_mixers(self.model_runner.model):
+        for mixer in filtered_mixers(self.model_runner.model):
             # A threshold of -1 filters nothing.
             thresholds = self._longmamba_thresholds[mixer.layer_index]
             mixer.dt_threshold.copy_(thresholds if is_filtered else torch.full_like(thresholds, -1.0))

@@ -90,9 +90,9 @@ def _find(request: Request) -> tuple[Path, bool]:
                 f"(`longmamba inspect MODEL --table {given} --text FILE`)"
             )
         return given, False
-    from vllm_longmamba.model_files import open_model
+    from vllm_longmamba.checkpoint.shapes import open_model
+    from vllm_longmamba.checkpoint.table_lookup import find_table
     from vllm_longmamba.options import LongMambaOptions
-    from vllm_longmamba.table_lookup import find_table
 
     options = LongMambaOptions(table=None if request.table is None else str(request.table))
     model = open_model(request.model_or_table)

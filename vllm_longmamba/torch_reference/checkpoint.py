@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from vllm_longmamba.checkpoint_config import is_original_format, translate_original_config
-from vllm_longmamba.table_lookup import safetensors_weights
+from vllm_longmamba.checkpoint.original_config import is_original_format, translate_original_config
+from vllm_longmamba.checkpoint.table_lookup import safetensors_weights
 
 FAMILIES = ("mamba", "mamba2", "falcon_mamba")
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from vllm_longmamba.kernels import filtered_scan
+from vllm_longmamba.kernels import selective_scan
 
 from .layers import causal_conv1d, gated_rms_norm, inverse_softplus, rms_norm, softplus
 from .ssd import ssd
@@ -137,7 +137,7 @@ class Mamba1Mixer:
             for tensor in (projection.x, projection.raw_dt, projection.B, projection.C, projection.z)
         )
         slots = torch.arange(1, batch + 1, dtype=torch.int32, device=device)
-        y = filtered_scan(
+        y = selective_scan(
             x,
             raw_dt,
             self.A,

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from vllm_longmamba.checkpoint_config import ORIGINAL_FORMAT_ATTRIBUTE
+from vllm_longmamba.checkpoint.original_config import ORIGINAL_FORMAT_ATTRIBUTE
 from vllm_longmamba.evaluate.engine import EngineContestant
 from vllm_longmamba.evaluate.harness.cpu_build import vllm_by_name
 from vllm_longmamba.evaluate.methods import LABELS, ModelSettings

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from vllm_longmamba.checkpoint.table_lookup import Weights, find_table
 from vllm_longmamba.options import LongMambaOptions
-from vllm_longmamba.table_lookup import Weights, find_table
 from vllm_longmamba.tables import ThresholdTable, load_table
 
 from ..checkpoint import weight_files

@@ -1,0 +1,123 @@
+"""Triton kernel of :mod:`kernels.selective_state_update`; imported by the wrapper only where Triton can run."""
+
+# mypy: ignore-errors
+# Triton's language looks like Python but does not have its types.
+
+import torch
+import triton
+import triton.language as tl
+
+from .compile_ahead import launch
+from .dispatch import UNALIGNED, supports_dependent_launch
+from .filter_dt_triton import _softplus
+from .reference import NULL_SLOT
+
+
+@triton.jit(do_not_specialize=["index_stride"], do_not_specialize_on_alignment=UNALIGNED)
+def _selective_state_update_kernel(
+    state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bias_ptr, out_ptr,
+    state_indices_ptr, dt_threshold_ptr, token_rows_ptr,
+    slot_stride, x_stride, dt_stride, B_stride, C_stride, z_stride, out_stride, index_stride,
+    nheads: tl.constexpr, headdim: tl.constexpr, ngroups: tl.constexpr, d_state: tl.constexpr, NULL: tl.constexpr,
+    PER_HEAD: tl.constexpr, HAS_Z: tl.constexpr, FILTER: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_STATES: tl.constexpr, launch_pdl: tl.constexpr,
+):  # fmt: skip
+    """One sequence and a block of channels of one head; Mamba-1 has a single head. PER_HEAD: A, D and dt are its.
+
+    launch_pdl: the kernel may start before the one in front of it ends (programmatic dependent launch). What it reads
+    until it waits was written long before: the slot, the state, weights.
+    """
+    head = tl.program_id(1)
+    # rows and slots in int64: slots x stride passes 2^31
+    b = tl.program_id(2).to(tl.int64)
+    slot = tl.load(state_indices_ptr + b * index_stride).to(tl.int64)
+    within = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    is_channel = within < headdim
+    channel = head * headdim + within
+    n = tl.arange(0, BLOCK_STATES)
+    is_state = n < d_state
+    is_own = is_channel[:, None] & (n < tl.where(slot != NULL, d_state, 0))[None, :]
+    state_ptrs = state_ptr + slot * slot_stride + channel[:, None] * d_state + n[None, :]
+    h = tl.load(state_ptrs, mask=is_own, other=0.0).to(tl.float32)
+    if PER_HEAD:
+        A = tl.load(A_ptr + head) * 1.4426950408889634
+        D = tl.load(D_ptr + head).to(tl.float32)
+        dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+    else:
+        A_ptrs = A_ptr + channel[:, None] * d_state + n[None, :]
+        A = tl.load(A_ptrs, mask=is_channel[:, None] & is_state[None, :], other=0.0) * 1.4426950408889634
+        D = tl.load(D_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
+        dt_bias = tl.load(dt_bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
+    if launch_pdl:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+    group = head * ngroups // nheads
+    B = tl.load(B_ptr + b * B_stride + group * d_state + n, mask=is_state, other=0.0).to(tl.float32)
+    C = tl.load(C_ptr + b * C_stride + group * d_state + n, mask=is_state, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + b * x_stride + channel, mask=is_channel, other=0.0).to(tl.float32)
+    if PER_HEAD:
+        step = _softplus(tl.load(dt_ptr + b * dt_stride + head).to(tl.float32) + dt_bias)
+        if FILTER:
+            row = tl.load(token_rows_ptr + b).to(tl.int64)
+            step = tl.where(step <= tl.load(dt_threshold_ptr + row * nheads + head), 0.0, step)
+        h = h * tl.exp2(step * A) + (step * x)[:, None] * B[None, :]
+    else:
+        raw = tl.load(dt_ptr + b * dt_stride + channel, mask=is_channel, other=0.0).to(tl.float32)
+        step = _softplus(raw + dt_bias)
+        if FILTER:
+            row = tl.load(token_rows_ptr + b).to(tl.int64)
+            # row 0 filters nothing: it is not even read
+            threshold_ptrs = dt_threshold_ptr + row * headdim + channel
+            is_filtered_channel = within < tl.where(row > 0, headdim, 0)
+            step = tl.where(step <= tl.load(threshold_ptrs, mask=is_filtered_channel, other=-1.0), 0.0, step)
+        h = h * tl.exp2(step[:, None] * A) + (step * x)[:, None] * B[None, :]
+    tl.store(state_ptrs, h.to(state_ptr.dtype.element_ty), mask=is_own)
+    y = tl.sum(h * C[None, :], 1) + D * x
+    if HAS_Z:
+        z = tl.load(z_ptr + b * z_stride + channel, mask=is_channel, other=0.0).to(tl.float32)
+        y *= z / (1.0 + tl.exp2(-1.4426950408889634 * z))
+    tl.store(out_ptr + b * out_stride + channel, y.to(out_ptr.dtype.element_ty), mask=is_channel)
+
+
+def _launch_sizes(batch: int, d_inner: int, headdim: int, d_state: int, is_float32: bool) -> tuple[int, int]:
+    """(channels a program, warps), measured on an H200: benchmarks/support/launch_sizes.py."""
+    padded = triton.next_power_of_2(d_state)
+    if batch * d_inner * padded < 2**18:
+        # few programs otherwise
+        states, warps = 256, 1
+    elif padded <= 32:
+        states, warps = 1024, 2 if is_float32 else 1
+    elif padded <= 64 and not is_float32:
+        states, warps = 4096, 4
+    else:
+        states, warps = 1024, 1
+    return min(max(states // padded, 1), triton.next_power_of_2(headdim)), warps
+
+
+def selective_state_update_triton(
+    state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_threshold, token_rows, out, sizes=None
+) -> None:
+    """Launch for checked arguments; see :func:`kernels.selective_state_update.selective_state_update`.
+
+    Args:
+        sizes: (channels a program, warps); None to choose.
+    """
+    (batch, d_inner), d_state = x.shape, state.shape[2]
+    nheads = 1 if A.dim() == 2 else A.shape[0]
+    headdim = d_inner // nheads
+    if sizes is None:
+        sizes = _launch_sizes(batch, d_inner, headdim, d_state, state.dtype == torch.float32)
+    channels, warps = sizes
+    # an unused pointer argument still needs a tensor
+    gate = x if z is None else z
+    filters = (A, state_indices) if dt_threshold is None else (dt_threshold, token_rows)
+    launch(_selective_state_update_kernel, (triton.cdiv(headdim, channels), nheads, batch), x)(
+        state, x, dt, A, B, C, D, gate, dt_bias, out, state_indices, *filters,
+        state.stride(0), x.stride(0), dt.stride(0), B.stride(0), C.stride(0), gate.stride(0), out.stride(0),
+        state_indices.stride(0),
+        nheads=nheads, headdim=headdim, ngroups=B.shape[1] // d_state, d_state=d_state, NULL=NULL_SLOT,
+        PER_HEAD=A.dim() == 1, HAS_Z=z is not None, FILTER=dt_threshold is not None,
+        BLOCK_CHANNELS=channels, BLOCK_STATES=triton.next_power_of_2(d_state), num_warps=warps,
+        launch_pdl=supports_dependent_launch(x.device),
+    )  # fmt: skip

@@ -1,0 +1,172 @@
+"""Mamba-2 prefill: the state space model (SSD) with the LongMamba filter, over a flattened batch of sequences."""
+
+import torch
+
+from .dispatch import check_tensor, uses_triton
+from .reference import ssd_reference
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def ssd_supports(headdim: int, d_state: int) -> bool:
+    """Whether :func:`ssd` runs heads of this shape; larger states fit no multiprocessor's registers."""
+    return headdim in (16, 32, 64, 128) and d_state <= 128
+
+
+def ssd(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    state_indices: torch.Tensor,
+    has_initial_state: torch.Tensor,
+    dt_threshold: torch.Tensor | None = None,
+    seq_rows: torch.Tensor | None = None,
+    seq_prompt_tokens: torch.Tensor | None = None,
+    checkpoint_offsets: torch.Tensor | None = None,
+    checkpoint_states: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run ``h = exp(dt A) h + dt x B^T; out = h C + D x`` per head, with ``dt = softplus(dt + dt_bias)``.
+
+    With a threshold table, a prompt token with ``dt <= dt_threshold[seq_rows[s], head]`` gets ``dt = 0``. Matrix
+    products take operands in ``x.dtype`` and add up in float32; those of float32 are about as exact as float32.
+    Only shapes are read on the host. Mamba-2 (arXiv 2405.21060), section 6; LongMamba (arXiv 2504.16053), equation 6.
+
+    Scratch memory on a GPU: 12 bytes per token and head, and the float32 state of all heads per 256 to 4096 tokens.
+
+    Args:
+        x: (tokens, nheads, headdim) bfloat16, float16 or float32, the sequences one after the other. The heads of a
+            token lie one after the other, tokens any distance apart. headdim a power of two from 16 to 128.
+        dt: (tokens, nheads), before bias and softplus; last stride 1.
+        A: (nheads,) float32, contiguous, negative.
+        B, C: (tokens, ngroups, d_state) in ``x.dtype``, laid out like ``x``; head h belongs to group
+            ``h * ngroups // nheads``. d_state at most 128.
+        D: (nheads,) floating point, contiguous.
+        dt_bias: (nheads,) floating point, contiguous.
+        state: (slots, nheads, headdim, d_state) float32, bfloat16 or float16 cache; the slots may lie any distance
+            apart. Updated in place: each sequence's last state goes to its slot.
+        query_start_loc: (sequences + 1,) int32, first 0: where each sequence starts.
+        state_indices: (sequences,) int32: each sequence's slot. 0 is vLLM's NULL block: such a sequence is padding, its
+            state is left alone and its rows of ``out`` are not written.
+        has_initial_state: (sequences,) bool: start from the slot's state, not from zero.
+        dt_threshold: (rows, nheads) float32, contiguous, in units of dt after softplus; row 0 and local heads are -1.
+            None switches the filter off.
+        seq_rows: (sequences,) int32: each sequence's row; needed with ``dt_threshold``.
+        seq_prompt_tokens: (sequences,) int32: how many of a sequence's first tokens in this call are prompt tokens.
+        checkpoint_offsets: (sequences,) int32, at most the sequence's length: after how many tokens its state is to be
+            written to ``checkpoint_states``; 0 for not at all. None for no sequence.
+        checkpoint_states: (sequences, nheads, headdim, d_state) contiguous; needed with ``checkpoint_offsets``.
+        out: (tokens, nheads, headdim) in ``x.dtype``, laid out like ``x``, to write to. None allocates it.
+
+    Returns:
+        ``out``, (tokens, nheads, headdim) in ``x.dtype``.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, stride or device.
+    """
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    tensors = (x, dt, A, B, C, D, dt_bias, state, query_start_loc, state_indices, has_initial_state)
+    filters = (dt_threshold, seq_rows, seq_prompt_tokens)
+    checkpoints = (checkpoint_offsets, checkpoint_states)
+    _check(*tensors, out)
+    _check_options(x, state, len(state_indices), *filters, *checkpoints)
+    if x.numel() == 0 or len(state_indices) == 0:
+        return out
+    if uses_triton(x):
+        from .ssd_triton import ssd_triton
+
+        ssd_triton(*tensors, *filters, *checkpoints, out)
+        return out
+    if checkpoint_offsets is not None and checkpoint_states is not None:
+        _reference_checkpoints(tensors, filters, checkpoint_offsets, checkpoint_states)
+    y = ssd_reference(x.float(), *tensors[1:], *filters)
+    is_padding = (state_indices == 0).repeat_interleave(query_start_loc.diff(), output_size=len(x))
+    out.copy_(torch.where(is_padding[:, None, None], out, y.to(out.dtype)))
+    return out
+
+
+def _reference_checkpoints(
+    tensors: tuple[torch.Tensor, ...],
+    filters: tuple[torch.Tensor | None, ...],
+    offsets: torch.Tensor,
+    checkpoint_states: torch.Tensor,
+) -> None:
+    """The state after the first tokens of each sequence, without a trace in the cache."""
+    x, dt, A, B, C, D, dt_bias, state, query_start_loc, state_indices, has_initial_state = tensors
+    for sequence, (start, count) in enumerate(zip(query_start_loc.tolist(), offsets.tolist(), strict=False)):
+        if count == 0 or int(state_indices[sequence]) == 0:
+            continue
+        part, one = slice(start, start + count), slice(sequence, sequence + 1)
+        bounds = torch.tensor([0, count], dtype=torch.int32)
+        table, rows, prompt_tokens = filters
+        cut = (table, rows[one], prompt_tokens[one]) if rows is not None and prompt_tokens is not None else filters
+        cache = state.clone()
+        ssd_reference(
+            x[part].float(), dt[part], A, B[part], C[part], D, dt_bias, cache, bounds, state_indices[one],
+            has_initial_state[one], *cut,
+        )  # fmt: skip
+        checkpoint_states[sequence] = cache[state_indices[sequence]].to(checkpoint_states.dtype)
+
+
+def _check(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor,
+    dt_bias: torch.Tensor, state: torch.Tensor, query_start_loc: torch.Tensor, state_indices: torch.Tensor,
+    has_initial_state: torch.Tensor, out: torch.Tensor,
+) -> None:  # fmt: skip
+    if x.dim() != 3 or B.dim() != 3 or state.dim() != 4:
+        raise ValueError(
+            "x must be (tokens, nheads, headdim), B (tokens, ngroups, d_state) and state (slots, nheads, headdim, "
+            f"d_state), got {tuple(x.shape)}, {tuple(B.shape)} and {tuple(state.shape)}"
+        )
+    (tokens, nheads, headdim), (ngroups, d_state), sequences = x.shape, B.shape[1:], len(state_indices)
+    device, int32 = x.device, (torch.int32,)
+    if not ssd_supports(headdim, d_state) or ngroups == 0 or nheads % ngroups:
+        raise ValueError(
+            "headdim must be a power of two from 16 to 128, d_state at most 128 and nheads a multiple of ngroups, "
+            f"got headdim {headdim}, d_state {d_state}, nheads {nheads} and ngroups {ngroups}"
+        )
+    check_tensor("x", x, (tokens, nheads, headdim), FLOATS, device, contiguous=False)
+    check_tensor("out", out, (tokens, nheads, headdim), (x.dtype,), device, contiguous=False)
+    check_tensor("B", B, (tokens, ngroups, d_state), (x.dtype,), device, contiguous=False)
+    check_tensor("C", C, (tokens, ngroups, d_state), (x.dtype,), device, contiguous=False)
+    for name, tensor in (("x", x), ("out", out), ("B", B), ("C", C)):
+        if tokens and tensor.shape[1] > 1 and tensor.stride(1) != tensor.shape[2]:
+            raise ValueError(
+                f"the heads or groups of a token of {name} must be adjacent, got strides {tensor.stride()}"
+            )
+    check_tensor("dt", dt, (tokens, nheads), FLOATS, device, contiguous=False)
+    check_tensor("A", A, (nheads,), (torch.float32,), device)
+    check_tensor("D", D, (nheads,), FLOATS, device)
+    check_tensor("dt_bias", dt_bias, (nheads,), FLOATS, device)
+    check_tensor("state", state, (len(state), nheads, headdim, d_state), FLOATS, device, contiguous=False)
+    if len(state) and not state[0].is_contiguous():
+        raise ValueError(f"each slot of state must be contiguous, got strides {state.stride()}")
+    check_tensor("query_start_loc", query_start_loc, (sequences + 1,), int32, device)
+    check_tensor("state_indices", state_indices, (sequences,), int32, device, contiguous=False)
+    check_tensor("has_initial_state", has_initial_state, (sequences,), (torch.bool,), device)
+
+
+def _check_options(
+    x: torch.Tensor, state: torch.Tensor, sequences: int, dt_threshold: torch.Tensor | None,
+    seq_rows: torch.Tensor | None, seq_prompt_tokens: torch.Tensor | None,
+    checkpoint_offsets: torch.Tensor | None, checkpoint_states: torch.Tensor | None,
+) -> None:  # fmt: skip
+    int32 = (torch.int32,)
+    if dt_threshold is not None:
+        if seq_rows is None or seq_prompt_tokens is None:
+            raise ValueError("dt_threshold needs seq_rows and seq_prompt_tokens beside it; one of them came as None")
+        rows = dt_threshold.shape[0] if dt_threshold.dim() == 2 else 1
+        check_tensor("dt_threshold", dt_threshold, (rows, x.shape[1]), (torch.float32,), x.device)
+        check_tensor("seq_rows", seq_rows, (sequences,), int32, x.device)
+        check_tensor("seq_prompt_tokens", seq_prompt_tokens, (sequences,), int32, x.device)
+    if checkpoint_offsets is not None:
+        if checkpoint_states is None:
+            raise ValueError("checkpoint_offsets needs checkpoint_states beside it, which came as None")
+        check_tensor("checkpoint_offsets", checkpoint_offsets, (sequences,), int32, x.device)
+        check_tensor("checkpoint_states", checkpoint_states, (sequences, *state.shape[1:]), FLOATS, x.device)

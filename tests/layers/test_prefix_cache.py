@@ -1,0 +1,162 @@
+"""Tests of vllm_longmamba/engine/prefix_cache.py."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small_tables import write_small_table
+
+from vllm_longmamba.engine.prefix_cache import salt_request, unfiltered_block_keys
+
+
+def vllm_config(table: Path | None, *, caching: bool = True, **options: Any) -> Any:
+    given = {"table": str(table) if table is not None else None, **options}
+    return SimpleNamespace(
+        additional_config={"longmamba": given}, cache_config=SimpleNamespace(enable_prefix_caching=caching)
+    )
+
+
+def request_of(length: int, salt: str | None = None) -> Any:
+    """The fields of vLLM's `EngineCoreRequest` and `Request` that are read."""
+    return SimpleNamespace(
+        prompt_token_ids=list(range(length)), prompt_embeds=None, cache_salt=salt, num_prompt_tokens=length
+    )
+
+
+def salt_of(config: Any, length: int, salt: str | None = None) -> str | None:
+    request = request_of(length, salt)
+    salt_request(config, request)
+    result: str | None = request.cache_salt
+    return result
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    write_small_table(tmp_path / "table.safetensors")
+    return tmp_path / "table.safetensors"
+
+
+def test_salt_names_table_and_row(table: Path) -> None:
+    config = vllm_config(table)
+    # Rows of 8, 12, 16 and 20 tokens.
+    rows = {length: salt_of(config, length) for length in (1, 8, 11, 13, 15, 20, 500)}
+    assert rows[1] == rows[8]
+    assert rows[11] == rows[13]
+    assert rows[20] == rows[500]
+    assert len(set(rows.values())) == 4
+    assert [str(rows[length]).split(":")[2:] for length in (8, 11, 15, 20)] == [[row, "0|"] for row in "0123"]
+
+
+def test_salt_names_the_unfiltered_end(table: Path, tmp_path: Path) -> None:
+    write_small_table(tmp_path / "own.safetensors", unfiltered_end=4)
+    own = tmp_path / "own.safetensors"
+    salts = {
+        end: [salt_of(vllm_config(table, unfiltered_end=end), 20), salt_of(vllm_config(own, unfiltered_end=end), 20)]
+        for end in (0, 3, 4)
+    }
+    # The same thresholds and the same end give the same states, whoever says where the end begins.
+    assert all(first == second for first, second in salts.values())
+    assert len({first for first, _ in salts.values()}) == 3
+    assert salt_of(vllm_config(own), 20) == salts[4][0]
+    assert salt_of(vllm_config(table), 20) == salts[0][0]
+    for end, (salt, _) in salts.items():
+        assert str(salt).split(":")[2:] == ["3", f"{end}|"]
+
+
+def test_salt_differs_between_tables(table: Path, tmp_path: Path) -> None:
+    write_small_table(tmp_path / "other.safetensors", channels=4)
+    salts = {
+        salt_of(vllm_config(table), 20),
+        salt_of(vllm_config(tmp_path / "other.safetensors"), 20),
+        salt_of(vllm_config(table, min_retention=0.5), 20),
+    }
+    assert len(salts) == 3
+    # The table's own min_retention, written out.
+    assert salt_of(vllm_config(table, min_retention=1e-2), 20) in salts
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"filter": False}, {"caching": False}],
+    ids=["filter-off", "caching-off"],
+)
+@pytest.mark.parametrize("salt", [None, "mine"])
+def test_salt_stays(changes: dict[str, Any], salt: str | None, table: Path) -> None:
+    assert salt_of(vllm_config(table, **changes), 20, salt) == salt
+
+
+def test_salt_of_the_user_is_kept_apart(table: Path) -> None:
+    config = vllm_config(table)
+    without = salt_of(config, 20)
+    assert without is not None
+    foreign = ["mine", "yours", "0", without, salt_of(config, 12), f"{without}mine"]
+    salts = [salt_of(config, 20, salt) for salt in foreign]
+    assert len({*salts, without}) == len(foreign) + 1
+    assert all(str(salted).endswith(f"|{salt}") for salted, salt in zip(salts, foreign, strict=True))
+
+
+def test_salt_of_a_prompt_of_embeddings(table: Path) -> None:
+    request = request_of(0)
+    request.prompt_token_ids, request.prompt_embeds = None, torch.zeros(20, 4)
+    salt_request(vllm_config(table), request)
+    assert request.cache_salt == salt_of(vllm_config(table), 20)
+
+
+@pytest.mark.parametrize(
+    ("length", "salt", "end_token", "expected"),
+    [
+        (20, "longmamba:0a:3:0|", 16, ()),
+        (20, "longmamba:0a:3:0|", 20, ()),
+        (20, "longmamba:0a:3:0|", 21, (("longmamba_prompt_length", 20),)),
+        (20, "longmamba:0a:3:0|", 32, (("longmamba_prompt_length", 20),)),
+        (20, "longmamba:0a:12:0|mine", 32, (("longmamba_prompt_length", 20),)),
+        (8, "longmamba:0a:0:0|", 16, ()),
+        (8, "longmamba:0a:0:0|longmamba:0a:3:0|", 16, ()),
+        (20, "longmamba:0a:3:4|", 15, ()),
+        (20, "longmamba:0a:3:4|", 16, ()),
+        (20, "longmamba:0a:3:4|", 17, (("longmamba_prompt_length", 20),)),
+        (20, "longmamba:0a:3:4|mine", 20, (("longmamba_prompt_length", 20),)),
+        (20, "longmamba:0a:3:4|", 32, (("longmamba_prompt_length", 20),)),
+        (20, "longmamba:0a:3:16|", 5, (("longmamba_prompt_length", 20),)),
+        (20, "longmamba:0a:3:99|", 1, (("longmamba_prompt_length", 20),)),
+        (8, "longmamba:0a:0:4|", 8, ()),
+        (20, None, 32, ()),
+        (20, "mine", 32, ()),
+        (20, "mine longmamba:0a:3:0|", 32, ()),
+        (20, "longmamba:xy:3:0|", 32, ()),
+    ],
+    ids=[
+        "in-prompt",
+        "to-the-end-of-prompt",
+        "one-generated-token",
+        "generated",
+        "with-foreign-salt",
+        "row-0",
+        "row-0-with-foreign-salt-like-ours",
+        "before-the-end",
+        "up-to-the-end",
+        "one-token-of-the-end",
+        "whole-end-with-foreign-salt",
+        "generated-behind-an-end",
+        "end-of-two-digits",
+        "nothing-but-end",
+        "row-0-with-an-end",
+        "no-salt",
+        "foreign-salt",
+        "foreign-salt-that-contains-ours",
+        "foreign-salt-almost-like-ours",
+    ],
+)
+def test_unfiltered_block_keys(length: int, salt: str | None, end_token: int, expected: tuple[Any, ...]) -> None:
+    assert unfiltered_block_keys(request_of(length, salt), end_token) == expected
+
+
+def test_unfiltered_block_keys_of_a_salted_request(table: Path) -> None:
+    request = request_of(20, "longmamba:00:0:0|")
+    salt_request(vllm_config(table), request)
+    assert unfiltered_block_keys(request, 21) == (("longmamba_prompt_length", 20),)
+    request = request_of(8, "longmamba:00:3:0|")
+    salt_request(vllm_config(table), request)
+    assert unfiltered_block_keys(request, 21) == ()

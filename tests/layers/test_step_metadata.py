@@ -1,0 +1,109 @@
+"""The metadata of a step that only decodes are vLLM's own, though they are made without its copies."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.attention.backends.mamba1_attn import Mamba1AttentionMetadata, Mamba1AttentionMetadataBuilder
+from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata, Mamba2AttentionMetadataBuilder
+from vllm.v1.kv_cache_interface import MambaSpec
+
+from vllm_longmamba.layers.step_metadata import (
+    LongMamba1Metadata,
+    LongMamba1MetadataBuilder,
+    LongMamba2Metadata,
+    LongMamba2MetadataBuilder,
+)
+
+FAMILIES = [
+    (LongMamba1MetadataBuilder, LongMamba1Metadata, Mamba1AttentionMetadataBuilder, Mamba1AttentionMetadata),
+    (LongMamba2MetadataBuilder, LongMamba2Metadata, Mamba2AttentionMetadataBuilder, Mamba2AttentionMetadata),
+]
+LARGEST = 8  # decodes in a graph
+BLOCK = 16
+
+
+def make_builder(cls: type, cache_mode: str, **others: Any) -> Any:
+    """A builder of one group of layers, with what the methods under test read."""
+    builder = object.__new__(cls)
+    builder.decode_cudagraph_max_bs = LARGEST
+    builder.compilation_config = SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL)
+    builder.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(mamba_cache_mode=cache_mode))
+    builder.kv_cache_spec = MambaSpec(shapes=((4,),), dtypes=(torch.float32,), block_size=BLOCK)
+    builder.use_spec_decode = builder.use_replayssm = builder.use_flashinfer_replayssm = False
+    builder.num_spec_tokens = 0
+    builder.state_indices_tensor_d = torch.full((LARGEST, 1), -7, dtype=torch.int32)
+    builder._slot_views, builder._graph_views = {}, {}
+    builder._graph_rows, builder._graph_rows_are_zero = torch.zeros(LARGEST, dtype=torch.int32), True
+    for name, value in others.items():
+        setattr(builder, name, value)
+    return builder
+
+
+def make_metadata(cls: type, decodes: int, prefills: int, requests: int) -> Any:
+    """Of a step in which every field that the methods do not touch holds something of its own."""
+    fields = {field.name: f"value of {field.name}" for field in dataclasses.fields(cls)}
+    fields |= dict.fromkeys(("query_start_loc_d", "num_accepted_tokens", "write_pos_d", "is_flush_d"))
+    fields |= dict.fromkeys(("bc_pre_scratch", "replayssm_scratch", "replayssm_state_indices_d", "filter_rows"))
+    if "checkpoint_meta" in fields:
+        fields["checkpoint_meta"] = None
+    fields |= {"num_decodes": decodes, "num_prefills": prefills, "num_reqs": requests}
+    fields["seq_lens"] = torch.arange(1, decodes + prefills + 1, dtype=torch.int32) * (BLOCK - 3)
+    fields["state_indices_tensor_d"] = torch.arange(decodes, dtype=torch.int32)[:, None] + 100
+    return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
+
+
+def assert_equal(ours: Any, theirs: Any, builders: tuple[Any, Any]) -> None:
+    for field in dataclasses.fields(theirs):
+        mine, its = getattr(ours, field.name), getattr(theirs, field.name)
+        if field.name == "state_indices_tensor_p" and theirs.num_prefills == 0:
+            continue  # of no prefills; nobody reads it
+        if isinstance(its, torch.Tensor):
+            assert torch.equal(mine, its), field.name
+        else:
+            assert mine == its, field.name
+    assert torch.equal(*(builder.state_indices_tensor_d for builder in builders))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=["mamba1", "mamba2"])
+@pytest.mark.parametrize("cache_mode", ["none", "align"])
+@pytest.mark.parametrize(("decodes", "prefills", "requests"), [(5, 0, 5), (3, 0, 8), (8, 0, 8), (9, 0, 9), (2, 1, 3)])
+def test_another_group_gets_what_vllm_makes(
+    family: Any, cache_mode: str, decodes: int, prefills: int, requests: int
+) -> None:
+    own_builder, own_metadata, builder, metadata = family
+    builders = make_builder(own_builder, cache_mode), make_builder(builder, cache_mode)
+    table = torch.randperm((decodes + prefills) * 8).view(-1, 8).int()
+    given = make_metadata(own_metadata, decodes, prefills, requests)
+    before = dict(vars(given))
+    ours = builders[0].update_block_table(given, table, None)
+    theirs = builders[1].update_block_table(make_metadata(metadata, decodes, prefills, requests), table, None)
+    assert_equal(ours, theirs, builders)
+    assert vars(given) == before
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=["mamba1", "mamba2"])
+@pytest.mark.parametrize(("decodes", "prefills", "requests"), [(5, 0, 5), (3, 0, 8), (9, 0, 9), (2, 1, 3)])
+def test_captured_graphs_read_what_vllm_writes(family: Any, decodes: int, prefills: int, requests: int) -> None:
+    own_builder, own_metadata, builder, metadata = family
+    builders = make_builder(own_builder, "none"), make_builder(builder, "none")
+    for _ in range(2):  # the second time from views that were kept
+        ours, theirs = (
+            maker._update_metadata_for_cudagraph_capture(make_metadata(kind, decodes, prefills, requests))
+            for maker, kind in zip(builders, (own_metadata, metadata), strict=True)
+        )
+        assert_equal(ours, theirs, builders)
+    is_replayed = prefills == 0 and decodes <= LARGEST
+    assert (ours.state_indices_tensor_d.data_ptr() == builders[0].state_indices_tensor_d.data_ptr()) == is_replayed
+
+
+@pytest.mark.parametrize("flag", ["use_spec_decode", "use_replayssm", "use_flashinfer_replayssm"])
+def test_steps_that_hold_more_are_left_to_vllm(flag: str) -> None:
+    builder = make_builder(LongMamba2MetadataBuilder, "none", **{flag: True})
+    assert not builder._writes_slots_only(make_metadata(LongMamba2Metadata, 3, 0, 3))
+    assert make_builder(LongMamba2MetadataBuilder, "none")._writes_slots_only(
+        make_metadata(LongMamba2Metadata, 3, 0, 3)
+    )

@@ -1,0 +1,127 @@
+"""Closed-loop calibration: thresholds from text as long as the prompts, the filter already on in the layers below."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_longmamba.tables import (
+    NO_FILTER,
+    LayerThresholds,
+    budget_thresholds,
+    combine_thresholds,
+    interpolate_thresholds,
+)
+
+
+def long_sequences(texts: Sequence[list[int]], length: int, number: int, seed: int) -> list[list[int]]:
+    """Draw calibration sequences of any length.
+
+    As `draw_sequences` does where the text is long enough. Otherwise the sequences begin at evenly spread places of the
+    joined texts, overlap, and go on at the beginning where these end.
+
+    Args:
+        texts: tokens of each text, not all empty.
+        length, number, seed: see `draw_sequences`.
+    """
+    from vllm_longmamba.calibration.sequences import draw_sequences
+
+    joined = [token for tokens in texts for token in tokens]
+    if len(joined) // length >= number:
+        return draw_sequences(texts, length, number, seed)
+    start = int(np.random.default_rng(seed).integers(len(joined)))
+    starts = [(start + place * len(joined) // number) % len(joined) for place in range(number)]
+    return [(joined[start:] + joined * (length // len(joined) + 1))[:length] for start in starts]
+
+
+def closed_loop_sequences(
+    texts: Sequence[list[int]], lengths: Sequence[int], number: int, seed: int
+) -> list[list[int]]:
+    """All sequences of a closed-loop calibration, the shortest first, `number` of each length; see `long_sequences`."""
+    return [sequence for length in lengths for sequence in long_sequences(texts, length, number, seed)]
+
+
+class ClosedLoopRecorder:
+    """Measures thresholds at the length where they act, and lets each layer filter by them at once.
+
+    Args:
+        calibration: the `CalibrationRecorder` that has seen the sequences of the training length.
+        min_retention: channels of a larger retention are filtered while the layers above are measured.
+        lengths: prompt lengths to measure at, ascending.
+        combine: how the thresholds of several sequences become one.
+        budget: what a channel may keep, as a factor of its sum of dt over the training length.
+    """
+
+    def __init__(self, calibration: Any, min_retention: float, lengths: list[int], combine: str, budget: float) -> None:
+        self.lengths = lengths
+        self.combine = combine
+        self._row_lengths = calibration.row_lengths
+        self._layers = {index: layer.result() for index, layer in calibration.layers.items()}
+        self._is_global = {index: layer.retention > min_retention for index, layer in self._layers.items()}
+        self._budgets = {index: budget * layer.budget() for index, layer in calibration.layers.items()}
+        # Layer -> length -> (channels,) of each sequence, in host memory.
+        self._found: dict[int, dict[int, list[torch.Tensor]]] = {
+            index: {length: [] for length in lengths} for index in self._layers
+        }
+        self._prompt_length = 0
+        self._cut: set[int] = set()
+
+    def start_length(self, length: int) -> None:
+        """The sequences that follow have this length."""
+        self._prompt_length = length
+
+    def record(self, layer_index: int, dt: torch.Tensor) -> torch.Tensor | None:
+        """Take the dt (tokens, channels) of a whole sequence and return its thresholds, -1.0 in local channels.
+
+        A token that follows the sequence is filtered, but does not count. A decode step comes here without tokens.
+        """
+        if dt.shape[0] == 0:
+            return None
+        if dt.shape[0] < self._prompt_length:
+            self._cut.add(dt.shape[0])
+            return None
+        thresholds = budget_thresholds(dt[: self._prompt_length], self._budgets[layer_index].to(dt.device))
+        self._found[layer_index][self._prompt_length].append(thresholds.cpu())
+        return torch.where(self._is_global[layer_index].to(dt.device), thresholds, NO_FILTER)
+
+    def finish(self, num_sequences: int) -> dict[int, LayerThresholds]:
+        """The thresholds of this worker's channels.
+
+        Raises:
+            RuntimeError: a sequence came in chunks, or not all layers have seen that many of each length.
+        """
+        seen = {len(found) for by_length in self._found.values() for found in by_length.values()}
+        if self._cut or seen not in (set(), {num_sequences}):
+            raise RuntimeError(
+                f"calibration: every layer must have seen {num_sequences} sequences of each of {self.lengths} tokens, "
+                f"in one step each, but they saw {sorted(seen)}, and chunks of {sorted(self._cut)} tokens; raise "
+                f"--max-num-batched-tokens to {self.lengths[-1] + 1}, or measure shorter lengths"
+            )
+        return {index: self._layer(index) for index in self._layers}
+
+    def _layer(self, index: int) -> LayerThresholds:
+        found = self._found[index]
+        measured = torch.stack(
+            [combine_thresholds(torch.stack(found[length]), self.combine) for length in self.lengths]
+        )
+        rows = interpolate_thresholds(self.lengths, measured, self._row_lengths)
+        return LayerThresholds(self._layers[index].retention, rows)
+
+
+def close_loop(
+    worker: Any, num_sequences: int, min_retention: float, lengths: list[int], combine: str, budget: float = 1.0
+) -> None:
+    """Go on from the sequences of the training length to a `ClosedLoopRecorder`; its arguments follow the number."""
+    from vllm_longmamba.layers.filtered_mixer import filtered_mixers
+
+    recorder = worker.longmamba_recorder
+    recorder.check(num_sequences)
+    worker.longmamba_recorder = ClosedLoopRecorder(recorder, min_retention, lengths, combine, budget)
+    for mixer in filtered_mixers(worker.get_model()):
+        mixer.dt_recorder = worker.longmamba_recorder
+
+
+def start_length(worker: Any, length: int) -> None:
+    """Tell the worker's `ClosedLoopRecorder` how long the sequences are that follow."""
+    worker.longmamba_recorder.start_length(length)

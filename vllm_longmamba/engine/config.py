@@ -1,0 +1,168 @@
+"""What `--model-impl longmamba` changes in vLLM's configuration, all of it before any weight is loaded."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm_longmamba.architectures import stock_name
+from vllm_longmamba.checkpoint.original_config import ORIGINAL_FORMAT_ATTRIBUTE
+from vllm_longmamba.checkpoint.train_length import set_default_length
+from vllm_longmamba.options import KEY, options_from_config
+
+logger = logging.getLogger("vllm.longmamba")
+
+ORIGINAL_TOKENIZER = "EleutherAI/gpt-neox-20b"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_PREPARED = "_longmamba_prepared"
+
+
+def prepare_model_config(model_config: Any) -> None:
+    """Set the defaults of a LongMamba model, in place, while vLLM builds its `ModelConfig`. Runs once per config."""
+    if getattr(model_config, _PREPARED, False):
+        return
+    setattr(model_config, _PREPARED, True)
+    set_default_length(model_config)
+    _set_default_tokenizer(model_config)
+
+
+def refuse_original_format(model_config: Any) -> None:
+    """Stock vLLM cannot load original state-spaces checkpoints: say so, and what to do.
+
+    Raises:
+        ValueError: the checkpoint is of that format.
+    """
+    if getattr(model_config.hf_config, ORIGINAL_FORMAT_ATTRIBUTE, None) is not None:
+        raise ValueError(
+            f"{model_config.model!r} is an original state-spaces checkpoint, which stock vLLM cannot load; "
+            "add --model-impl longmamba"
+        )
+
+
+def _set_default_tokenizer(model_config: Any) -> None:
+    if getattr(model_config.hf_config, ORIGINAL_FORMAT_ATTRIBUTE, None) is None:
+        return
+    if model_config.tokenizer != model_config.model or model_config.skip_tokenizer_init:
+        return
+    from vllm.transformers_utils.repo_utils import file_or_path_exists
+
+    if any(file_or_path_exists(model_config.model, name, model_config.revision) for name in _TOKENIZER_FILES):
+        return
+    logger.info(
+        "%s has no tokenizer; using %s, which the state-spaces models were trained with (--tokenizer overrides this)",
+        model_config.model,
+        ORIGINAL_TOKENIZER,
+    )
+    model_config.tokenizer = ORIGINAL_TOKENIZER
+    model_config.tokenizer_revision = None
+
+
+class LongMambaModelConfig:
+    """vLLM's per-architecture hook (an entry of MODELS_CONFIG_MAP) for all LongMamba variants."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: Any) -> None:
+        """Check the options, find the threshold table and set defaults. Runs once, in the front-end process.
+
+        The path of the table found replaces the option `table`, so that every worker reads the same file. Where none is
+        found, the plan is added by which the engine calibrates itself.
+
+        Args:
+            vllm_config: vLLM's configuration, changed in place.
+
+        Raises:
+            ValueError: a wrong option, a wrong table, none and no way to make one, or a feature that the filter does
+                not support.
+        """
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+        options = options_from_config(vllm_config.additional_config)
+        stock_hook = MODELS_CONFIG_MAP.get(stock_name(vllm_config.model_config.architecture))
+        if stock_hook is not None:
+            stock_hook.verify_and_update_config(vllm_config)
+        if options.filter:
+            _refuse_unsupported(vllm_config)
+            vllm_config.additional_config = {**vllm_config.additional_config, **_resolve_table(vllm_config, options)}
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Part of vLLM's hook interface; nothing to do here."""
+
+
+def _resolve_table(vllm_config: Any, options: Any) -> dict[str, Any]:
+    """The entries of the additional config that tell all processes where the thresholds come from."""
+    from vllm_longmamba.checkpoint.table_lookup import locate_weights, no_table, search_table
+
+    model_config = vllm_config.model_config
+    weights = locate_weights(model_config, vllm_config.load_config)
+    path = search_table(weights, options, model_config.quantization)
+    if path is not None:
+        _announce_table(path, model_config, options)
+        return {KEY: {**options.to_dict(), "table": str(path)}}
+    if not options.calibrate:
+        raise no_table(model_config.model, "the option calibrate is off")
+    return _plan_calibration(vllm_config, options, weights.fingerprint)
+
+
+def _plan_calibration(vllm_config: Any, options: Any, fingerprint: str) -> dict[str, Any]:
+    from vllm_longmamba.calibration.at_start import calibration_obstacle
+    from vllm_longmamba.calibration.plan import PLAN_KEY, make_plan
+    from vllm_longmamba.checkpoint.table_lookup import no_table
+
+    plan = make_plan(vllm_config, options, fingerprint)
+    if not plan.can_filter(vllm_config.model_config.max_model_len):
+        logger.info(
+            "LongMamba: prompts of up to max_model_len %d tokens are within reach of the training length of %d: no "
+            "thresholds are needed, the plain model is served",
+            vllm_config.model_config.max_model_len,
+            plan.train_length,
+        )
+        return {KEY: {**options.to_dict(), "filter": False}}
+    obstacle = calibration_obstacle(vllm_config)
+    if obstacle is not None:
+        if plan.store is None or not Path(plan.store).is_file():
+            raise no_table(vllm_config.model_config.model, obstacle)
+        _announce_table(Path(plan.store), vllm_config.model_config, options)
+        return {KEY: {**options.to_dict(), "table": plan.store}}
+    logger.info(
+        "LongMamba: no threshold table for %s yet; the engine makes one at its start, or takes what it made at an "
+        "earlier one",
+        vllm_config.model_config.model,
+    )
+    return {KEY: options.to_dict(), PLAN_KEY: asdict(plan)}
+
+
+def _announce_table(path: Path, model_config: Any, options: Any) -> None:
+    from vllm_longmamba.layers.prompt_filter import PromptFilter
+    from vllm_longmamba.tables import load_table
+
+    table = load_table(path)
+    end = PromptFilter.from_options(table, options).unfiltered_end
+    logger.info(
+        "LongMamba: thresholds from %s (training length %d, clamp %g %%, min_retention %g)%s",
+        path,
+        table.metadata.train_length,
+        table.metadata.clamp_percent,
+        options.min_retention if options.min_retention is not None else table.metadata.min_retention,
+        f"; the last {end} tokens of prompts are not filtered" if end else "",
+    )
+    longest = int(table.row_lengths[-1])
+    if longest < model_config.max_model_len:
+        logger.warning(
+            "LongMamba: the table %s ends at prompts of %d tokens; longer ones, up to max_model_len %d, are filtered "
+            "with its last row. `longmamba calibrate --max-length %d` makes a longer table.",
+            path,
+            longest,
+            model_config.max_model_len,
+            model_config.max_model_len,
+        )
+
+
+def _refuse_unsupported(vllm_config: Any) -> None:
+    if vllm_config.speculative_config is not None:
+        raise ValueError(
+            "--model-impl longmamba does not support speculative decoding, where draft and prompt tokens share a step; "
+            "leave --speculative-config out"
+        )
+    if vllm_config.cache_config.use_replayssm:
+        raise ValueError("--model-impl longmamba does not support --use-replayssm: leave it out")

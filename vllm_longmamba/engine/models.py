@@ -1,0 +1,132 @@
+"""The LongMamba variants of vLLM's model classes: the same models, built of LongMamba mixers.
+
+A variant is made when it is first asked for, as an attribute of this module: `LongMambaForCausalLM`,
+`LongMamba2ForCausalLM`, `LongZamba2ForCausalLM`, ... (see architectures.py).
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from vllm.distributed.parallel_state import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.models.utils import WeightsMapper
+
+from vllm_longmamba.architectures import PREFIX, SUPPORTED, stock_name, variant_name
+from vllm_longmamba.calibration.plan import plan_from_config
+from vllm_longmamba.checkpoint.table_lookup import weight_patterns
+from vllm_longmamba.engine.patches import apply_patches
+from vllm_longmamba.layers.filtered_mixer import FilteredMixer, filtered_mixers
+from vllm_longmamba.layers.mamba1 import LongMambaMixer
+from vllm_longmamba.layers.mamba2 import LongMambaMixer2
+from vllm_longmamba.layers.prompt_filter import PromptFilter
+from vllm_longmamba.options import options_from_config
+from vllm_longmamba.tables import ThresholdTable, load_table
+
+_MIXERS = {"MambaMixer": LongMambaMixer, "MambaMixer2": LongMambaMixer2}
+_ORIGINAL_NAMES = WeightsMapper(orig_to_new_prefix={"backbone.embedding.": "backbone.embeddings."})
+_TABLE_TENSORS = "longmamba."
+
+
+class LongMambaModel:
+    """Mixin in front of a vLLM model class."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
+        """Build the stock model of LongMamba mixers and give them their thresholds.
+
+        Raises:
+            ValueError: the threshold table does not fit the model.
+            RuntimeError: the stock class no longer builds its layers from vLLM's Mamba mixers.
+        """
+        apply_patches(in_worker=True)
+        with _filtered_mixers():
+            super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
+        mixers = _number_mixers(self)
+        options = options_from_config(vllm_config.additional_config)
+        if options.filter and mixers:
+            prompt_filter = PromptFilter.from_options(_table(vllm_config, mixers), options)
+            for mixer in mixers:
+                mixer.set_filter(
+                    prompt_filter, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+                )
+        if vllm_config.load_config.load_format != "dummy":
+            self.allow_patterns_overrides = weight_patterns(vllm_config.model_config)
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """vLLM's public hook for the state of model runner V2."""
+        from vllm_longmamba.engine.prompt_lengths import LongMambaModelState
+
+        return LongMambaModelState
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load weights as the stock class does; the tensors of a threshold table beside them are passed over."""
+        own = ((name, tensor) for name, tensor in weights if not name.startswith(_TABLE_TENSORS))
+        return super().load_weights(own)  # type: ignore[misc, no-any-return]
+
+
+def _table(vllm_config: Any, mixers: list[FilteredMixer]) -> ThresholdTable:
+    """The table that the front end found, or an empty one for that which the engine is going to make."""
+    options = options_from_config(vllm_config.additional_config)
+    if options.table is not None:
+        return load_table(options.table)
+    plan = plan_from_config(vllm_config.additional_config)
+    assert plan is not None, "the front end finds a table or plans one"
+    ranks = get_tensor_model_parallel_world_size()
+    return plan.empty_table({mixer.layer_index: mixer.A.shape[0] * ranks for mixer in mixers})
+
+
+def _number_mixers(model: Any) -> list[FilteredMixer]:
+    """Tell each mixer its layer, from the name of its module: its `prefix` counts otherwise in some hybrids."""
+    for name, module in model.named_modules():
+        if isinstance(module, FilteredMixer):
+            match = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+            if match is None:
+                raise RuntimeError(f"{type(model).__name__}: the Mamba mixer {name!r} is in no numbered layer")
+            module.layer_index = int(match.group(1))
+    mixers = filtered_mixers(model)
+    if not mixers and get_pp_group().world_size == 1:
+        raise RuntimeError(f"{type(model).__name__}: vLLM built this model without Mamba mixers")
+    return mixers
+
+
+@contextmanager
+def _filtered_mixers() -> Iterator[None]:
+    """Let vLLM's pluggable mixers be built as LongMamba mixers, for the duration of one model's construction."""
+    before = {name: op_registry_oot.get(name) for name in _MIXERS}
+    op_registry_oot.update(_MIXERS)
+    try:
+        yield
+    finally:
+        for name, mixer in before.items():
+            if mixer is None:
+                del op_registry_oot[name]
+            else:
+                op_registry_oot[name] = mixer
+
+
+def _make_variant(architecture: str) -> type:
+    module, class_name = SUPPORTED[architecture]
+    stock = getattr(import_module(f"vllm.model_executor.models.{module}"), class_name)
+    attributes: dict[str, Any] = {
+        "__module__": __name__,
+        "__doc__": f"vLLM's {class_name} with LongMamba's filter in its Mamba layers.",
+    }
+    if module in ("mamba", "mamba2"):
+        attributes["hf_to_vllm_mapper"] = stock.hf_to_vllm_mapper | _ORIGINAL_NAMES
+    return type(variant_name(architecture), (LongMambaModel, stock), attributes)
+
+
+def __getattr__(name: str) -> type:
+    if name.startswith(PREFIX) and stock_name(name) in SUPPORTED:
+        variant = _make_variant(stock_name(name))
+        globals()[name] = variant
+        return variant
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

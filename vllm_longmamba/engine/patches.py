@@ -1,0 +1,253 @@
+"""Every change to vLLM's own code, in one place.
+
+vLLM has no public hook at these points. Each patch is applied once, is a wrapper that calls the original, does nothing
+for models without `--model-impl longmamba`, and checks first that what it wraps is still what it was written for.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_longmamba.compatibility import IncompatibleVllmError
+
+_MARK = "__longmamba_patch__"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One wrapped function of vLLM.
+
+    Attributes:
+        module: where the function lives.
+        owner: the class it is a method of, None for a function of the module.
+        name: its name.
+        parameters: the parameters the wrapper relies on, in order; further ones may follow.
+        wrap: makes the replacement from the original.
+        reason: why no public hook will do.
+        in_worker: the module is heavy and only a worker needs the patch, which is applied when it builds a model.
+    """
+
+    module: str
+    owner: str | None
+    name: str
+    parameters: tuple[str, ...]
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    reason: str
+    in_worker: bool = False
+
+    def holder(self) -> Any:
+        """The class or module whose attribute is replaced.
+
+        Raises:
+            IncompatibleVllmError: it does not exist in this vLLM.
+        """
+        try:
+            module = __import__(self.module, fromlist=["_"])
+            return getattr(module, self.owner) if self.owner else module
+        except (ImportError, AttributeError) as error:
+            raise self._drift(f"it cannot be imported: {error}") from error
+
+    def check(self) -> None:
+        """Check that the function to be wrapped has the signature the wrapper was written for.
+
+        Raises:
+            IncompatibleVllmError: it does not.
+        """
+        function = getattr(self.holder(), self.name, None)
+        if function is None:
+            raise self._drift("it does not exist")
+        found = tuple(inspect.signature(function).parameters)
+        if found[: len(self.parameters)] != self.parameters:
+            raise self._drift(f"its parameters are {', '.join(found)}, not {', '.join(self.parameters)}")
+
+    def apply(self) -> None:
+        """Replace the function by its wrapper, unless that was done before."""
+        holder = self.holder()
+        original = getattr(holder, self.name, None)
+        if hasattr(original, _MARK):
+            return
+        self.check()
+        assert original is not None
+        replacement = self.wrap(original)
+        replacement.__wrapped__ = original  # type: ignore[attr-defined]
+        setattr(replacement, _MARK, True)
+        setattr(holder, self.name, replacement)
+
+    def _drift(self, what: str) -> IncompatibleVllmError:
+        target = ".".join(part for part in (self.module, self.owner, self.name) if part)
+        return IncompatibleVllmError(
+            f"vllm_longmamba cannot extend {target} of this vLLM: {what}. "
+            "Install a vLLM version that this release of vllm_longmamba was tested with."
+        )
+
+
+def apply_patches(*, in_worker: bool = False) -> None:
+    """Apply the patches that every process needs, or those that a worker needs; a second call changes nothing.
+
+    Raises:
+        IncompatibleVllmError: a function of vLLM is not what its patch was written for.
+    """
+    for patch in PATCHES:
+        if patch.in_worker == in_worker:
+            patch.apply()
+
+
+def _inspect_variant(original: Callable[..., Any]) -> Callable[..., Any]:
+    def inspect_model_cls(self: Any, architectures: Any, model_config: Any) -> Any:
+        from vllm_longmamba.architectures import supported_architecture, uses_longmamba, variant_name
+        from vllm_longmamba.engine.config import prepare_model_config, refuse_original_format
+
+        if not uses_longmamba(model_config):
+            refuse_original_format(model_config)
+            return original(self, architectures, model_config)
+        architecture = supported_architecture(architectures)
+        prepare_model_config(model_config)
+        # The variant differs from the stock class in nothing that vLLM inspects.
+        info, _ = original(self, [architecture], model_config)
+        return info, variant_name(architecture)
+
+    return inspect_model_cls
+
+
+def _resolve_variant(original: Callable[..., Any]) -> Callable[..., Any]:
+    def resolve_model_cls(self: Any, architectures: Any, model_config: Any) -> Any:
+        from vllm_longmamba.architectures import supported_architecture, uses_longmamba, variant_name
+
+        if not uses_longmamba(model_config):
+            return original(self, architectures, model_config)
+        return original(self, [variant_name(supported_architecture(architectures))], model_config)
+
+    return resolve_model_cls
+
+
+def _expose_prompt_lengths(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_longmamba.architectures import uses_longmamba
+
+        if not uses_longmamba(self.model_config):
+            return original(self, *args, **kwargs)
+        # The V1 runner hands out prompt lengths only where this is set. Attention backends read it when they are
+        # built, which is over by now, so that only the Mamba metadata builders see the prompt lengths.
+        arch_config = self.model_config.model_arch_config
+        before = arch_config.rswa_window
+        arch_config.rswa_window = self.model_config.max_model_len
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            arch_config.rswa_window = before
+
+    return _build_attention_metadata
+
+
+def _provide_table(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+        from vllm_longmamba.architectures import uses_longmamba
+
+        kv_cache_config = original(self, vllm_config)
+        if uses_longmamba(vllm_config.model_config):
+            from vllm_longmamba.calibration.at_start import provide_table
+
+            self.longmamba_table = provide_table(self.model_executor, vllm_config, kv_cache_config)
+        return kv_cache_config
+
+    return _initialize_kv_caches
+
+
+def _salt_prefix_cache(original: Callable[..., Any]) -> Callable[..., Any]:
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        from vllm_longmamba.architectures import uses_longmamba
+        from vllm_longmamba.engine.prefix_cache import salt_request
+
+        if uses_longmamba(self.vllm_config.model_config):
+            salt_request(self.vllm_config, request, self.longmamba_table)
+        return original(self, request)
+
+    return preprocess_add_request
+
+
+def _separate_generated_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+    def generate_block_hash_extra_keys(
+        request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+    ) -> tuple[tuple[Any, ...] | None, int]:
+        from vllm_longmamba.engine.prefix_cache import unfiltered_block_keys
+
+        keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
+        own = unfiltered_block_keys(request, end_token_idx)
+        return ((*(keys or ()), *own) if own else keys), next_mm_idx
+
+    return generate_block_hash_extra_keys
+
+
+def _hide_llvmlite(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _rebind_kernels(overrides: Any) -> Any:
+        hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "llvmlite"}
+        try:
+            return original(overrides)
+        finally:
+            sys.modules.update(hidden)
+
+    return _rebind_kernels
+
+
+PATCHES = (
+    Patch(
+        "vllm.triton_utils.dispatcher",
+        None,
+        "_rebind_kernels",
+        ("overrides",),
+        _hide_llvmlite,
+        "on a CPU vLLM looks into every loaded module when an engine starts, and fails on one of llvmlite's, which "
+        "numba brings in; a second engine in the process of a Mamba-1 model would not start",
+    ),
+    Patch(
+        "vllm.model_executor.models.registry",
+        "_ModelRegistry",
+        "inspect_model_cls",
+        ("self", "architectures", "model_config"),
+        _inspect_variant,
+        "vLLM takes any --model-impl but chooses no model class by one it does not know",
+    ),
+    Patch(
+        "vllm.model_executor.models.registry",
+        "_ModelRegistry",
+        "resolve_model_cls",
+        ("self", "architectures", "model_config"),
+        _resolve_variant,
+        "as above",
+    ),
+    Patch(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "_build_attention_metadata",
+        ("self", "num_tokens", "num_reqs"),
+        _expose_prompt_lengths,
+        "model runner V1 passes prompt lengths on only for one kind of sliding-window attention (V2 has a public hook)",
+        in_worker=True,
+    ),
+    Patch(
+        "vllm.v1.engine.core",
+        "EngineCore",
+        "_initialize_kv_caches",
+        ("self", "vllm_config"),
+        _provide_table,
+        "a model without a table is calibrated once it can run, before requests are taken: nothing is called there",
+    ),
+    Patch(
+        "vllm.v1.engine.core",
+        "EngineCore",
+        "preprocess_add_request",
+        ("self", "request"),
+        _salt_prefix_cache,
+        "a cached state depends on the table and on the prompt's row, which vLLM's block hashes do not contain",
+    ),
+    Patch(
+        "vllm.v1.core.kv_cache_utils",
+        None,
+        "generate_block_hash_extra_keys",
+        ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
+        _separate_generated_blocks,
+        "generated tokens are not filtered, so their blocks must not serve a prompt that contains them",
+    ),
+)

@@ -1,0 +1,179 @@
+"""What the mixers with the filter share: prompt tokens with a dt up to the threshold leave a global channel alone."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.config.mamba import MambaBackendEnum
+from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update
+
+from vllm_longmamba.kernels import (
+    PER_DECODE_TOKEN,
+    causal_conv1d,
+    compile_ahead,
+    selective_state_update,
+)
+from vllm_longmamba.layers.prompt_filter import PromptFilter
+
+
+class DtRecorder(Protocol):
+    """Receives the steps of a layer while the model is calibrated."""
+
+    def record(self, layer_index: int, dt: torch.Tensor) -> torch.Tensor | None:
+        """Take dt (tokens, channels) float32 of one prompt: softplus(dt_raw + dt_bias).
+
+        Returns:
+            (channels,) float32 thresholds by which the layer is to filter these very tokens, or None.
+        """
+
+
+class FilteredMixer:
+    """What the LongMamba variants of both mixers share.
+
+    Attributes:
+        prompt_filter: the model's filter, None where the engine runs without it.
+        dt_threshold: (rows, channels) float32 on the device, this rank's channels of this layer; set with the filter.
+        dt_recorder: set while the model is calibrated.
+        layer_index: number of the model's layer, by which the threshold table knows it.
+    """
+
+    prompt_filter: PromptFilter | None = None
+    dt_threshold: torch.Tensor
+    dt_recorder: DtRecorder | None = None
+    layer_index: int
+    prefix: str
+    A: torch.nn.Parameter
+    D: torch.nn.Parameter
+    conv1d: Any
+    activation: str
+    kv_cache: tuple[torch.Tensor, ...]
+    register_buffer: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See vLLM's mixers."""
+        super().__init__(*args, **kwargs)
+        config = get_current_vllm_config()
+        # Another backend of the state update, or its random rounding, is the user's choice: vLLM then runs it.
+        self._updates_state = (
+            config.mamba_config.backend == MambaBackendEnum.TRITON
+            and not config.mamba_config.enable_stochastic_rounding
+            and config.num_speculative_tokens == 0
+        )
+        # Of a step, until one has run.
+        self._most_prompt_tokens: int | None = config.scheduler_config.max_num_batched_tokens
+        self._most_decodes: int | None = config.scheduler_config.max_num_seqs
+
+    def set_filter(self, prompt_filter: PromptFilter, tp_rank: int, tp_size: int) -> None:
+        """Put this layer's thresholds on the device of its parameters; a second table of the same rows replaces them.
+
+        Args:
+            prompt_filter: the model's filter.
+            tp_rank: tensor-parallel rank; rank r holds the r-th of `tp_size` equal slices of the channels.
+            tp_size: tensor-parallel degree.
+
+        Raises:
+            ValueError: the table has not this layer, or another number of channels.
+        """
+        layers = prompt_filter.table.layers
+        if self.layer_index not in layers:
+            raise ValueError(
+                f"the threshold table has no layer {self.layer_index} ({self.prefix}); it was made for another model "
+                f"({prompt_filter.table.metadata.model_id!r}), make one with `longmamba calibrate`"
+            )
+        channels = self.A.shape[0]
+        thresholds = prompt_filter.table.thresholds(self.layer_index, prompt_filter.min_retention)
+        if thresholds.shape[1] != channels * tp_size:
+            raise ValueError(
+                f"the threshold table has {thresholds.shape[1]} channels in layer {self.layer_index}, but the model "
+                f"has {channels * tp_size}; it was made for another model ({prompt_filter.table.metadata.model_id!r}), "
+                "make one with `longmamba calibrate`"
+            )
+        mine = thresholds[:, tp_rank * channels : (tp_rank + 1) * channels]
+        if self.prompt_filter is None:
+            # A buffer survives vLLM's sleep mode, and is no part of the checkpoint.
+            mine = mine.to(device=self.A.device, dtype=torch.float32).contiguous()
+            self.register_buffer("dt_threshold", mine, persistent=False)
+        else:
+            # In place: captured CUDA graphs read this tensor.
+            self.dt_threshold.copy_(mine)
+        self.prompt_filter = prompt_filter
+
+    def runs_own_kernels(self) -> bool:
+        """Whether this layer runs the kernels of this project; vLLM's elsewhere, as far as it has some."""
+        return bool(self.A.is_cuda)
+
+    def _record_dt(self, dt: torch.Tensor, dt_bias: torch.Tensor) -> None:
+        if self.dt_recorder is None:
+            return
+        step = torch.nn.functional.softplus(dt.float() + dt_bias.float())
+        threshold = self.dt_recorder.record(self.layer_index, step)
+        if threshold is not None:
+            # As filter_dt_ does: softplus(-inf) is exactly 0.
+            dt.masked_fill_(step <= threshold, -torch.inf)
+
+    def _recurrence(self, x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> dict[str, Any]:
+        """What every kernel of the recurrence takes, by its name there."""
+        return {"x": x, "dt": dt, "A": self.A, "B": B, "C": C, "D": self.D}
+
+    def _run_prefill(self, kernel: Callable[..., Any], **arguments: Any) -> None:
+        """Call a kernel; the first time, which is vLLM's warm-up, also compile it for prompts of any length."""
+        if self._most_prompt_tokens is not None:
+            compile_ahead(kernel, arguments, self._most_prompt_tokens)
+            self._most_prompt_tokens = None
+        kernel(**arguments)
+
+    def _run_decode(self, token_rows: torch.Tensor | None, **arguments: Any) -> None:
+        """Call `selective_state_update`; the first time also compile it for any batch, with a filter and without."""
+        if self._most_decodes is not None:
+            compile_ahead(selective_state_update, arguments, self._most_decodes, PER_DECODE_TOKEN)
+            if self.prompt_filter is not None:
+                some_rows = torch.empty(len(arguments["x"]), dtype=torch.int32, device="meta")
+                filters = {"dt_threshold": self.dt_threshold, "token_rows": some_rows}
+                compile_ahead(selective_state_update, arguments | filters, self._most_decodes, PER_DECODE_TOKEN)
+            self._most_decodes = None
+        threshold = self.dt_threshold if token_rows is not None else None
+        selective_state_update(**arguments, dt_threshold=threshold, token_rows=token_rows)
+
+    def _convolve_prompts(self, x: torch.Tensor, metadata: Any, **filter_arguments: Any) -> torch.Tensor:
+        convolved: torch.Tensor = causal_conv1d(
+            x,
+            self._conv_weights(),
+            self.conv1d.bias,
+            self._conv_state(),
+            metadata.query_start_loc_p,
+            metadata.state_indices_tensor_p,
+            metadata.has_initial_states_p,
+            silu=self.activation in ("silu", "swish"),
+            **filter_arguments,
+        )
+        return convolved
+
+    def _convolve_decodes(self, x: torch.Tensor, metadata: Any) -> torch.Tensor:
+        convolved: torch.Tensor = causal_conv1d_update(
+            x,
+            self._conv_state(),
+            self._conv_weights(),
+            self.conv1d.bias,
+            self.activation,
+            conv_state_indices=metadata.state_indices_tensor_d,
+        )
+        return convolved
+
+    def _conv_weights(self) -> torch.Tensor:
+        # On CPUs with bfloat16 instructions vLLM packs the weight for a kernel of its own, and keeps a copy.
+        weights: torch.Tensor | None = getattr(self.conv1d, "_cpu_unpacked_conv_weight", None)
+        if weights is None:
+            weights = self.conv1d.weight.view(self.conv1d.weight.size(0), self.conv1d.weight.size(2))
+        return weights
+
+    def _conv_state(self) -> torch.Tensor:
+        state = self.kv_cache[0]
+        first: bool = is_conv_state_dim_first()
+        return state if first else state.transpose(-1, -2)
+
+
+def filtered_mixers(model: Any) -> list[FilteredMixer]:
+    """The LongMamba mixers of a model, in the order of its layers."""
+    return [module for module in model.modules() if isinstance(module, FilteredMixer)]

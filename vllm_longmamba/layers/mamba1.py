@@ -1,0 +1,138 @@
+"""vLLM's Mamba-1 mixer with the filter, on tensors that stay tokens-major."""
+
+from typing import Any
+
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn
+from vllm.model_executor.layers.mamba.ops.ssu_dispatch import selective_state_update as vllm_selective_state_update
+
+from vllm_longmamba.kernels import filter_dt_, selective_scan
+from vllm_longmamba.layers.filtered_mixer import FilteredMixer
+from vllm_longmamba.layers.step_metadata import FilterRows, LongMamba1Backend
+
+
+class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
+    """Mamba-1 mixer whose scan filters, on tensors that stay (tokens, channels) from one projection to the next."""
+
+    def get_attn_backend(self) -> type[LongMamba1Backend]:
+        """See vLLM's `MambaBase`."""
+        return LongMamba1Backend
+
+    def forward_impl(self, hidden_states: torch.Tensor, output: torch.Tensor) -> Any:
+        """Run the layer on a batch of decode tokens followed by prefill tokens.
+
+        Args:
+            hidden_states: (tokens, d_model).
+            output: (tokens, d_model), written in place; rows of padding are left as they are.
+        """
+        metadata = (get_forward_context().attn_metadata or {}).get(self.prefix)
+        if metadata is None:
+            # vLLM's profile run.
+            return super().forward_impl(hidden_states, output)
+        num_decodes, num_prefills = metadata.num_decode_tokens, metadata.num_prefill_tokens
+        tokens = num_decodes + num_prefills
+        x, z = self.in_proj(hidden_states[:tokens])[0].chunk(2, dim=-1)
+        rows = metadata.filter_rows or FilterRows()
+        scanned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if num_decodes > 0:
+            self._decode(x[:num_decodes], z[:num_decodes], metadata, rows, scanned[:num_decodes])
+        if num_prefills > 0:
+            self._prefill(x[num_decodes:], z[num_decodes:], metadata, rows, scanned[num_decodes:])
+        self._project_out(scanned, output[:tokens])
+        return None
+
+    def _project_out(self, scanned: torch.Tensor, output: torch.Tensor) -> None:
+        layer = self.out_proj
+        is_plain = type(layer) is RowParallelLinear and isinstance(layer.quant_method, UnquantizedLinearMethod)
+        if is_plain and layer.tp_size == 1 and layer.bias is None and scanned.is_cuda:
+            # The same product without a copy of the result.
+            torch.mm(scanned, layer.weight.t(), out=output)
+        else:
+            output.copy_(layer(scanned)[0])
+
+    def _prefill(self, x: torch.Tensor, z: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor) -> None:
+        if self.runs_own_kernels():
+            x = self._convolve_prompts(x, metadata)
+        else:
+            x = causal_conv1d_fn(
+                x.transpose(0, 1),
+                self._conv_weights(),
+                self.conv1d.bias,
+                activation=self.activation,
+                conv_states=self._conv_state(),
+                has_initial_state=metadata.has_initial_states_p,
+                cache_indices=metadata.state_indices_tensor_p,
+                query_start_loc=metadata.query_start_loc_p,
+                metadata=metadata,
+            ).transpose(0, 1)
+        dt, B, C = self._dt_B_C(x)
+        self._record_dt(dt, self.dt_proj.bias)
+        where = (metadata.query_start_loc_p, metadata.state_indices_tensor_p, metadata.has_initial_states_p)
+        self._scan(x, dt, B, C, z, where, rows.prefill_rows, rows.prefill_prompt_tokens, out)
+
+    def _scan(
+        self,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        z: torch.Tensor,
+        where: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        seq_rows: torch.Tensor | None,
+        seq_prompt_tokens: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        query_start_loc, state_indices, has_initial_state = where
+        self._run_prefill(
+            selective_scan,
+            **self._recurrence(x, dt, B, C),
+            z=z,
+            dt_bias=self.dt_proj.bias,
+            state=self.kv_cache[1],
+            query_start_loc=query_start_loc,
+            state_indices=state_indices,
+            has_initial_state=has_initial_state,
+            dt_threshold=self.dt_threshold if seq_rows is not None else None,
+            seq_rows=seq_rows,
+            seq_prompt_tokens=seq_prompt_tokens,
+            out=out,
+        )
+
+    def _decode(self, x: torch.Tensor, z: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor) -> None:
+        x = self._convolve_decodes(x, metadata)
+        dt, B, C = self._dt_B_C(x)
+        states, state, dt_bias = metadata.state_indices_tensor_d, self.kv_cache[1], self.dt_proj.bias
+        if not self.runs_own_kernels():
+            # Sequences of one token: vLLM's CPU update is for Mamba-2's heads only.
+            starts = torch.arange(x.shape[0] + 1, dtype=torch.int32)
+            where = (starts, states.flatten(), torch.ones(x.shape[0], dtype=torch.bool))
+            prompt_tokens = (rows.decode > 0).int() if rows.decode is not None else None
+            self._scan(x, dt, B, C, z, where, rows.decode, prompt_tokens, out)
+        elif self._updates_state:
+            update = {"state": state, "z": z, "dt_bias": dt_bias, "state_indices": states[:, 0], "out": out}
+            self._run_decode(rows.decode, **self._recurrence(x, dt, B, C), **update)
+        else:
+            if rows.decode is not None:
+                filter_dt_(dt, dt_bias, self.dt_threshold, rows.decode)
+            vllm_selective_state_update(
+                state,
+                x,
+                dt,
+                self.A,
+                B,
+                C,
+                self.D,
+                dt_bias.float(),
+                z=z,
+                dt_softplus=True,
+                state_batch_indices=states,
+                dst_state_batch_indices=states,
+                out=out,
+            )
+
+    def _dt_B_C(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # noqa: N802
+        dt, B, C = self._ssm_transform(x)
+        return dt.transpose(-2, -1), B, C

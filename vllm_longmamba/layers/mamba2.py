@@ -1,0 +1,157 @@
+"""vLLM's Mamba-2 mixer with the filter, on vLLM's SSD kernels: a raw dt of -inf makes softplus exactly 0 there."""
+
+from typing import Any
+
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+from vllm.model_executor.layers.mamba.ops.ssd_checkpoint import store_prefill_checkpoint
+from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
+
+from vllm_longmamba.kernels import filter_dt_, ssd, ssd_supports
+from vllm_longmamba.layers.filtered_mixer import FilteredMixer
+from vllm_longmamba.layers.step_metadata import FilterRows, LongMamba2Backend
+
+
+class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
+    """Mamba-2 mixer that filters the raw dt in front of vLLM's own kernels: softplus(-inf) is exactly 0."""
+
+    def get_attn_backend(self) -> type[LongMamba2Backend]:
+        """See vLLM's `MambaBase`."""
+        return LongMamba2Backend
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        """See vLLM's `MambaBase`. On a CPU, prefills end at the blocks of the prefix cache, as they do for Mamba-1.
+
+        Elsewhere vLLM takes the state of a block's end from within a prefill, which its CPU scan does not return.
+        """
+        if self.A.device.type == "cpu":
+            return super(MambaMixer2, self).get_kv_cache_spec(vllm_config)
+        return super().get_kv_cache_spec(vllm_config)
+
+    def conv_ssm_forward(self, projected_states: torch.Tensor, output: torch.Tensor) -> Any:
+        """Run the convolution and the SSM on a batch of decode tokens followed by prefill tokens.
+
+        Args:
+            projected_states: (tokens, gate + x + B + C + dt), changed in place except for the gate; nothing reads the
+                rest afterwards.
+            output: (tokens, d_inner), written in place.
+        """
+        metadata = (get_forward_context().attn_metadata or {}).get(self.prefix)
+        if metadata is None:
+            return super().conv_ssm_forward(projected_states, output)
+        decodes, tokens = metadata.num_decode_tokens, metadata.num_decode_tokens + metadata.num_prefill_tokens
+        sizes = [self.tped_intermediate_size, self.tped_conv_size, self.tped_dt_size]
+        _, x_B_C, dt = torch.split(projected_states[:tokens], sizes, dim=-1)
+        rows = metadata.filter_rows or FilterRows()
+        self._record_dt(dt[decodes:], self.dt_bias)
+        if self.runs_own_kernels():
+            if decodes > 0:
+                self._decode(x_B_C[:decodes], dt[:decodes], metadata, rows, output[:decodes])
+            if tokens > decodes:
+                self._prefill(x_B_C[decodes:], dt[decodes:], metadata, rows, output[decodes:tokens])
+            return None
+        # softplus(-inf) is exactly 0 in vLLM's kernels.
+        if rows.decode is not None:
+            filter_dt_(dt[:decodes], self.dt_bias, self.dt_threshold, rows.decode)
+        if rows.prefill_tokens is not None:
+            filter_dt_(dt[decodes:], self.dt_bias, self.dt_threshold, rows.prefill_tokens)
+        return super().conv_ssm_forward(projected_states, output)
+
+    def runs_own_kernels(self) -> bool:
+        """See `FilteredMixer`. With another backend of the state update, vLLM runs the whole layer."""
+        return super().runs_own_kernels() and self._updates_state and not self.use_replayssm
+
+    def _decode(
+        self, x_B_C: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
+    ) -> None:
+        x, B, C = self.split_hidden_states_B_C_fn(self._convolve_decodes(x_B_C, metadata))
+        self._run_decode(
+            rows.decode,
+            state=self.kv_cache[1].view(len(self.kv_cache[1]), -1, self.ssm_state_size),
+            **self._recurrence(x, dt, B, C),
+            z=None,
+            dt_bias=self.dt_bias,
+            state_indices=metadata.state_indices_tensor_d[:, 0],
+            out=out,
+        )
+
+    def _prefill(
+        self, x_B_C: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
+    ) -> None:
+        """Convolution and SSM of prompts."""
+        is_ours = ssd_supports(self.head_dim, self.ssm_state_size) and metadata.checkpoint_chunk_idx is None
+        if not is_ours:
+            return self._prefill_by_vllm(x_B_C, dt, metadata, rows, out)
+        x, B, C = self.split_hidden_states_B_C_fn(self._convolve_prompts(x_B_C, metadata))
+        is_filtered = rows.prefill_rows is not None
+        self._run_prefill(
+            ssd,
+            **self._recurrence(
+                x.view(len(dt), -1, self.head_dim),
+                dt,
+                B.view(len(dt), -1, self.ssm_state_size),
+                C.view(len(dt), -1, self.ssm_state_size),
+            ),
+            dt_bias=self.dt_bias,
+            state=self.kv_cache[1],
+            query_start_loc=metadata.query_start_loc_p,
+            state_indices=metadata.state_indices_tensor_p,
+            has_initial_state=metadata.has_initial_states_p,
+            dt_threshold=self.dt_threshold if is_filtered else None,
+            seq_rows=rows.prefill_rows,
+            seq_prompt_tokens=rows.prefill_prompt_tokens,
+            out=out.view(len(dt), -1, self.head_dim),
+        )
+        return None
+
+    def _prefill_by_vllm(
+        self, x_B_C: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
+    ) -> None:
+        """Convolution and filter in one launch, then vLLM's SSD kernels, as in its `conv_ssm_forward`.
+
+        For shapes that our kernels do not take, and for states inside a prompt that prefix caching keeps.
+        """
+        state, slots = self.kv_cache[1], metadata.state_indices_tensor_p
+        filters: dict[str, torch.Tensor | None] = {}
+        if rows.prefill_rows is not None:
+            filters = {"dt": dt, "dt_bias": self.dt_bias, "dt_threshold": self.dt_threshold}
+            filters |= {"seq_rows": rows.prefill_rows, "seq_prompt_tokens": rows.prefill_prompt_tokens}
+        convolved = self._convolve_prompts(x_B_C, metadata, **filters)
+        x, B, C = self.split_hidden_states_B_C_fn(convolved)
+        initial_states = None
+        if metadata.has_initial_states_p is not None and metadata.prep_initial_states:
+            initial_states = torch.where(metadata.has_initial_states_p[:, None, None, None], state[slots], 0)
+        has_checkpoints = metadata.checkpoint_chunk_idx is not None
+        states = mamba_chunk_scan_combined_varlen(
+            x.view(len(dt), -1, self.head_dim),
+            dt,
+            self.A,
+            B.view(len(dt), -1, self.ssm_state_size),
+            C.view(len(dt), -1, self.ssm_state_size),
+            chunk_size=metadata.chunk_size,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            seq_idx=metadata.seq_idx_p,
+            cu_seqlens=metadata.query_start_loc_p,
+            cu_chunk_seqlens=metadata.cu_chunk_seqlen_p,
+            last_chunk_indices=metadata.last_chunk_indices_p,
+            initial_states=initial_states,
+            return_intermediate_states=has_checkpoints,
+            dt_softplus=True,
+            out=out.view(len(dt), -1, self.head_dim),
+            state_dtype=state.dtype,
+        )
+        if has_checkpoints:
+            store_prefill_checkpoint(
+                metadata.checkpoint_meta,
+                metadata.checkpoint_chunk_idx,
+                x_B_C.transpose(0, 1),
+                self._conv_state(),
+                states,
+                state,
+                metadata.query_start_loc_p,
+                state_len=self.conv_kernel_size - 1,
+            )
+            states = states[metadata.last_chunk_indices_p]
+        state[slots] = states
