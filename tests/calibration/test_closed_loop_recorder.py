@@ -104,7 +104,7 @@ def test_recorder_refuses_what_is_missing_or_cut() -> None:
 def test_close_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every mixer of the worker gets the new recorder, once all have seen the sequences of the training length."""
     mixers = [SimpleNamespace(layer_index=layer, dt_recorder=None) for layer in range(2)]
-    monkeypatch.setattr("vllm_longmamba.engine.models.filtered_mixers", lambda model: mixers)
+    monkeypatch.setattr("vllm_longmamba.layers.filtered_mixer.filtered_mixers", lambda model: mixers)
     calibration = CalibrationRecorder(LENGTH, ROWS, 5.0)
     for mixer in mixers:
         calibration.attach(mixer, A)

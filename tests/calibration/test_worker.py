@@ -78,10 +78,10 @@ def test_calibration_starts_with_all_settings(budget: float, monkeypatch: pytest
     """Also through what `longmamba calibrate` calls."""
     from vllm.distributed import parallel_state
 
-    import vllm_longmamba.engine.models as models
+    from vllm_longmamba.layers import filtered_mixer
 
     mixers = [SimpleNamespace(layer_index=layer, dt_recorder=None, A=SimpleNamespace(data=A)) for layer in (0, 3)]
-    monkeypatch.setattr(models, "filtered_mixers", lambda model: mixers if model == "model" else [])
+    monkeypatch.setattr(filtered_mixer, "filtered_mixers", lambda model: mixers if model == "model" else [])
     monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
     worker = SimpleNamespace(get_model=lambda: "model")
