@@ -30,8 +30,10 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
         """
         metadata = (get_forward_context().attn_metadata or {}).get(self.prefix)
         if metadata is None:
-            # vLLM's profile run.
-            return super().forward_impl(hidden_states, output)
+            # vLLM's profile and warm-up runs. Stock's own path there does not know the weights that it packs on CPUs.
+            x, _ = self.in_proj(hidden_states)[0].chunk(2, dim=-1)
+            self._project_out(x.contiguous(), output)
+            return None
         num_decodes, num_prefills = metadata.num_decode_tokens, metadata.num_prefill_tokens
         tokens = num_decodes + num_prefills
         x, z = self.in_proj(hidden_states[:tokens])[0].chunk(2, dim=-1)
