@@ -62,7 +62,7 @@ class LongMambaModel:
     @staticmethod
     def get_model_state_cls() -> type:
         """vLLM's public hook for the state of model runner V2."""
-        from vllm_longmamba.engine.prompt_lengths import LongMambaModelState
+        from vllm_longmamba.engine.model_state import LongMambaModelState
 
         return LongMambaModelState
 

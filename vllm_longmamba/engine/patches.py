@@ -128,15 +128,10 @@ def _expose_prompt_lengths(original: Callable[..., Any]) -> Callable[..., Any]:
 
         if not uses_longmamba(self.model_config):
             return original(self, *args, **kwargs)
-        # The V1 runner hands out prompt lengths only where this is set. Attention backends read it when they are
-        # built, which is over by now, so that only the Mamba metadata builders see the prompt lengths.
-        arch_config = self.model_config.model_arch_config
-        before = arch_config.rswa_window
-        arch_config.rswa_window = self.model_config.max_model_len
-        try:
+        from vllm_longmamba.engine.prompt_lengths import shown_to_builders
+
+        with shown_to_builders(self.model_config):
             return original(self, *args, **kwargs)
-        finally:
-            arch_config.rswa_window = before
 
     return _build_attention_metadata
 

@@ -10,6 +10,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from vllm_longmamba.engine.prompt_lengths import prompt_length
 from vllm_longmamba.options import options_from_config
 from vllm_longmamba.tables import ThresholdTable, load_table
 
@@ -33,7 +34,7 @@ def salt_request(vllm_config: Any, request: Any, made_at_start: ThresholdTable |
         table, digest = _table_and_digest(options.table, options.min_retention, options.unfiltered_end)
     else:
         return
-    row = table.row_of(_prompt_length(request))
+    row = table.row_of(prompt_length(request))
     end = table.unfiltered_end(options.unfiltered_end)
     request.cache_salt = f"longmamba:{digest}:{row}:{end}|{request.cache_salt or ''}"
 
@@ -52,11 +53,6 @@ def unfiltered_block_keys(request: Any, end_token: int) -> tuple[tuple[str, int]
     if salt is None or int(salt["row"]) == 0 or end_token <= request.num_prompt_tokens - int(salt["end"]):
         return ()
     return (("longmamba_prompt_length", request.num_prompt_tokens),)
-
-
-def _prompt_length(request: Any) -> int:
-    tokens = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds
-    return len(tokens)
 
 
 @lru_cache(maxsize=4)

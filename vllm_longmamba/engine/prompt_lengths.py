@@ -1,37 +1,42 @@
-"""Prompt lengths in vLLM's model runner V2 (the default on CUDA), by its public hook for model states."""
+"""How the length S of a prompt reaches the filter: the three ways in.
 
-from dataclasses import replace
+1. **Model runner V2** (the default on CUDA): `LongMambaModelState` (model_state.py), by vLLM's public hook
+   `get_model_state_cls`, remembers S of each request and puts it into the metadata that every builder receives, as
+   `rswa_prefix_lens`.
+2. **Model runner V1** (CPU): vLLM itself fills `rswa_prefix_lens`, but only for models with one kind of sliding-window
+   attention. `shown_to_builders` makes it do so for ours; patches.py calls it.
+3. **The prefix cache** sees no metadata: prefix_cache.py takes S from the request (`prompt_length`) and puts the row of
+   the table into the request's cache salt.
+
+`layers.prompt_filter.step_rows_from_metadata` makes the rows of a step from `rswa_prefix_lens`. A preempted request comes
+back with its original S in all three.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
-from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
-from vllm_longmamba.options import options_from_config
+@contextmanager
+def shown_to_builders(model_config: Any) -> Iterator[None]:
+    """While it lasts, model runner V1 hands prompt lengths to the metadata builders.
+
+    It does so only where `rswa_window` is set. Attention backends read that when they are built, which is over by now,
+    so that only the builders of this plugin see the lengths.
+
+    Args:
+        model_config: vLLM's `ModelConfig`, changed in place and changed back.
+    """
+    arch_config = model_config.model_arch_config
+    before = arch_config.rswa_window
+    arch_config.rswa_window = model_config.max_model_len
+    try:
+        yield
+    finally:
+        arch_config.rswa_window = before
 
 
-class LongMambaModelState(MambaHybridModelState):  # type: ignore[misc]
-    """vLLM's state of Mamba and hybrid models, which also remembers each request's prompt length."""
-
-    def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
-        super().__init__(vllm_config, model, encoder_cache, device)
-        self._prompt_lengths = np.zeros(self.max_num_reqs, np.int32)
-        self._filters_generated = options_from_config(vllm_config.additional_config).filter_generated
-
-    def add_request(self, req_index: int, new_req_data: Any) -> None:
-        """See vLLM; a resumed request comes with its original prompt length."""
-        super().add_request(req_index, new_req_data)
-        self._prompt_lengths[req_index] = new_req_data.prompt_len
-
-    def prepare_attn(self, input_batch: Any, *args: Any, for_capture: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """See vLLM; the prompt lengths reach the metadata builders as `rswa_prefix_lens`, on the host.
-
-        Steps that only decode do without, unless they filter: host time is a good part of theirs.
-        """
-        if not self._filters_generated and not input_batch.is_prefilling_np.any():
-            return super().prepare_attn(input_batch, *args, for_capture=for_capture, **kwargs)  # type: ignore[no-any-return]
-        lengths = np.zeros(input_batch.num_reqs_after_padding, np.int32)
-        if not for_capture:
-            lengths[: input_batch.num_reqs] = self._prompt_lengths[input_batch.idx_mapping_np[: input_batch.num_reqs]]
-        input_batch = replace(input_batch, prompt_lens=torch.from_numpy(lengths))
-        return super().prepare_attn(input_batch, *args, for_capture=for_capture, **kwargs)  # type: ignore[no-any-return]
+def prompt_length(request: Any) -> int:
+    """Tokens of a vLLM `EngineCoreRequest`'s prompt."""
+    tokens = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds
+    return len(tokens)

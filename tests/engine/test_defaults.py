@@ -1,0 +1,74 @@
+"""What users run: compiled, in the model's dtype, the engine in a process of its own, nothing but the model named."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from references.reference_lm import reference_logprobs
+from tiny_models import random_token_ids
+
+from .conftest import WRITERS
+from .harness import ROW_LENGTHS, TRAIN_LENGTH
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = [random_token_ids(length, seed=length) for length in (TRAIN_LENGTH, 161, 500)]
+
+
+@pytest.fixture(scope="module")
+def answers(
+    tiny_model: Callable[[str], Path],
+    tiny_table: Callable[[str], tuple[Path, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    """Family -> what an engine of all defaults answers, its table beside the weights as a user would put it there."""
+    folder = tmp_path_factory.mktemp("defaults")
+    models = {family: folder / family for family in WRITERS}
+    for family, model in models.items():
+        shutil.copytree(tiny_model(family), model)
+        shutil.copyfile(tiny_table(family)[0], model / "longmamba.safetensors")
+    (folder / "prompts.json").write_text(json.dumps(PROMPTS))
+    script = Path(__file__).with_name("default_engines.py")
+    command = [sys.executable, str(script), str(folder / "out.json"), str(folder / "prompts.json")]
+    # conftest.py keeps engines in the test's process; here they are where vLLM puts them.
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    result = subprocess.run(
+        [*command, *map(str, models.values())], capture_output=True, text=True, check=False, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    written = json.loads((folder / "out.json").read_text())
+    return {family: written[str(model)] for family, model in models.items()}
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_every_family_with_nothing_but_the_model_named(
+    family: str,
+    answers: dict[str, Any],
+    tiny_model: Callable[[str], Path],
+    tiny_table: Callable[[str], tuple[Path, Any]],
+) -> None:
+    assert isinstance(answers[family], list), answers[family]
+    table = tiny_table(family)[1]
+    for prompt, answer in zip(PROMPTS, answers[family], strict=True):
+        row = int(np.argmin(np.abs(np.array(ROW_LENGTHS) - len(prompt)))) if len(prompt) > TRAIN_LENGTH else 0
+        filters = {layer: table.thresholds(layer)[row].double() for layer in table.layers}
+        tokens = [int(token) for token, _ in answer]
+        actual = np.array([logprob for _, logprob in answer])
+
+        def distance(tokens: list[int], actual: np.ndarray, prompt: list[int], filters: dict[int, Any]) -> float:
+            expected = reference_logprobs(tiny_model(family), prompt, prompt_length=len(prompt), filters=filters)
+            return float(np.abs(expected[-1].numpy()[tokens] - actual).mean())
+
+        filtered = distance(tokens, actual, prompt, filters)
+        # bfloat16 moves log-probabilities by some 0.05 and puts a few dt on the other side of their thresholds. The
+        # plain model differs by whole units.
+        assert filtered < 0.3
+        if row:
+            assert filtered < 0.3 * distance(tokens, actual, prompt, {})
