@@ -8,8 +8,8 @@
 3. **The prefix cache** sees no metadata: prefix_cache.py takes S from the request (`prompt_length`) and puts the row of
    the table into the request's cache salt.
 
-`layers.prompt_filter.step_rows_from_metadata` makes the rows of a step from `rswa_prefix_lens`. A preempted request comes
-back with its original S in all three.
+`layers.prompt_filter.step_rows_from_metadata` makes the rows of a step from `rswa_prefix_lens`. A preempted request
+comes back with its original S in all three.
 """
 
 from collections.abc import Iterator
