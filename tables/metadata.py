@@ -164,7 +164,7 @@ class TableMetadata:
             given = getattr(self, name)
             if given != usual:
                 raise ValueError(
-                    f"TableMetadata.{name} must be {usual or 'none'} with the method {self.method!r}, got {given}; "
+                    f"TableMetadata.{name} must be {repr(usual) if usual else 'none'} with the method {self.method!r}, got {given!r}; "
                     f"only {UNCLAMPED!r} has others"
                 )
 
