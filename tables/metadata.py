@@ -160,12 +160,12 @@ class TableMetadata:
                     f"with a clamp the method is {PAPER!r}"
                 )
             return
-        for name, usual in (("budget", 1), ("channel_budgets", ()), ("combine", MEAN)):
+        for name, usual, rule in (("budget", 1, "1"), ("channel_budgets", (), "none"), ("combine", MEAN, repr(MEAN))):
             given = getattr(self, name)
             if given != usual:
                 raise ValueError(
-                    f"TableMetadata.{name} must be {repr(usual) if usual else 'none'} with the method {self.method!r}, got {given!r}; "
-                    f"only {UNCLAMPED!r} has others"
+                    f"TableMetadata.{name} must be {rule} with the method {self.method!r}, got {given!r}; only "
+                    f"{UNCLAMPED!r} has others"
                 )
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,7 +20,5 @@ def test_no_bounds(limit: Any) -> None:
     ids=lambda limit: str(limit)[:20],
 )
 def test_bounds_are_refused(limit: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"^config.json: time_step_limit must be \[0, infinity\], because"
-    ):
+    with pytest.raises(ValueError, match=r"^config.json: time_step_limit must be \[0, infinity\], because"):
         check_time_step_limit(limit, "time_step_limit")

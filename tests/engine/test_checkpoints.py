@@ -84,9 +84,7 @@ def test_tied_head_that_vllm_does_not_tie(engine: Callable[..., Any], tmp_path: 
         assert_exact(folder, prompt, completion, None)
 
 
-@pytest.mark.parametrize(
-    "name", ["lm_head.weight", "model.layers.0.mamba.A_log", "model.layers.2.mamba.D"]
-)
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.mamba.A_log", "model.layers.2.mamba.D"])
 def test_checkpoint_without_one_weight(name: str, engine: Callable[..., Any], tmp_path: Path) -> None:
     folder = write_jamba(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")

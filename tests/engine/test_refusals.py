@@ -177,9 +177,8 @@ def test_a_user_without_a_home(tiny_model: Callable[[str], Path], monkeypatch: p
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", no_home)
-    assert "this user has no home; set HOME or XDG_CACHE_HOME" in refusal(
-        tiny_model("mamba2"), **options(train_length=96)
-    )
+    message = refusal(tiny_model("mamba2"), **options(train_length=96))
+    assert "this user has no home; set HOME or XDG_CACHE_HOME" in message
 
 
 def test_unfiltered_end_of_the_table_and_filtered_answers(

@@ -19,8 +19,8 @@ def check_time_step_limit(limit: Any, name: str) -> None:
     bounds = [_number(value) for value in limit] if isinstance(limit, (list, tuple)) else []
     if bounds != [0.0, math.inf]:
         raise ValueError(
-            f"config.json: {name} must be [0, infinity], because vLLM's Mamba layers do not clamp dt, but is {limit!r}; "
-            "run this model with another engine, such as transformers"
+            f"config.json: {name} must be [0, infinity], because vLLM's Mamba layers do not clamp dt, but is "
+            f"{limit!r}; run this model with another engine, such as transformers"
         )
 
 
