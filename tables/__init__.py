@@ -1,6 +1,6 @@
 """Threshold tables: what they hold, how they are saved, and how they are calibrated.
 
-Knows neither vLLM nor the kernels: torch, numpy, safetensors and the standard library only.
+Knows neither vLLM nor the kernels: torch, numpy, safetensors, blake3 and the standard library only.
 """
 
 from .calibrate import LayerCalibration, merge_channel_shards
@@ -18,10 +18,9 @@ from .metadata import (
     UNCLAMPED,
     ClosedLoop,
     TableMetadata,
-    check_budget,
     check_combine,
-    check_unfiltered_end,
 )
+from .ranges import check_budget, check_unfiltered_end
 from .row_lengths import default_row_lengths
 from .stability import LayerStability, table_stability
 from .storage import (

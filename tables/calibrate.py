@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .closed_loop import combine_thresholds
-from .metadata import MEAN, check_budget, check_clamp_percent, check_combine, check_train_length
+from .metadata import MEAN, check_combine
+from .ranges import check_budget, check_clamp_percent, check_train_length
 from .row_lengths import check_row_lengths
 from .stretch import crossing_values
 from .table import NO_FILTER, LayerThresholds

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .metadata import check_budget
+from .ranges import check_budget
 from .unfiltered import read_place
 
 

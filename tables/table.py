@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .metadata import TableMetadata, check_min_retention, check_unfiltered_end
+from .metadata import TableMetadata
+from .ranges import check_min_retention, check_unfiltered_end
 from .row_lengths import check_row_lengths
 
 # A threshold that no dt reaches (dt >= 0): nothing is filtered.
@@ -194,7 +195,7 @@ class ThresholdTable:
                 content.update(np.ascontiguousarray(thresholds.retention.numpy(), dtype="<f8").data)
                 content.update(np.ascontiguousarray(thresholds.dt_threshold.numpy(), dtype="<f4").data)
             self._content_digest.append(content.digest())
-        settings = struct.pack("<d", theta) + (struct.pack("<q", end) if end else b"")
+        settings = struct.pack("<dq", theta, end)
         return hashlib.blake2b(self._content_digest[0] + settings, digest_size=16).hexdigest()
 
     def _layer(self, layer: int) -> LayerThresholds:

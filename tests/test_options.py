@@ -1,10 +1,11 @@
 """Tests of vllm_longmamba/options.py."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vllm_longmamba.options import KEY, LongMambaOptions, options_from_config
+from vllm_longmamba.options import KEY, LongMambaOptions, expand_home, options_from_config
 
 
 @pytest.mark.parametrize(
@@ -70,9 +71,13 @@ def test_options_from_config(additional_config: Any, expected: LongMambaOptions)
             {"unfiltered_end": 64, "filter_generated": True},
             r"unfiltered_end must be 0 or left out where filter_generated is on, but is 64",
         ),
-        ({"train_length": 0}, r"train_length must be a positive number of tokens, but is 0"),
-        ({"train_length": 512.0}, r"train_length must be a positive number of tokens, but is 512\.0"),
-        ({"train_length": True}, r"train_length must be a positive number of tokens, but is True"),
+        ({"train_length": 1}, r"train_length must be a number of tokens, 2 to 1073741824, but is 1"),
+        ({"train_length": 512.0}, r"train_length must be a number of tokens, 2 to 1073741824, but is 512\.0"),
+        ({"train_length": True}, r"train_length must be a number of tokens, 2 to 1073741824, but is True"),
+        ({"train_length": 10**30}, r"train_length must be a number of tokens, 2 to 1073741824, but is 1(0{30})"),
+        ({"train_length": 10**9999}, r"train_length must be a number .*, but is an integer of 33216 bits"),
+        ({"unfiltered_end": 10**9999}, r"unfiltered_end must be a number .*, but is an integer of 33216 bits"),
+        ({"min_retention": 10**9999}, r"min_retention must be a number .*, but is an integer of 33216 bits"),
         ({"filter": "false"}, r"filter must be true or false, but is 'false'"),
         ({"filter": None}, r"filter must be true or false, but is None"),
         ({"filter": 0}, r"filter must be true or false, but is 0"),
@@ -86,6 +91,14 @@ def test_options_from_config_refuses(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         options_from_config({KEY: given})
     assert str(error.value).startswith("additional_config['longmamba']")
+
+
+def test_expand_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert expand_home("~/t.safetensors", "table") == Path("/home/ada/t.safetensors")
+    assert expand_home("a/~t", "table") == Path("a/~t")
+    with pytest.raises(ValueError, match=r"table must be a path in a home folder that exists; .*but is '~nouser/x'"):
+        expand_home("~nouser/x", "table")
 
 
 def test_to_dict_is_read_back() -> None:

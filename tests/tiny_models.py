@@ -205,8 +205,11 @@ def write_zamba2(path: Path, *, seed: int = 0, tokenizer: bool = True) -> Path:
     return _write_hf(path, Zamba2ForCausalLM, config, seed=seed, tokenizer=tokenizer)
 
 
-def write_jamba(path: Path, *, seed: int = 0, tokenizer: bool = True) -> Path:
-    """Writes a Jamba checkpoint: layers Mamba, attention, Mamba, Mamba; layers 1 and 3 with 2 of 4 experts."""
+def write_jamba(path: Path, *, seed: int = 0, tokenizer: bool = True, tied: bool = False) -> Path:
+    """Writes a Jamba checkpoint: layers Mamba, attention, Mamba, Mamba; layers 1 and 3 with 2 of 4 experts.
+
+    With `tied` the head is the embedding, and stored once.
+    """
     from transformers import JambaConfig, JambaForCausalLM
 
     config = JambaConfig(
@@ -225,6 +228,7 @@ def write_jamba(path: Path, *, seed: int = 0, tokenizer: bool = True) -> Path:
         attn_layer_offset=1,
         mamba_d_state=16,
         mamba_dt_rank=4,
+        tie_word_embeddings=tied,
         **_special_tokens(),
     )
     return _write_hf(path, JambaForCausalLM, config, seed=seed, tokenizer=tokenizer)

@@ -1,6 +1,7 @@
 """What a user can set: `--additional-config '{"longmamba": {...}}'`, as one typed object."""
 
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 KEY = "longmamba"
@@ -8,7 +9,7 @@ KEY = "longmamba"
 # Named again by tables/metadata.py, whose package loads torch.
 CALIBRATION_METHODS = ("unclamped", "paper", "closed-loop")
 
-# As in tables/metadata.py.
+# As in tables/ranges.py.
 _MOST_TOKENS = 1 << 30
 
 _SWITCH = {"on": True, "off": False}
@@ -51,10 +52,10 @@ class LongMambaOptions:
     def __post_init__(self) -> None:
         _check("table", self.table, str, "the path of a .safetensors file")
         _check("min_retention", self.min_retention, (int, float), "a number between 0 and 1")
-        _check("train_length", self.train_length, int, "a positive number of tokens")
         _check("filter", self.filter, bool, "true or false")
         _check("filter_generated", self.filter_generated, bool, "true or false")
-        _check("unfiltered_end", self.unfiltered_end, int, f"a number of tokens, 0 to {_MOST_TOKENS}")
+        _check_tokens("train_length", self.train_length, 2)
+        _check_tokens("unfiltered_end", self.unfiltered_end, 0)
         if isinstance(self.calibrate, str) and self.calibrate in _SWITCH:
             object.__setattr__(self, "calibrate", _SWITCH[self.calibrate])
         _check("calibrate", self.calibrate, bool, 'true or false ("on" or "off")')
@@ -68,12 +69,6 @@ class LongMambaOptions:
             raise ValueError(
                 _message("unfiltered_end", "0 or left out where filter_generated is on", self.unfiltered_end)
             )
-        if self.unfiltered_end is not None and not 0 <= self.unfiltered_end <= _MOST_TOKENS:
-            raise ValueError(
-                _message("unfiltered_end", f"a number of tokens, 0 to {_MOST_TOKENS}", self.unfiltered_end)
-            )
-        if self.train_length is not None and self.train_length < 1:
-            raise ValueError(_message("train_length", "a positive number of tokens", self.train_length))
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values that `options_from_config` reads back."""
@@ -104,6 +99,29 @@ def options_from_config(additional_config: Any) -> LongMambaOptions:
     return LongMambaOptions(**given)
 
 
+def expand_home(path: str, name: str) -> Path:
+    """Returns a path with its "~" or "~user" replaced by the home folder that it stands for.
+
+    Args:
+        path: as the user wrote it.
+        name: the option that it comes from.
+
+    Raises:
+        ValueError: there is no such user, or no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(_message(name, "a path in a home folder that exists; write it out in full", path)) from None
+
+
+def _check_tokens(name: str, value: Any, fewest: int) -> None:
+    rule = f"a number of tokens, {fewest} to {_MOST_TOKENS}"
+    _check(name, value, int, rule)
+    if value is not None and not fewest <= value <= _MOST_TOKENS:
+        raise ValueError(_message(name, rule, value))
+
+
 def _check(name: str, value: Any, kind: Any, rule: str) -> None:
     if value is None and kind is not bool:
         return
@@ -113,4 +131,7 @@ def _check(name: str, value: Any, kind: Any, rule: str) -> None:
 
 
 def _message(name: str, rule: str, value: Any) -> str:
-    return f"additional_config[{KEY!r}]: {name} must be {rule}, but is {value!r}"
+    # Python refuses to write integers of more than 4300 digits.
+    is_huge = isinstance(value, int) and value.bit_length() > 128
+    shown = f"an integer of {value.bit_length()} bits" if is_huge else repr(value)
+    return f"additional_config[{KEY!r}]: {name} must be {rule}, but is {shown}"

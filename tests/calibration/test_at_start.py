@@ -95,17 +95,6 @@ def test_first_start_stores_and_the_second_reuses(start: Start, plan: Calibratio
     assert messages[1] == f"INFO LongMamba: thresholds from {plan.store}, made at an earlier start"
 
 
-def test_the_first_start_filters_as_later_ones_do(
-    start: Start, plan: CalibrationPlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm_longmamba.tables import storage
-
-    monkeypatch.setattr(storage, "RAW_LIMIT", 10)
-    table, _ = start()
-    assert table.digest() != small_table().digest()
-    assert start()[0].digest() == table.digest()
-
-
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_a_cache_that_takes_nothing(
     code: int, start: Start, plan: CalibrationPlan, messages: list[str], monkeypatch: pytest.MonkeyPatch

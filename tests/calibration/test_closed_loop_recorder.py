@@ -177,12 +177,9 @@ def test_a_table_without_a_clamp_says_so() -> None:
 
 def test_a_table_tells_how_its_sequences_were_combined() -> None:
     papers = small_table().metadata
-    assert (papers.method, papers.combine, "combine" in papers.to_dict()) == ("paper", "mean", False)
+    assert (papers.method, papers.combine) == ("paper", "mean")
     clipped = replace(papers, method="unclamped", clamp_percent=0, combine="clipped")
     assert TableMetadata.from_dict(json.loads(json.dumps(clipped.to_dict()))) == clipped
-    # Those of earlier versions, which knew the mean only.
-    told = {name: value for name, value in clipped.to_dict().items() if name != "combine"}
-    assert TableMetadata.from_dict(told) == replace(clipped, combine="mean")
     with pytest.raises(ValueError, match="combine must be one of median, min, mean, clipped, got 'max'"):
         replace(clipped, combine="max")
     with pytest.raises(ValueError, match="combine must be 'mean' with the method 'paper', got 'median'"):

@@ -173,7 +173,10 @@ def test_translate_leaves_its_argument_alone() -> None:
         (mamba2(64, 2, {"norm_before_gate": True}), r"ssm_cfg: norm_before_gate must be False .* but is True"),
         (mamba2(64, 2, {"D_has_hdim": True}), r"ssm_cfg: D_has_hdim must be False .* but is True"),
         (mamba2(64, 2, {"d_ssm": 64}), r"ssm_cfg: d_ssm must be None .* but is 64"),
-        (mamba2(64, 2, {"dt_limit": [0.0, 0.1]}), r"ssm_cfg: dt_limit must be .* but is \[0\.0, 0\.1\]"),
+        (
+            mamba2(64, 2, {"dt_limit": [0.0, 0.1]}),
+            r"ssm_cfg.dt_limit must be .* but is \[0\.0, 0\.1\]",
+        ),
         (mamba2(64, 2, {"new_option": 1, "also_new": 2}), r"ssm_cfg has options not known for Mamba2: also_new, new_"),
         (mamba1(64, 2, ssm_cfg={"headdim": 64}), r"ssm_cfg has options not known for Mamba1: headdim"),
     ],

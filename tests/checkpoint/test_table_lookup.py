@@ -64,6 +64,20 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path("/home/ada/.cache/vllm_longmamba")
 
 
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def unknown(user: int) -> None:
+        raise KeyError(user)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(ValueError, match="this user has no home; set HOME or XDG_CACHE_HOME"):
+        cache_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_folder() == Path("/somewhere/vllm_longmamba")
+
+
 def test_cached_table_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert cached_table_path("ab" * 32) == Path("/somewhere/vllm_longmamba") / f"{'ab' * 16}.safetensors"
@@ -109,6 +123,18 @@ def test_find_table_takes_what_an_engine_made(place: Callable[[str], Path], weig
     assert find_table("org/model", weights, LongMambaOptions()) == made[0]
     write_small_table(place("cache"), weights_fingerprint=weights.fingerprint)
     assert find_table("org/model", weights, LongMambaOptions()) == place("cache")
+
+
+def test_search_table_passes_a_damaged_table_of_the_cache_over(
+    place: Callable[[str], Path], weights: Weights, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine then calibrates itself."""
+    write_small_table(place("cache"), weights_fingerprint=weights.fingerprint)
+    content = place("cache").read_bytes()
+    place("cache").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert search_table(weights, LongMambaOptions()) is None
+    assert "a table is passed over: threshold table" in caplog.text
+    assert "the file is damaged" in caplog.text
 
 
 def test_search_table_of_a_quantized_model(place: Callable[[str], Path], weights: Weights) -> None:

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     MAX_POSITIONS,
     random_token_ids,
     write_hf_twin,
+    write_jamba,
     write_mamba1_original,
     write_mamba2_original,
 )
@@ -70,6 +73,26 @@ def test_original_checkpoint_is_its_twin(
     for completion, other in zip(engine(folder, **arguments).generate(PROMPTS), expected, strict=True):
         assert completion.tokens == other.tokens
         assert abs(completion.logprobs - other.logprobs).max() < TOLERANCE
+
+
+def test_tied_head_that_vllm_does_not_tie(engine: Callable[..., Any], tmp_path: Path) -> None:
+    """Jamba's stock class would leave the head empty, and answer NaN."""
+    folder = write_jamba(tmp_path / "tied", tied=True)
+    with safe_open(folder / "model.safetensors", framework="pt") as weights:
+        assert "lm_head.weight" not in weights.keys()  # noqa: SIM118 - not a dict
+    for prompt, completion in zip(PROMPTS, engine(folder, **longmamba()).generate(PROMPTS), strict=True):
+        assert_exact(folder, prompt, completion, None)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.mamba.A_log", "model.layers.2.mamba.D"])
+def test_checkpoint_without_one_weight(name: str, engine: Callable[..., Any], tmp_path: Path) -> None:
+    folder = write_jamba(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    shown = name.replace("A_log", "A")
+    with pytest.raises(ValueError, match=f"must hold every weight of the model, but has none for {shown}; check that"):
+        engine(folder, **longmamba())
 
 
 @pytest.fixture

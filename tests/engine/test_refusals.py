@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import write_mamba2_original
+import torch
+from tiny_models import write_hf_twin, write_mamba2_original
 
 from vllm_longmamba.tables import ThresholdTable, save_table
 
@@ -101,21 +102,23 @@ def test_table_of_another_model_beside_the_weights(tiny_table: Tables, tmp_path:
     assert f"{model / 'longmamba.safetensors'}: this table was made for 'test'" in message
 
 
-@pytest.mark.parametrize("damage", ["no table at all", "cut short", "cut tensors", "other version"])
+@pytest.mark.parametrize("damage", ["no table at all", "cut short", "cut tensors", "other version", "one bit"])
 def test_corrupt_table(damage: str, tiny_model: Callable[[str], Path], tiny_table: Tables, tmp_path: Path) -> None:
     content = tiny_table("mamba2")[0].read_bytes()
     damaged = {
         "no table at all": b"hello",
         "cut short": content[:100],
         "cut tensors": content[:-10],
-        "other version": content.replace(b'\\"format_version\\": 1', b'\\"format_version\\": 9'),
+        "other version": content.replace(b'\\"format_version\\": 2', b'\\"format_version\\": 1'),
+        "one bit": content[:-1] + bytes([content[-1] ^ 1]),
     }[damage]
     assert damaged != content
     path = tmp_path / "table.safetensors"
     path.write_bytes(damaged)
     message = refusal(tiny_model("mamba2"), **longmamba(path))
     assert f"threshold table {path}: " in message
-    assert ("format version 9" if damage == "other version" else "no safetensors file, or a truncated one") in message
+    reasons = {"other version": "format version 1, this release reads 2", "one bit": "do not have its checksum"}
+    assert reasons.get(damage, "no safetensors file, or a truncated one") in message
     assert "make a new one with `longmamba calibrate" in message
 
 
@@ -139,11 +142,43 @@ def test_training_length_of_another_model(tiny_model: Callable[[str], Path], tin
             "unfiltered_end must be 0 or left out where filter_generated is on, but is 5",
         ),
         ({"table": 7}, "table must be the path of a .safetensors file, but is 7"),
+        (
+            {"table": "~nouser/x"},
+            "table must be a path in a home folder that exists; write it out in full, but is '~no",
+        ),
+        (
+            {"train_length": 96, "calibration_text": "~nouser/x"},
+            "calibration_text must be a path in a home folder that exists",
+        ),
+        ({"train_length": 10**30}, "train_length must be a number of tokens, 2 to 1073741824, but is 1000000"),
     ],
-    ids=["unknown", "calibrate", "filter", "min_retention", "end", "end-and-generated", "table"],
+    ids=["unknown", "calibrate", "filter", "min_retention", "end", "both", "table", "home", "text", "train_length"],
 )
 def test_options(given: dict[str, Any], expected: str, tiny_model: Callable[[str], Path]) -> None:
     assert f"additional_config['longmamba']: {expected}" in refusal(tiny_model("mamba2"), **options(**given))
+
+
+def test_the_plan_of_an_engine_as_an_option(tiny_model: Callable[[str], Path]) -> None:
+    given = {"model_impl": "longmamba", "additional_config": {"longmamba_calibration": 5}}
+    message = refusal(tiny_model("mamba2"), **given)
+    assert "additional_config['longmamba_calibration'] is what LongMamba tells its own processes" in message
+    assert "so it must not be given, but is 5; say what you want in additional_config['longmamba']" in message
+
+
+def test_more_rows_than_a_table_has(tiny_model: Callable[[str], Path]) -> None:
+    message = refusal(tiny_model("mamba2"), **options(train_length=2), max_model_len=10**9)
+    assert "a table must have at most 131072 rows, got a row every 1 tokens" in message
+    assert "check the training length, or take shorter prompts (--max-model-len)" in message
+
+
+def test_a_user_without_a_home(tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    message = refusal(tiny_model("mamba2"), **options(train_length=96))
+    assert "this user has no home; set HOME or XDG_CACHE_HOME" in message
 
 
 def test_unfiltered_end_of_the_table_and_filtered_answers(
@@ -189,6 +224,34 @@ def test_original_checkpoint_with_an_option_that_vllm_lacks(tmp_path: Path) -> N
     (model / "config.json").write_text(json.dumps(config | {"attn_layer_idx": [0]}))
     message = refusal(model, **options(filter=False))
     assert "config.json: attn_layer_idx must be []" in message
+
+
+@pytest.mark.parametrize("family", ["mamba2", "twin", "zamba2", "granite_hybrid", "falcon_h1", "nemotron_h"])
+def test_a_model_whose_dt_has_bounds(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """vLLM would run it without the bounds; the original format and all of Hugging Face's are refused alike."""
+    model, name = tmp_path / "model", "time_step_limit"
+    if family == "twin":
+        write_hf_twin(tiny_model("mamba2"), model)
+    else:
+        shutil.copytree(tiny_model(family), model)
+    config = json.loads((model / "config.json").read_text())
+    if family == "mamba2":
+        config["ssm_cfg"]["dt_limit"], name = [0.0, 0.1], "ssm_cfg.dt_limit"
+    else:
+        config[name] = [0.0, 0.1]
+    (model / "config.json").write_text(json.dumps(config))
+    message = refusal(model, **options(filter=False))
+    assert f"config.json: {name} must be [0, infinity], because vLLM's Mamba layers do not clamp dt" in message
+    assert "but is [0.0, 0.1]" in message.replace("(0.0, 0.1)", "[0.0, 0.1]")
+
+
+def test_weights_that_unpack_to_more_than_their_file(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    model = write_mamba2_original(tmp_path / "model")
+    weights = torch.load(model / "pytorch_model.bin", weights_only=True)
+    weights["backbone.norm_f.weight"] = torch.zeros(1, dtype=torch.uint8).expand(10 * 2**30)
+    torch.save(weights, model / "pytorch_model.bin")
+    message = refusal(model, **options(train_length=96))
+    assert f"{model / 'pytorch_model.bin'}: 'backbone.norm_f.weight' must be stored in full" in message
 
 
 def test_speculative_decoding(tiny_model: Callable[[str], Path], tiny_table: Tables) -> None:

@@ -89,14 +89,8 @@ def test_wrong_budgets_are_refused(budget: Any, make_metadata: MakeMetadata) -> 
         make_metadata(method="unclamped", clamp_percent=0, budget=budget)
 
 
-def test_the_budget_is_saved_unless_it_is_1(
-    make_metadata: MakeMetadata, make_table: Callable[..., ThresholdTable], tmp_path: Path
-) -> None:
-    unclamped = {"method": "unclamped", "clamp_percent": 0}
-    assert "budget" not in make_metadata(**unclamped, budget=1).to_dict()
-    assert make_metadata(**unclamped, budget=1) == make_metadata(**unclamped)
-    table = make_table(**unclamped, budget=2)
-    assert table.metadata.to_dict()["budget"] == 2.0
+def test_the_budget_is_saved(make_table: Callable[..., ThresholdTable], tmp_path: Path) -> None:
+    table = make_table(method="unclamped", clamp_percent=0, budget=2)
     assert isinstance(table.metadata.budget, float), "2 and 2.0 must write the same bytes"
     save_table(table, tmp_path / "table")
     assert load_table(tmp_path / "table").metadata == table.metadata

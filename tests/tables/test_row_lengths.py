@@ -15,6 +15,7 @@ from vllm_longmamba.tables import default_row_lengths
         pytest.param(2, 5, [2, 3, 4, 5], id="shortest training length"),
         pytest.param(2000, 2000, [2000, 3000], id="max_length is the training length"),
         pytest.param(2048, 1, [2048, 3000], id="max_length below the training length"),
+        pytest.param(2**30 - 1000, 1, [2**30 - 1000, 2**30 - 824], id="longest training length"),
     ],
 )
 def test_default_row_lengths(train_length: int, max_length: int, expected: list[int]) -> None:
@@ -25,8 +26,24 @@ def test_default_row_lengths(train_length: int, max_length: int, expected: list[
 
 @pytest.mark.parametrize(
     ("train_length", "max_length", "message"),
-    [(1, 100, "train_length must be at least 2"), (512, 0, "max_length must be at least 1")],
+    [
+        (1, 100, "train_length must be a number of tokens, 2 to 1073741824, got 1"),
+        (10**30, 100, "train_length must be a number of tokens, 2 to 1073741824, got an integer of 100 bits"),
+        (512, 0, "max_length must be at least 1"),
+        (
+            2,
+            10**9,
+            r"at most 131072 rows, got a row every 1 tokens .* of 2, .* up to a max_length of 1000000000; check",
+        ),
+        (2, 131074, "at most 131072 rows"),
+        (2048, 10**30, "at most 131072 rows"),
+    ],
 )
 def test_default_row_lengths_refuses(train_length: int, max_length: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         default_row_lengths(train_length, max_length)
+
+
+def test_the_most_rows() -> None:
+    """Every training length goes with vLLM's longest default length."""
+    assert len(default_row_lengths(2, 131073)) == 131072

@@ -2,34 +2,30 @@
 
 import errno
 import os
+import re
 import resource
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 
 from vllm_longmamba.tables import (
-    LayerCalibration,
-    LayerThresholds,
     TableError,
     ThresholdTable,
-    default_row_lengths,
     load_table,
     read_metadata,
     save_table,
-    storage,
     table_from_bytes,
     table_to_bytes,
 )
 
 MakeTable = Callable[..., ThresholdTable]
-LIMIT = 2**25
 
 
 def _assert_same(loaded: ThresholdTable, table: ThresholdTable) -> None:
@@ -52,15 +48,6 @@ def test_save_table(make_table: MakeTable, tmp_path: Path) -> None:
     assert set(load_file(path)) == parts | {"longmamba.row_lengths"}
 
 
-def test_save_table_tells_how_sequences_were_combined(make_table: MakeTable, tmp_path: Path) -> None:
-    """Except for the plain mean: such a file is one of those that know no other."""
-    for combine in ("clipped", "mean"):
-        table = make_table(method="unclamped", clamp_percent=0, combine=combine)
-        save_table(table, tmp_path / combine)
-        _assert_same(load_table(tmp_path / combine), table)
-        assert (b"combine" in (tmp_path / combine).read_bytes()) is (combine == "clipped")
-
-
 def test_save_table_readable_by_others(make_table: MakeTable, tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
@@ -70,46 +57,10 @@ def test_save_table_readable_by_others(make_table: MakeTable, tmp_path: Path) ->
     assert (tmp_path / "table").stat().st_mode & 0o777 == 0o644
 
 
-def test_save_table_of_mamba_1_4b_stays_within_32_mb(make_metadata: MakeTable, tmp_path: Path) -> None:
-    """48 layers x 4096 channels, a row every 1000 tokens up to 192,000.
-
-    512 channels are calibrated; each layer holds them eight times, in another order and with factors of its own.
-    """
-    train_length, channels = 2048, 512
-    row_lengths = default_row_lengths(train_length, 192_000)
-    assert len(row_lengths) == 191
-    generator = torch.Generator().manual_seed(0)
-    spread = 0.1 + 2.5 * torch.rand(channels, generator=generator)
-    center = 2 * torch.randn(channels, generator=generator) - 5
-    calibration = LayerCalibration(torch.full((channels, 16), -0.1), train_length, row_lengths, clamp_percent=5.0)
-    for _ in range(2):
-        dt = torch.exp(torch.randn(train_length, channels, generator=generator) * spread + center)
-        calibration.add(dt)
-    calibrated = calibration.result()
-    layers = {}
-    for layer in range(48):
-        order = torch.cat([torch.randperm(channels, generator=generator) for _ in range(8)])
-        factors = torch.exp(torch.randn(8 * channels, generator=generator))
-        dt_threshold = calibrated.dt_threshold[:, order] * factors
-        dt_threshold[0] = -1.0
-        retention = torch.rand(8 * channels, generator=generator, dtype=torch.float64)
-        layers[layer] = LayerThresholds(retention=retention, dt_threshold=dt_threshold)
-    table = ThresholdTable(metadata=make_metadata(train_length=train_length), row_lengths=row_lengths, layers=layers)
-    path = tmp_path / "table.safetensors"
-    save_table(table, path)
-    assert path.stat().st_size <= LIMIT
-    loaded = load_table(path)
-    for layer in (0, 47):
-        assert torch.equal(loaded.layers[layer].retention, layers[layer].retention)
-        np.testing.assert_allclose(
-            loaded.layers[layer].dt_threshold.numpy(), layers[layer].dt_threshold.numpy(), rtol=5.005e-4
-        )
-
-
 _SAVE_TWICE = """
 import sys
 import numpy as np, torch
-from vllm_longmamba.tables import LayerThresholds, TableMetadata, ThresholdTable, save_table, storage
+from vllm_longmamba.tables import LayerThresholds, TableMetadata, ThresholdTable, save_table
 
 rows = torch.linspace(0, 1, 28).reshape(4, 7)
 rows[0] = -1.0
@@ -119,9 +70,7 @@ metadata = TableMetadata(
     num_sequences=5, seed=0, tool_version="0",
 )
 table = ThresholdTable(metadata=metadata, row_lengths=np.array([8, 9, 12, 30]), layers={2: layer, 0: layer, 1: layer})
-save_table(table, sys.argv[1] + ".raw")
-storage.RAW_LIMIT = 0
-save_table(table, sys.argv[1] + ".packed")
+save_table(table, sys.argv[1])
 print(table.digest())
 """
 
@@ -135,28 +84,50 @@ def test_save_table_writes_the_same_bytes(tmp_path: Path) -> None:
     digests = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert digests[0] == digests[1]
-    for form in ("raw", "packed"):
-        assert (tmp_path / f"1.{form}").read_bytes() == (tmp_path / f"2.{form}").read_bytes()
-    assert "longmamba.layers.0.dt_threshold" in load_file(tmp_path / "1.raw")
-    assert "longmamba.layers.0.dt_threshold.packed" in load_file(tmp_path / "1.packed")
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 
-def test_save_table_packs_only_past_the_limit(
+@pytest.mark.parametrize("link", [False, True], ids=["file", "link"])
+def test_save_table_follows_nothing_that_lies_at_its_temporary_name(
+    make_table: MakeTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: bool
+) -> None:
+    """Whoever could guess the random name still could not have another file overwritten."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "0" * 2 * count)
+    planted = tmp_path / f".table.{'0' * 16}.tmp"
+    if link:
+        planted.symlink_to(precious)
+    else:
+        precious.rename(planted)
+        precious = planted
+    with pytest.raises(FileExistsError):
+        save_table(make_table(), tmp_path / "table")
+    assert precious.read_text() == "mine"
+    assert not (tmp_path / "table").exists()
+
+
+def test_save_table_has_temporary_names_that_nobody_can_guess(
     make_table: MakeTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table, path = make_table(), tmp_path / "table"
-    save_table(table, path)
-    size = path.stat().st_size
-    for limit, packed in ((size, False), (size - 1, True)):
-        monkeypatch.setattr(storage, "RAW_LIMIT", limit)
-        save_table(table, path)
-        assert ("longmamba.layers.0.dt_threshold.packed" in load_file(path)) is packed
-    content = path.read_bytes()
-    loaded = load_table(path)
-    for layer, thresholds in table.layers.items():
-        np.testing.assert_allclose(loaded.layers[layer].dt_threshold, thresholds.dt_threshold, rtol=5.005e-4)
-    save_table(loaded, path)
-    assert path.read_bytes() == content, "packing what was packed must change nothing"
+    names = []
+    monkeypatch.setattr(os, "replace", lambda source, target: names.append(source.name))
+    for _ in range(2):
+        save_table(make_table(), tmp_path / "table")
+    assert all(re.fullmatch(r"\.table\.[0-9a-f]{16}\.tmp", name) for name in names)
+    assert len(set(names)) == 2
+
+
+def test_save_table_deletes_what_killed_writers_left(make_table: MakeTable, tmp_path: Path) -> None:
+    two_days = 2 * 24 * 3600
+    left_over, elsewhere = tmp_path / f".table.{'a' * 16}.tmp", tmp_path / "elsewhere"
+    others = [tmp_path / f".{name}.tmp" for name in (f"table.{'b' * 16}", f"other.{'a' * 16}", "table.mine", "table")]
+    for path in (left_over, *others, elsewhere):
+        path.write_text("half a table")
+        age = 0 if "b" * 16 in path.name else two_days
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
+    save_table(make_table(), tmp_path / "table")
+    assert sorted(tmp_path.iterdir()) == sorted([*others, elsewhere, tmp_path / "table"])
 
 
 def _fail(*_: Any, **__: Any) -> None:
@@ -205,17 +176,6 @@ def test_table_to_bytes_is_what_the_file_holds(make_table: MakeTable, tmp_path: 
     content = table_to_bytes(table)
     assert content == (tmp_path / "table").read_bytes()
     _assert_same(table_from_bytes(content), table)
-
-
-def test_table_from_bytes_of_packed_thresholds(make_table: MakeTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "RAW_LIMIT", 10)
-    table = make_table()
-    read = table_from_bytes(table_to_bytes(table))
-    for layer, thresholds in table.layers.items():
-        assert not torch.equal(read.layers[layer].dt_threshold, thresholds.dt_threshold)
-        np.testing.assert_allclose(read.layers[layer].dt_threshold, thresholds.dt_threshold, rtol=1e-3)
-    # What has been stored once no longer changes.
-    assert table_from_bytes(table_to_bytes(read)).digest() == read.digest()
 
 
 @pytest.mark.parametrize("damage", ["short", "other", "tensors"])

@@ -122,15 +122,15 @@ def test_digest_sees_every_value(make_table: MakeTable) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_length": 1}, "train_length must be at least 2"),
-        ({"train_length": 8.0}, "train_length must be int, got 8.0"),
-        ({"seed": True}, "seed must be int, got True"),
+        ({"train_length": 1}, "train_length must be a number of tokens, 2 to 1073741824, got 1"),
+        ({"train_length": 8.0}, "train_length must be a number of tokens, 2 to 1073741824, got 8.0"),
+        ({"seed": True}, "seed must be an integer, -9223372036854775808 to 9223372036854775807, got True"),
         ({"corpus": None}, "corpus must be str, got None"),
         ({"clamp_percent": 100}, r"clamp_percent must lie in \[0, 100\)"),
         ({"clamp_percent": float("nan")}, r"clamp_percent must lie in \[0, 100\)"),
         ({"min_retention": 1.5}, r"min_retention must lie in \[0, 1\]"),
-        ({"num_sequences": 0}, "num_sequences must be at least 1"),
-        ({"format_version": FORMAT_VERSION + 1}, "format_version must be 1, got 2"),
+        ({"num_sequences": 0}, "num_sequences must be an integer, 1 to"),
+        ({"format_version": FORMAT_VERSION + 1}, "format_version must be 2, got 3"),
     ],
 )
 def test_table_metadata_refuses(make_metadata: MakeTable, changes: dict[str, Any], message: str) -> None:
@@ -166,6 +166,9 @@ def test_layer_thresholds_refuses(retention: torch.Tensor, dt_threshold: torch.T
     [
         pytest.param({"row_lengths": np.array([9, 12, 16, 20])}, "must begin with train_length 8", id="first row"),
         pytest.param({"row_lengths": np.array([8, 12, 12, 20])}, "and ascend", id="not ascending"),
+        pytest.param({"row_lengths": np.array([8, 12, 16, 2**30 + 1])}, "at most 1073741824 tokens", id="too long"),
+        pytest.param({"row_lengths": np.array([8, 12, 16, 2**63 - 1])}, "at most 1073741824 tokens", id="overflowing"),
+        pytest.param({"row_lengths": np.array([-8, 8, 12, 16])}, "at most 1073741824 tokens, got -8", id="negative"),
         pytest.param({"row_lengths": np.array([8.0, 12.0])}, "must be .rows,. integers", id="not integers"),
         pytest.param({"row_lengths": np.array([8, 12])}, r"one row for each of the 2 row_lengths, got 4", id="rows"),
         pytest.param({"layers": {}}, "at least one layer", id="no layer"),

@@ -1,7 +1,5 @@
 """The unfiltered end of prompts in a table: its digest, its metadata, and what is refused."""
 
-import hashlib
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,20 +19,9 @@ from vllm_longmamba.tables import (
 MakeTable = Callable[..., ThresholdTable]
 
 
-def digest_without_an_end(table: ThresholdTable, min_retention: float) -> str:
-    """The digest as it was before tables had an unfiltered end: prefix caches and reports hold such."""
-    content = hashlib.blake2b(struct.pack("<q", len(table.row_lengths)), digest_size=16)
-    content.update(table.row_lengths.astype("<i8").tobytes())
-    for index, layer in sorted(table.layers.items()):
-        content.update(struct.pack("<qq", index, len(layer.retention)))
-        content.update(layer.retention.numpy().tobytes() + layer.dt_threshold.numpy().tobytes())
-    return hashlib.blake2b(content.digest() + struct.pack("<d", min_retention), digest_size=16).hexdigest()
-
-
 def test_digest(make_table: MakeTable) -> None:
     table = make_table()
-    assert table.digest() == table.digest(unfiltered_end=0) == digest_without_an_end(table, 1e-2)
-    assert table.digest(0.5) == digest_without_an_end(table, 0.5)
+    assert table.digest() == table.digest(unfiltered_end=0)
     different = {table.digest(theta, end) for theta in (None, 0.5) for end in (None, 1, 64, 256, 2**30)}
     assert len(different) == 10
     # What counts is what is filtered, not who says so.
@@ -59,15 +46,6 @@ def test_the_end_is_saved(make_table: MakeTable, tmp_path: Path) -> None:
         assert loaded.metadata == table.metadata
         assert loaded.unfiltered_end() == 64
         assert loaded.digest() == table.digest()
-
-
-def test_an_end_of_0_is_not_written(make_table: MakeTable) -> None:
-    """Such a file is one of those that know no end."""
-    table = make_table(unfiltered_end=0)
-    assert "unfiltered_end" not in table.metadata.to_dict()
-    assert table_to_bytes(table) == table_to_bytes(make_table())
-    assert b"unfiltered_end" not in table_to_bytes(table)
-    assert TableMetadata.from_dict(table.metadata.to_dict()).unfiltered_end == 0
 
 
 @pytest.mark.parametrize("end", [-1, 1.0, "64", True, None], ids=repr)

@@ -66,9 +66,8 @@ def provide_table(executor: Any, vllm_config: Any, kv_cache_config: Any) -> Thre
         content, table = stored
     else:
         started = time.monotonic()
-        content = table_to_bytes(_calibrate(plan, executor, vllm_config, kv_cache_config))
-        # What is stored is a little coarser for large tables: the first start must filter as all later ones do.
-        table = table_from_bytes(content)
+        table = _calibrate(plan, executor, vllm_config, kv_cache_config)
+        content = table_to_bytes(table)
         is_stored = _store(plan, content)
         min_retention = options_from_config(vllm_config.additional_config).min_retention
         global_channels = table.count_global(min_retention)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from vllm_longmamba import __version__
 from vllm_longmamba.checkpoint.fingerprint import DUMMY
 from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN
+from vllm_longmamba.options import expand_home
 from vllm_longmamba.tables import (
     CLOSED_LOOP,
     FORMAT_VERSION,
@@ -155,7 +155,8 @@ def make_plan(vllm_config: Any, options: Any, fingerprint: str) -> CalibrationPl
 
     model_config, settings = vllm_config.model_config, CalibrationSettings(method=options.calibration_method)
     length = train_length(model_config.hf_text_config, options)
-    texts = [Path(options.calibration_text).expanduser().absolute()] if options.calibration_text else []
+    given = options.calibration_text
+    texts = [expand_home(given, "calibration_text").absolute()] if given else []
     try:
         corpus = read_corpus(texts)
     except OSError as error:

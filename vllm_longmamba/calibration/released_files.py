@@ -14,7 +14,6 @@ Zamba2 that also drops "3k" and "4k": a curve of no more points than the 4000 ca
 sum, and the authors' search then takes its first point.
 """
 
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from vllm_longmamba import __version__
 from vllm_longmamba.calibration.sequences import model_name
 from vllm_longmamba.calibration.settings import default_clamp_percent
 from vllm_longmamba.checkpoint.shapes import ModelFiles
+from vllm_longmamba.checkpoint.torch_files import load_torch_file
 from vllm_longmamba.tables import LayerThresholds, TableMetadata, ThresholdTable
 
 METHOD = "GATECH-EIC/LongMamba"
@@ -148,8 +148,8 @@ def _numbered_files(folder: Path, stem: str) -> dict[int, Path]:
 
 
 def _read_layer(retention_file: Path, threshold_file: Path) -> ReleasedLayer:
-    retention = _vector(_load(retention_file), retention_file, "the file", upper=1.0).double()
-    content = _load(threshold_file)
+    retention = _vector(load_torch_file(retention_file), retention_file, "the file", upper=1.0).double()
+    content = load_torch_file(threshold_file)
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{threshold_file}: must hold a dict of tensors, but holds a {type(content).__name__}")
     thresholds: dict[int, torch.Tensor] = {}
@@ -165,17 +165,6 @@ def _read_layer(retention_file: Path, threshold_file: Path) -> ReleasedLayer:
             )
         thresholds[1000 * int(match[1])] = vector.float()
     return ReleasedLayer(retention, dict(sorted(thresholds.items())))
-
-
-def _load(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{file}: cannot be read as tensors ({reason}); only files of torch.save that hold nothing but tensors are "
-            "accepted"
-        ) from error
 
 
 def _vector(value: Any, file: Path, what: str, upper: float) -> torch.Tensor:

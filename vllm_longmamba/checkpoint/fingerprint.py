@@ -1,11 +1,12 @@
 """A fingerprint of a checkpoint's weights, so that a threshold table is never used with another model."""
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from blake3 import blake3
+
+from vllm_longmamba.checkpoint.torch_files import load_weights_file
 
 DUMMY = "dummy"  # fingerprint of `load_format="dummy"`, which has no weights on disk
 
@@ -26,7 +27,7 @@ def weights_fingerprint(files: list[str]) -> str:
         64 hexadecimal digits.
 
     Raises:
-        ValueError: a file holds something other than tensors.
+        ValueError: a file cannot be read, or holds something other than tensors; see `load_weights_file`.
     """
     digests: dict[str, str] = {}
     for file in sorted(files):
@@ -51,14 +52,7 @@ def _tensors(file: str) -> Iterator[tuple[str, torch.Tensor]]:
             for name in checkpoint.keys():  # noqa: SIM118 - not a dict
                 yield name, _at_least_1d(checkpoint.get_tensor(name))
         return
-    # Files of the time before torch 1.6 are no zip archives and cannot be mapped into memory.
-    checkpoint = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{file}: a checkpoint must map names to tensors, but is a {type(checkpoint).__name__}")
-    for name, tensor in checkpoint.items():
-        if not isinstance(tensor, torch.Tensor):
-            # Passed over, all checkpoints that nest their tensors would have the fingerprint of an empty one.
-            raise ValueError(f"{file}: {name!r} must be a tensor, but is a {type(tensor).__name__}")
+    for name, tensor in load_weights_file(file).items():
         yield name, _at_least_1d(tensor)
 
 

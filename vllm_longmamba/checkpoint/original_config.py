@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vllm_longmamba.checkpoint.time_step_limit import check_time_step_limit
+
 ORIGINAL_FORMAT_ATTRIBUTE = "longmamba_original_format"
 
 _REQUIRED = {"d_model", "n_layer", "vocab_size"}
@@ -21,7 +23,6 @@ _FIXED_SSM_OPTIONS = {
         "norm_before_gate": False,
         "D_has_hdim": False,
         "d_ssm": None,
-        "dt_limit": [0.0, float("inf")],
     },
 }
 # Options that only initialise weights or choose a kernel for training.
@@ -61,6 +62,8 @@ def translate_original_config(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"config.json: ssm_cfg.layer must be 'Mamba1' or 'Mamba2', but is {layer!r}")
     _require_fixed(config, _FIXED_MODEL_OPTIONS, "config.json")
     _require_fixed(ssm, _FIXED_SSM_OPTIONS[layer], "config.json: ssm_cfg")
+    if layer == "Mamba2":
+        check_time_step_limit(ssm.pop("dt_limit", None), "ssm_cfg.dt_limit")
 
     d_model = config["d_model"]
     multiple = config.get("pad_vocab_size_multiple", 8)
@@ -109,7 +112,7 @@ def translate_original_config(config: dict[str, Any]) -> dict[str, Any]:
 def _require_fixed(options: dict[str, Any], fixed: dict[str, Any], place: str) -> None:
     for name, value in fixed.items():
         given = options.get(name, value)
-        if (list(given) if isinstance(given, tuple) else given) != value:
+        if given != value:
             raise ValueError(f"{place}: {name} must be {value!r} for vLLM's Mamba layers, but is {given!r}")
 
 

@@ -1,7 +1,6 @@
 """What a checkpoint on disk says about its Mamba layers, without loading the model."""
 
 import re
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +97,7 @@ def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
             for name in checkpoint.keys():  # noqa: SIM118 - not a dict
                 yield name, tuple(checkpoint.get_slice(name).get_shape())
         return
-    import torch
+    from vllm_longmamba.checkpoint.torch_files import load_weights_file
 
-    content = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-    for name, tensor in content.items():
+    for name, tensor in load_weights_file(file, on_meta=True).items():
         yield name, tuple(tensor.shape)

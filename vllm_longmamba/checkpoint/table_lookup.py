@@ -1,23 +1,36 @@
 """Finds the threshold table of a model: the option, then beside the weights, then shipped, then the user's cache.
 
-Tables that engines made for themselves lie in the cache, too, under names of their own (see calibration_plan.py).
+Tables that engines made for themselves lie in the cache, too, under names of their own (see calibration/plan.py).
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vllm_longmamba.checkpoint.fingerprint import DUMMY, weights_fingerprint
-from vllm_longmamba.options import LongMambaOptions
-from vllm_longmamba.tables import TableError, TableMetadata, is_table_file, read_metadata
+from vllm_longmamba.options import LongMambaOptions, expand_home
+from vllm_longmamba.tables import TableError, TableMetadata, is_table_file, load_table, read_metadata
+
+logger = logging.getLogger("vllm.longmamba")
 
 FILE_NAME = "longmamba.safetensors"
 
 
 def cache_folder() -> Path:
-    """Folder of the tables a user made: $XDG_CACHE_HOME/vllm_longmamba, by default ~/.cache/vllm_longmamba."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm_longmamba"
+    """Folder of the tables a user made: $XDG_CACHE_HOME/vllm_longmamba, by default ~/.cache/vllm_longmamba.
+
+    Raises:
+        ValueError: the user has no home folder, and the variable is not set.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm_longmamba"
+    except RuntimeError:
+        raise ValueError(
+            "the cache of threshold tables must lie in a folder of the user, but this user has no home; set HOME or "
+            "XDG_CACHE_HOME"
+        ) from None
 
 
 def cached_table_path(fingerprint: str, quantization: str | None = None) -> Path:
@@ -66,7 +79,7 @@ def search_table(weights: "Weights", options: LongMambaOptions, quantization: st
         TableError: the named table, or the one beside the weights, is unreadable or belongs to other weights.
     """
     if options.table is not None:
-        path = Path(options.table).expanduser()
+        path = expand_home(options.table, "table")
         _check(path, weights.fingerprint, options)
         return path
     for path in _candidates(weights, quantization):
@@ -205,10 +218,14 @@ def _candidates(weights: Weights, quantization: str | None) -> Iterator[Path]:
 
 def _matches(path: Path, fingerprint: str) -> bool:
     try:
-        return bool(read_metadata(path).weights_fingerprint == fingerprint)
-    except TableError:
-        # A broken file in the cache must not hide the advice to make a new table.
+        if read_metadata(path).weights_fingerprint != fingerprint:
+            return False
+        load_table(path)
+    except TableError as error:
+        # A broken file in the cache must not keep the engine from making a new table.
+        logger.warning("LongMamba: a table is passed over: %s", error)
         return False
+    return True
 
 
 def _check(path: Path, fingerprint: str, options: LongMambaOptions) -> TableMetadata:

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_longmamba.architectures import stock_name
 from vllm_longmamba.checkpoint.original_config import ORIGINAL_FORMAT_ATTRIBUTE
+from vllm_longmamba.checkpoint.time_step_limit import check_time_step_limit
 from vllm_longmamba.checkpoint.train_length import set_default_length
 from vllm_longmamba.options import KEY, options_from_config
 
@@ -22,6 +23,7 @@ def prepare_model_config(model_config: Any) -> None:
     if getattr(model_config, _PREPARED, False):
         return
     setattr(model_config, _PREPARED, True)
+    check_time_step_limit(getattr(model_config.hf_text_config, "time_step_limit", None), "time_step_limit")
     set_default_length(model_config)
     _set_default_tokenizer(model_config)
 
@@ -77,6 +79,7 @@ class LongMambaModelConfig:
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
         options = options_from_config(vllm_config.additional_config)
+        _refuse_plan(vllm_config.additional_config)
         stock_hook = MODELS_CONFIG_MAP.get(stock_name(vllm_config.model_config.architecture))
         if stock_hook is not None:
             stock_hook.verify_and_update_config(vllm_config)
@@ -155,6 +158,16 @@ def _announce_table(path: Path, model_config: Any, options: Any) -> None:
             longest,
             model_config.max_model_len,
             model_config.max_model_len,
+        )
+
+
+def _refuse_plan(additional_config: Any) -> None:
+    from vllm_longmamba.calibration.plan import PLAN_KEY
+
+    if isinstance(additional_config, dict) and PLAN_KEY in additional_config:
+        raise ValueError(
+            f"additional_config[{PLAN_KEY!r}] is what LongMamba tells its own processes, so it must not be given, but "
+            f"is {additional_config[PLAN_KEY]!r}; say what you want in additional_config[{KEY!r}]"
         )
 
 

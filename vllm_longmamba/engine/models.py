@@ -21,6 +21,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_longmamba.architectures import PREFIX, SUPPORTED, stock_name, variant_name
 from vllm_longmamba.calibration.plan import plan_from_config
+from vllm_longmamba.checkpoint.loaded_weights import complete_weights
 from vllm_longmamba.checkpoint.table_lookup import weight_patterns
 from vllm_longmamba.engine.patches import apply_patches
 from vllm_longmamba.layers.filtered_mixer import FilteredMixer, filtered_mixers
@@ -56,7 +57,8 @@ class LongMambaModel:
                 mixer.set_filter(
                     prompt_filter, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
                 )
-        if vllm_config.load_config.load_format != "dummy":
+        self._awaits_checkpoint = vllm_config.load_config.load_format != "dummy"
+        if self._awaits_checkpoint:
             self.allow_patterns_overrides = weight_patterns(vllm_config.model_config)
 
     @staticmethod
@@ -67,9 +69,18 @@ class LongMambaModel:
         return LongMambaModelState
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load weights as the stock class does; the tensors of a threshold table beside them are passed over."""
+        """Load weights as the stock class does; the tensors of a threshold table beside them are passed over.
+
+        Raises:
+            ValueError: the first call, which brings the checkpoint, leaves a parameter without a weight. Later ones may
+                replace some only.
+        """
         own = ((name, tensor) for name, tensor in weights if not name.startswith(_TABLE_TENSORS))
-        return super().load_weights(own)  # type: ignore[misc, no-any-return]
+        loaded: set[str] = super().load_weights(own)  # type: ignore[misc]
+        if self._awaits_checkpoint:
+            complete_weights(self, loaded)
+            self._awaits_checkpoint = False
+        return loaded
 
 
 def _table(vllm_config: Any, mixers: list[FilteredMixer]) -> ThresholdTable:
