@@ -33,7 +33,7 @@ EXPONENTIALS_PER_SECOND = 132 * 16 * 1.98e9
 
 
 def scan_inputs(tokens: int, d_inner: int, nseq: int, is_filtered: bool) -> dict[str, torch.Tensor | None]:
-    """Random arguments in the shapes and dtypes of Mamba-1.4B (A near -1..-16, steps of 0.001 to 0.1)."""
+    """Random arguments in the shapes and dtypes of Mamba-1.4B (A near -1..-16, dt of 0.001 to 0.1)."""
     generator = torch.Generator("cuda").manual_seed(tokens + d_inner + nseq)
 
     def random(kind: Callable[..., torch.Tensor], *shape: int) -> torch.Tensor:

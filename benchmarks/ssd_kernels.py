@@ -38,7 +38,7 @@ OPERATIONS_PER_SECOND = 7.8e14
 
 
 def ssd_inputs(shape: str, tokens: int, nseq: int, is_filtered: bool, dtype: torch.dtype = torch.bfloat16) -> dict:
-    """Random arguments in the shapes and dtypes of the model: steps of 0.001 to 0.1, A of -1 to -16, one group."""
+    """Random arguments in the shapes and dtypes of the model: dt of 0.001 to 0.1, A of -1 to -16, one group."""
     nheads, headdim, d_state = SHAPES[shape]
     generator = torch.Generator("cuda").manual_seed(tokens + nseq)
 
@@ -63,10 +63,10 @@ def ssd_inputs(shape: str, tokens: int, nseq: int, is_filtered: bool, dtype: tor
     }
     if is_filtered:
         # 35 % of the heads are global; 90 % of their tokens are filtered
-        steps = torch.nn.functional.softplus(inputs["dt"].float() + inputs["dt_bias"])
+        softplus_dt = torch.nn.functional.softplus(inputs["dt"].float() + inputs["dt_bias"])
         dt_threshold = torch.full((2, nheads), -1.0, device="cuda")
-        # no threshold is a step itself: those are few and compare differently in float64
-        dt_threshold[1] = steps[:4096].quantile(0.9, dim=0) * 1.0001
+        # no threshold is a dt itself: those are few and compare differently in float64
+        dt_threshold[1] = softplus_dt[:4096].quantile(0.9, dim=0) * 1.0001
         dt_threshold[1, random(torch.rand, nheads) > 0.35] = -1.0
         inputs |= {
             "dt_threshold": dt_threshold,
@@ -82,8 +82,8 @@ def stock_ssd(inputs: dict, out: torch.Tensor) -> Callable[[], object]:
 
     starts, dt, state = inputs["query_start_loc"].tolist(), inputs["dt"].clone(), inputs["state"]
     if "dt_threshold" in inputs:
-        steps = torch.nn.functional.softplus(dt.float() + inputs["dt_bias"])
-        dt[steps <= inputs["dt_threshold"][1]] = float("-inf")
+        is_filtered = torch.nn.functional.softplus(dt.float() + inputs["dt_bias"]) <= inputs["dt_threshold"][1]
+        dt[is_filtered] = float("-inf")
     chunks, sequences, last = [0], [], []
     for sequence, (start, end) in enumerate(itertools.pairwise(starts)):
         for first in range(start, end, CHUNK_SIZE):

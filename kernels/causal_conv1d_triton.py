@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 
 from .dispatch import UNALIGNED
-from .filter_dt_triton import _softplus
 from .reference import NULL_SLOT
-from .selective_scan_chunks_triton import _find_sequence
+from .triton_helpers import filter_raw_dt, find_sequence, silu
 
 # measured on an H200 (benchmarks/notes.md)
 BLOCK_TOKENS = 64
@@ -19,19 +18,12 @@ BLOCK_CHANNELS = 64
 NUM_WARPS = 4
 
 
-@triton.jit
-def _activate(y, SILU: tl.constexpr):
-    if SILU:
-        y = y / (1.0 + tl.exp2(-1.4426950408889634 * y))
-    return y
-
-
-@triton.jit(do_not_specialize=["nseq", "search_steps", "index_stride"], do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=["nseq", "search_depth", "index_stride"], do_not_specialize_on_alignment=UNALIGNED)
 def _causal_conv1d_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, out_ptr,
     query_start_loc_ptr, state_indices_ptr, has_initial_state_ptr,
     dt_ptr, dt_bias_ptr, dt_threshold_ptr, seq_rows_ptr, seq_prompt_tokens_ptr,
-    nseq, search_steps, x_stride, out_stride, dt_stride, index_stride, slot_stride, channel_stride, tap_stride,
+    nseq, search_depth, x_stride, out_stride, dt_stride, index_stride, slot_stride, channel_stride, tap_stride,
     channels: tl.constexpr, nheads: tl.constexpr, WIDTH: tl.constexpr, NULL: tl.constexpr,
     HAS_BIAS: tl.constexpr, SILU: tl.constexpr, FILTER: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
@@ -41,7 +33,7 @@ def _causal_conv1d_kernel(
     PROGRAMS: tl.constexpr = BLOCKS + 1 if FILTER else BLOCKS
     block = tl.program_id(0) % PROGRAMS
     part = tl.program_id(0) // PROGRAMS
-    sequence = _find_sequence(query_start_loc_ptr, part, nseq, BLOCK_TOKENS, search_steps)
+    sequence = find_sequence(query_start_loc_ptr, part, nseq, BLOCK_TOKENS, search_depth)
     start = tl.load(query_start_loc_ptr + sequence)
     n_tokens = tl.load(query_start_loc_ptr + sequence + 1) - start
     first = (part - start // BLOCK_TOKENS - sequence) * BLOCK_TOKENS
@@ -62,12 +54,9 @@ def _causal_conv1d_kernel(
             is_prompt = is_token & (position < tl.load(seq_prompt_tokens_ptr + sequence))
             mask = is_prompt[:, None] & (head < nheads)[None, :]
             dt_ptrs = dt_ptr + token[:, None] * dt_stride + head[None, :]
-            raw = tl.load(dt_ptrs, mask=mask, other=0.0).to(tl.float32)
             dt_bias = tl.load(dt_bias_ptr + head, mask=head < nheads, other=0.0).to(tl.float32)
             threshold = tl.load(dt_threshold_ptr + row * nheads + head, mask=head < nheads, other=-1.0)
-            is_filtered = _softplus(raw + dt_bias[None, :]) <= threshold[None, :]
-            minus_infinity = tl.full((BLOCK_TOKENS, BLOCK_HEADS), float("-inf"), tl.float32)
-            tl.store(dt_ptrs, minus_infinity.to(dt_ptr.dtype.element_ty), mask=mask & is_filtered)
+            filter_raw_dt(dt_ptrs, dt_bias[None, :], threshold[None, :], mask)
         return
 
     channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -86,8 +75,9 @@ def _causal_conv1d_kernel(
         x = tl.load(x_ptrs, mask=is_token[:, None] & is_channel[None, :], other=0.0)
         y += x.to(tl.float32) * weight[tap][None, :]
     out_ptrs = out_ptr + token[:, None] * out_stride + channel[None, :]
-    y = _activate(y, SILU).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptrs, y, mask=is_token[:, None] & is_channel[None, :])
+    if SILU:
+        y = silu(y)
+    tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=is_token[:, None] & is_channel[None, :])
 
     if first == 0:
         start_x_ptrs = x_ptr + start.to(tl.int64) * x_stride + channel
@@ -107,8 +97,9 @@ def _causal_conv1d_kernel(
             for tap in tl.static_range(WIDTH):
                 first_y += values[t + tap] * weight[tap]
             mask = channel < tl.where(t < n_tokens, channels, 0)
-            first_y = _activate(first_y, SILU).to(out_ptr.dtype.element_ty)
-            tl.store(start_out_ptrs + t * out_stride, first_y, mask=mask)
+            if SILU:
+                first_y = silu(first_y)
+            tl.store(start_out_ptrs + t * out_stride, first_y.to(out_ptr.dtype.element_ty), mask=mask)
         new = ()
         for tap in tl.static_range(WIDTH - 1):
             kept = n_tokens + tap - (WIDTH - 1)

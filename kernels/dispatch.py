@@ -8,7 +8,7 @@ import torch
 # Where the engine's metadata of a step begins: parts of longer tensors, that begin anywhere. A kernel reads single
 # numbers there and has nothing of their alignment, but would be compiled anew for each.
 UNALIGNED = (
-    "query_start_loc_ptr", "bounds_ptr", "state_indices_ptr", "has_initial_state_ptr", "seq_rows_ptr",
+    "query_start_loc_ptr", "state_indices_ptr", "has_initial_state_ptr", "seq_rows_ptr",
     "seq_prompt_tokens_ptr", "token_rows_ptr",
 )  # fmt: skip
 

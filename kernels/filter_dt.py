@@ -1,4 +1,4 @@
-"""The LongMamba filter as a step of its own, for kernels that read a raw dt (Mamba-2, and decode)."""
+"""The LongMamba filter by itself, for kernels that read a raw dt (Mamba-2, and decode)."""
 
 import torch
 

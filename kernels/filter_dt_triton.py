@@ -8,28 +8,10 @@ import triton
 import triton.language as tl
 
 from .dispatch import UNALIGNED
+from .triton_helpers import filter_raw_dt
 
 BLOCK_TOKENS = 8
 BLOCK_CHANNELS = 128
-
-
-@triton.jit
-def _softplus(v):
-    """``log1p(exp(v))`` to 3e-7 relative. Every kernel that filters uses this one, so that all decide alike.
-
-    Written as ``max(v, 0) + log1p(exp(-|v|))``, and log1p(e) on [0, 1] as e times a fitted polynomial: one exponential,
-    no logarithm, no division.
-    """
-    e = tl.exp2(-1.4426950408889634 * tl.abs(v))
-    p = e * 0.005253457929939032 - 0.02958850748836994
-    p = p * e + 0.07836166769266129
-    p = p * e - 0.13674770295619965
-    p = p * e + 0.19111430644989014
-    p = p * e - 0.24844369292259216
-    p = p * e + 0.33319270610809326
-    p = p * e - 0.49999502301216125
-    p = p * e + 1.0
-    return tl.maximum(v, 0.0) + e * p
 
 
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=UNALIGNED)
@@ -53,12 +35,9 @@ def _filter_dt_kernel(
         mask = (row > 0)[:, None] & (channel < channels)[None, :]
         dt_ptrs = dt_ptr + token[:, None] * dt_stride + channel[None, :]
         dt_bias = tl.load(dt_bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
-        raw = tl.load(dt_ptrs, mask=mask, other=0.0).to(tl.float32)
         threshold_ptrs = dt_threshold_ptr + row.to(tl.int64)[:, None] * channels + channel[None, :]
         threshold = tl.load(threshold_ptrs, mask=mask, other=-1.0)
-        is_filtered = _softplus(raw + dt_bias[None, :]) <= threshold
-        minus_infinity = tl.full((BLOCK_TOKENS, BLOCK_CHANNELS), float("-inf"), tl.float32)
-        tl.store(dt_ptrs, minus_infinity.to(dt_ptr.dtype.element_ty), mask=mask & is_filtered)
+        filter_raw_dt(dt_ptrs, dt_bias[None, :], threshold, mask)
 
 
 def filter_dt_triton_(

@@ -21,11 +21,11 @@ def filter_dt_reference(
     dt: torch.Tensor, dt_bias: torch.Tensor, dt_threshold: torch.Tensor, token_rows: torch.Tensor
 ) -> None:
     """See :func:`kernels.filter_dt.filter_dt_`; compares in float32 as the kernels do. In place."""
-    step = softplus(dt.float() + dt_bias.float())
-    dt.masked_fill_(step <= dt_threshold[token_rows.long()], float("-inf"))
+    is_filtered = softplus(dt.float() + dt_bias.float()) <= dt_threshold[token_rows.long()]
+    dt.masked_fill_(is_filtered, float("-inf"))
 
 
-def _filtered_steps(
+def _filtered_dt(
     dt: torch.Tensor,
     dt_bias: torch.Tensor,
     dt_threshold: torch.Tensor | None,
@@ -34,13 +34,13 @@ def _filtered_steps(
     sequence: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Step sizes of one sequence: (its tokens, channels), softplus applied, 0 where filtered."""
-    step = softplus(dt.to(dtype) + dt_bias.to(dtype))
+    """dt of one sequence: (its tokens, channels), softplus applied, 0 where filtered."""
+    dt = softplus(dt.to(dtype) + dt_bias.to(dtype))
     if dt_threshold is None or seq_rows is None or seq_prompt_tokens is None:
-        return step
-    is_prompt = torch.arange(len(step), device=dt.device) < seq_prompt_tokens[sequence]
-    is_filtered = (step <= dt_threshold[seq_rows[sequence]]) & is_prompt[:, None]
-    return step.masked_fill(is_filtered, 0.0)
+        return dt
+    is_prompt = torch.arange(len(dt), device=dt.device) < seq_prompt_tokens[sequence]
+    is_filtered = (dt <= dt_threshold[seq_rows[sequence]]) & is_prompt[:, None]
+    return dt.masked_fill(is_filtered, 0.0)
 
 
 def selective_scan_reference(
@@ -74,11 +74,11 @@ def selective_scan_reference(
         slot = int(state_indices[sequence])
         if slot == NULL_SLOT or start == end:
             continue
-        step = _filtered_steps(dt[start:end], dt_bias, dt_threshold, seq_rows, seq_prompt_tokens, sequence, dtype)
+        own_dt = _filtered_dt(dt[start:end], dt_bias, dt_threshold, seq_rows, seq_prompt_tokens, sequence, dtype)
         h = state[slot].to(dtype) if has_initial_state[sequence] else torch.zeros_like(state[slot], dtype=dtype)
-        for token, step_t in zip(range(start, end), step, strict=True):
+        for token, dt_t in zip(range(start, end), own_dt, strict=True):
             # (d_inner, d_state): decay, then feed
-            h = torch.exp(step_t[:, None] * A) * h + (step_t * x[token])[:, None] * B[token]
+            h = torch.exp(dt_t[:, None] * A) * h + (dt_t * x[token])[:, None] * B[token]
             y = h @ C[token] + D * x[token]
             out[token] = y if z is None else y * functional.silu(z[token].to(dtype))
         state[slot] = h.to(state.dtype)
@@ -126,12 +126,12 @@ def ssd_reference(
         slot = int(state_indices[sequence])
         if slot == NULL_SLOT or start == end:
             continue
-        step = _filtered_steps(dt[start:end], dt_bias, dt_threshold, seq_rows, seq_prompt_tokens, sequence, dtype)
+        own_dt = _filtered_dt(dt[start:end], dt_bias, dt_threshold, seq_rows, seq_prompt_tokens, sequence, dtype)
         h = state[slot].to(dtype) if has_initial_state[sequence] else torch.zeros_like(state[slot], dtype=dtype)
-        for token, step_t in zip(range(start, end), step, strict=True):
+        for token, dt_t in zip(range(start, end), own_dt, strict=True):
             # (nheads, headdim, d_state)
-            feed = (step_t[:, None] * x[token])[:, :, None] * B[token][:, None, :]
-            h = torch.exp(step_t * A)[:, None, None] * h + feed
+            feed = (dt_t[:, None] * x[token])[:, :, None] * B[token][:, None, :]
+            h = torch.exp(dt_t * A)[:, None, None] * h + feed
             out[token] = torch.einsum("hpn,hn->hp", h, C[token]) + D[:, None] * x[token]
         state[slot] = h.to(state.dtype)
     return out

@@ -1,4 +1,4 @@
-"""What surrounds the recurrence of selective_scan_triton: chunk numbering, packed B and C, the walk over chunks."""
+"""What surrounds the recurrence of selective_scan_triton: packed B and C, and the walk over chunks."""
 
 # mypy: ignore-errors
 # ruff: noqa: RUF005
@@ -10,24 +10,8 @@ import triton.language as tl
 from .dispatch import UNALIGNED
 
 
-@triton.jit
-def _find_sequence(query_start_loc_ptr, part, nseq, chunk_size, search_steps):
-    """The sequence of a chunk: the last s with ``query_start_loc[s] // chunk_size + s <= part``.
-
-    The chunks of a sequence are numbered from ``query_start_loc[s] // chunk_size + s``. These ranges never overlap,
-    whatever the lengths, so that the host needs only shapes.
-    """
-    sequence = part * 0
-    for k in range(0, search_steps):
-        candidate = sequence + (1 << (search_steps - 1 - k))
-        exists = candidate < nseq
-        first = tl.load(query_start_loc_ptr + candidate, mask=exists, other=0) // chunk_size + candidate
-        sequence = tl.where(exists & (first <= part), candidate, sequence)
-    return sequence
-
-
 @triton.jit(do_not_specialize=["tokens"])
-def _pack_kernel(
+def _selective_scan_pack_kernel(
     B_ptr, C_ptr, packed_ptr, tokens, B_stride, C_stride,
     d_state: tl.constexpr, PADDED: tl.constexpr, BLOCK_STATES: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -76,15 +60,15 @@ def _load_rows(ptrs, stride: tl.constexpr, count, T: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["chunk_size"], do_not_specialize_on_alignment=UNALIGNED)
-def _pass_states_kernel(
-    A_ptr, state_ptr, chunk_state_ptr, chunk_step_ptr,
+def _selective_scan_walk_kernel(
+    A_ptr, state_ptr, chunk_state_ptr, chunk_dt_ptr,
     query_start_loc_ptr, state_indices_ptr, has_initial_state_ptr, chunk_size, state_stride,
     d_inner: tl.constexpr, d_state: tl.constexpr, NULL: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, STATES: tl.constexpr, AHEAD: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Replace what each chunk adds by the state that it starts from, chunk after chunk. In place in chunk_state.
 
-    A: (d_state, d_inner). launch_pdl: see `_chunk_kernel`.
+    A: (d_state, d_inner). launch_pdl: see `_selective_scan_kernel`.
     """
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
@@ -99,9 +83,9 @@ def _pass_states_kernel(
     # chunk numbers in int64: chunks x states passes 2^31
     first = (start // chunk_size + sequence).to(tl.int64)
     chunks = (n_tokens + chunk_size - 1) // chunk_size
-    step_ptrs = chunk_step_ptr + first * d_inner + channel
+    dt_ptrs = chunk_dt_ptr + first * d_inner + channel
     is_initial = tl.load(has_initial_state_ptr + sequence) != 0
-    # a thread walks over STATES states of a channel, which share the steps
+    # a thread walks over STATES states of a channel, which share dt
     A = ()
     h = ()
     state_ptrs = ()
@@ -117,14 +101,12 @@ def _pass_states_kernel(
     for chunk in range(0, chunks, AHEAD):
         # what AHEAD chunks add is loaded at once, since only the sums depend on each other
         added = ()
-        steps = ()
+        dts = ()
         for i in tl.static_range(AHEAD):
             row = tl.minimum(chunk + i, chunks).to(tl.int64)
             # nothing was written for the last chunk
             is_written = row < chunks - 1
-            steps = steps + (
-                tl.load(step_ptrs + row * d_inner, mask=channel < tl.where(is_written, d_inner, 0), other=0.0),
-            )
+            dts = dts + (tl.load(dt_ptrs + row * d_inner, mask=channel < tl.where(is_written, d_inner, 0), other=0.0),)
             for k in tl.static_range(STATES):
                 mask = channel < tl.where(is_written, ends[k], 0)
                 added = added + (tl.load(state_ptrs[k] + row * (d_inner * d_state), mask=mask, other=0.0),)
@@ -134,5 +116,5 @@ def _pass_states_kernel(
             for k in tl.static_range(STATES):
                 mask = channel < tl.where(row < chunks, ends[k], 0)
                 tl.store(state_ptrs[k] + row * (d_inner * d_state), h[k], mask=mask)
-                new_h = new_h + (h[k] * tl.exp2(steps[i] * A[k]) + added[i * STATES + k],)
+                new_h = new_h + (h[k] * tl.exp2(dts[i] * A[k]) + added[i * STATES + k],)
             h = new_h

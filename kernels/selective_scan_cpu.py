@@ -1,6 +1,6 @@
 """The filtered selective scan on a CPU, compiled by numba; imported by the wrapper only where it is needed.
 
-PyTorch makes the step sizes and applies the gate; numba runs the recurrence. The first call compiles (seconds), and
+PyTorch applies softplus, filter and gate; numba runs the recurrence. The first call compiles (seconds), and
 numba keeps the result on disk where it can write.
 """
 
@@ -53,19 +53,19 @@ def _exp_negative(v):
 
 
 @_compile(error_model="numpy", fastmath={"contract"})
-def _advance(h, decay_rates, steps, feeds, B_tn, C_tn, y):
+def _advance(h, decay_rates, dt, feeds, B_tn, C_tn, y):
     """One token and one state of a block of channels; all arguments but the scalars are (channels,)."""
     for c in range(h.shape[0]):
-        h_c = _exp_negative(steps[c] * decay_rates[c]) * h[c] + feeds[c] * B_tn
+        h_c = _exp_negative(dt[c] * decay_rates[c]) * h[c] + feeds[c] * B_tn
         h[c] = h_c
         y[c] += h_c * C_tn
 
 
 @_compile(parallel=True, error_model="numpy", fastmath={"contract"})
-def _scan(x, step, A, B, C, D, h_all, query_start_loc, is_active, out):
+def _scan(x, dt, A, B, C, D, h_all, query_start_loc, is_active, out):
     """The recurrence of a whole batch, parallel over blocks of channels.
 
-    x, step, out: (tokens, d_inner); A: (d_state, d_inner); B, C: (tokens, d_state); D: (d_inner,);
+    x, dt, out: (tokens, d_inner); A: (d_state, d_inner); B, C: (tokens, d_state); D: (d_inner,);
     h_all: (sequences, d_state, d_inner), updated in place; query_start_loc: (sequences + 1,); is_active: (sequences,).
     """
     d_state, d_inner = A.shape
@@ -76,18 +76,18 @@ def _scan(x, step, A, B, C, D, h_all, query_start_loc, is_active, out):
             if not is_active[sequence]:
                 continue
             for t in range(query_start_loc[sequence], query_start_loc[sequence + 1]):
-                steps = step[t, first:last]
+                dt_t = dt[t, first:last]
                 x_t = x[t, first:last]
-                feeds = steps * x_t
+                feeds = dt_t * x_t
                 y = out[t, first:last]
                 y[:] = D[first:last] * x_t
                 is_kept = False
                 for c in range(last - first):
-                    is_kept |= steps[c] != np.float32(0.0)
+                    is_kept |= dt_t[c] != np.float32(0.0)
                 for n in range(d_state):
                     h = h_all[sequence, n, first:last]
                     if is_kept:
-                        _advance(h, A[n, first:last], steps, feeds, B[t, n], C[t, n], y)
+                        _advance(h, A[n, first:last], dt_t, feeds, B[t, n], C[t, n], y)
                     else:
                         # filtered in every channel of the block: the states stay, and no exponential is needed
                         for c in range(last - first):
@@ -98,42 +98,33 @@ def _scan(x, step, A, B, C, D, h_all, query_start_loc, is_active, out):
 def _start_threads() -> None:
     """Compile, and start numba's threads on all cores of this process.
 
-    Threads inherit the cores of the one that starts them, and vLLM pins each of PyTorch's threads to one core.
+    Threads inherit the cores of the one that starts them, and vLLM pins each of PyTorch's threads to one core. Where
+    numba's threads are OpenMP's, it also sets how many PyTorch has, which is set back.
     """
-    array = np.zeros((1, 1), np.float32)
-    arguments = (
-        array,
-        array,
-        array,
-        array,
-        array,
-        array[0],
-        array[None],
-        np.zeros(2, np.int32),
-        np.zeros(1, bool),
-        array,
-    )
+    a = np.zeros((1, 1), np.float32)
+    pytorch_threads = torch.get_num_threads()
     own_cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
     try:
         if own_cores is not None:
             threads = os.listdir("/proc/self/task")
             os.sched_setaffinity(0, set().union(*(os.sched_getaffinity(int(thread)) for thread in threads)))
-        _scan(*arguments)
+        _scan(a, a, a, a, a, a[0], a[None], np.zeros(2, np.int32), np.zeros(1, bool), a)
     finally:
+        torch.set_num_threads(pytorch_threads)
         if own_cores is not None:
             os.sched_setaffinity(0, own_cores)
 
 
-def _steps(dt, dt_bias, query_start_loc, dt_threshold, seq_rows, seq_prompt_tokens) -> torch.Tensor:
+def _filtered_dt(dt, dt_bias, query_start_loc, dt_threshold, seq_rows, seq_prompt_tokens) -> torch.Tensor:
     """(tokens, d_inner) float32: softplus(dt + dt_bias), 0 where filtered."""
-    step = softplus(dt.float() + dt_bias.float())
+    dt = softplus(dt.float() + dt_bias.float())
     if dt_threshold is None:
-        return step
+        return dt
     for sequence, (start, end) in enumerate(pairwise(query_start_loc)):
-        prompt = step[start : min(end, start + int(seq_prompt_tokens[sequence]))]
+        prompt = dt[start : min(end, start + int(seq_prompt_tokens[sequence]))]
         if int(seq_rows[sequence]):
             prompt.masked_fill_(prompt <= dt_threshold[int(seq_rows[sequence])], 0.0)
-    return step
+    return dt
 
 
 def selective_scan_cpu(
@@ -144,13 +135,13 @@ def selective_scan_cpu(
     _start_threads()
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     bounds = query_start_loc.tolist()
-    step = _steps(dt, dt_bias, bounds, dt_threshold, seq_rows, seq_prompt_tokens)
+    dt = _filtered_dt(dt, dt_bias, bounds, dt_threshold, seq_rows, seq_prompt_tokens)
     # states before channels: the inner loops run over channels and become vector code for any d_state
     h = state[state_indices.long()].float().masked_fill_(~has_initial_state[:, None, None], 0.0)
     h = h.transpose(1, 2).contiguous()
     is_active = (state_indices != NULL_SLOT) & (query_start_loc[1:] > query_start_loc[:-1])
     y = torch.empty(x.shape, dtype=torch.float32)
-    inputs = (x.float(), step, A.T, B.float(), C.float(), D.float(), h, query_start_loc, is_active, y)
+    inputs = (x.float(), dt, A.T, B.float(), C.float(), D.float(), h, query_start_loc, is_active, y)
     _scan(*(tensor.contiguous().numpy() for tensor in inputs))
     state[state_indices[is_active].long()] = h[is_active].transpose(1, 2).to(state.dtype)
     for sequence, (start, end) in enumerate(pairwise(bounds)):

@@ -1,9 +1,10 @@
 """Triton kernels of the filtered selective scan; imported by the wrapper only where Triton can run.
 
 A thread holds whole channels with all their states in registers, so that nothing is exchanged between threads. To fill
-the GPU, sequences are cut into chunks: ``_chunk_kernel`` computes what each chunk adds to the state,
-``_pass_states_kernel`` walks over the chunks, and ``_chunk_kernel`` runs again from each chunk's true initial state and
-writes the outputs. The decay of a whole chunk is ``exp(A * sum(dt))``. Small batches take one run over whole sequences.
+the GPU, sequences are cut into chunks: ``_selective_scan_kernel`` computes what each chunk adds to the state,
+``_selective_scan_walk_kernel`` walks over the chunks, and ``_selective_scan_kernel`` runs again from each chunk's true
+initial state and writes the outputs. The decay of a whole chunk is ``exp(A * sum(dt))``. Small batches take one run
+over whole sequences.
 """
 
 # mypy: ignore-errors
@@ -16,9 +17,9 @@ import triton.language as tl
 
 from .compile_ahead import launch
 from .dispatch import UNALIGNED, is_nvidia, supports_dependent_launch
-from .filter_dt_triton import _softplus
 from .reference import NULL_SLOT
-from .selective_scan_chunks_triton import _find_sequence, _load_rows, _pack_kernel, _pass_states_kernel, _unpack
+from .selective_scan_chunks_triton import _load_rows, _selective_scan_pack_kernel, _selective_scan_walk_kernel, _unpack
+from .triton_helpers import filtered_dt, find_sequence, silu
 
 # Launch sizes, measured on an H200 (benchmarks/notes.md): one warp has 64 channels, 2 a thread; 128 registers a thread
 # let 16 warps share a multiprocessor, and 4 tokens are loaded ahead.
@@ -38,9 +39,9 @@ LARGEST_CHUNK = 256
 
 
 @triton.jit
-def _exp2_polynomial(step, A):
-    """``exp2(step * A)`` for A <= 0 to 3e-7 on the FMA units, which the special-function unit leaves idle."""
-    v = tl.maximum(step * A, -126.0)
+def _exp2_polynomial(dt, A):
+    """``exp2(dt * A)`` for A <= 0 to 3e-7 on the FMA units, which the special-function unit leaves idle."""
+    v = tl.maximum(dt * A, -126.0)
     # adding 1.5 * 2^23 leaves the nearest integer in the low bits
     shifted = v + 12582912.0
     f = v - (shifted - 12582912.0)
@@ -53,11 +54,11 @@ def _exp2_polynomial(step, A):
 
 
 @triton.jit
-def _token(h, step, x, z, words_ptr, A, D, d_state: tl.constexpr, PER_WORD: tl.constexpr, PADDED: tl.constexpr,
+def _token(h, dt, x, z, words_ptr, A, D, d_state: tl.constexpr, PER_WORD: tl.constexpr, PADDED: tl.constexpr,
            HAS_Z: tl.constexpr, EMIT: tl.constexpr, POLYNOMIALS: tl.constexpr):  # fmt: skip
     """One token of the recurrence for a block of channels. h, A: d_state tensors each. Returns h and the output."""
     x = x.to(tl.float32)
-    feed = step * x
+    feed = dt * x
     y = x * D
     B = _unpack(words_ptr, d_state, PER_WORD)
     if EMIT:
@@ -65,32 +66,22 @@ def _token(h, step, x, z, words_ptr, A, D, d_state: tl.constexpr, PER_WORD: tl.c
     new_h = ()
     for n in tl.static_range(d_state):
         if n < POLYNOMIALS:
-            h_n = h[n] * _exp2_polynomial(step, A[n]) + feed * B[n]
+            h_n = h[n] * _exp2_polynomial(dt, A[n]) + feed * B[n]
         else:
-            h_n = h[n] * tl.exp2(step * A[n]) + feed * B[n]
+            h_n = h[n] * tl.exp2(dt * A[n]) + feed * B[n]
         new_h = new_h + (h_n,)
         if EMIT:
             y += h_n * C[n]
     if HAS_Z and EMIT:
-        z = z.to(tl.float32)
-        y *= z / (1.0 + tl.exp2(-1.4426950408889634 * z))
+        y *= silu(z.to(tl.float32))
     return new_h, y
 
 
-@triton.jit
-def _step(dt, dt_bias, threshold, is_prompt, FILTER: tl.constexpr):
-    """softplus(dt + dt_bias), 0 where filtered."""
-    step = _softplus(dt.to(tl.float32) + dt_bias)
-    if FILTER:
-        step = tl.where(is_prompt & (step <= threshold), 0.0, step)
-    return step
-
-
-@triton.jit(do_not_specialize=["nseq", "chunk_size", "search_steps"], do_not_specialize_on_alignment=UNALIGNED)
-def _chunk_kernel(
-    x_ptr, dt_ptr, A_ptr, D_ptr, z_ptr, dt_bias_ptr, out_ptr, packed_ptr, state_ptr, chunk_state_ptr, chunk_step_ptr,
+@triton.jit(do_not_specialize=["nseq", "chunk_size", "search_depth"], do_not_specialize_on_alignment=UNALIGNED)
+def _selective_scan_kernel(
+    x_ptr, dt_ptr, A_ptr, D_ptr, z_ptr, dt_bias_ptr, out_ptr, packed_ptr, state_ptr, chunk_state_ptr, chunk_dt_ptr,
     query_start_loc_ptr, state_indices_ptr, has_initial_state_ptr,
-    dt_threshold_ptr, seq_rows_ptr, seq_prompt_tokens_ptr, nseq, chunk_size, search_steps, state_stride,
+    dt_threshold_ptr, seq_rows_ptr, seq_prompt_tokens_ptr, nseq, chunk_size, search_depth, state_stride,
     x_stride: tl.constexpr, dt_stride: tl.constexpr, z_stride: tl.constexpr, out_stride: tl.constexpr,
     word_stride: tl.constexpr, d_inner: tl.constexpr, d_state: tl.constexpr, PADDED: tl.constexpr,
     PER_WORD: tl.constexpr, NULL: tl.constexpr,
@@ -109,7 +100,7 @@ def _chunk_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     sequence = part
     if IS_CHUNK:
-        sequence = _find_sequence(query_start_loc_ptr, part, nseq, chunk_size, search_steps)
+        sequence = find_sequence(query_start_loc_ptr, part, nseq, chunk_size, search_depth)
     sequence_start = tl.load(query_start_loc_ptr + sequence)
     sequence_end = tl.load(query_start_loc_ptr + sequence + 1)
     start = sequence_start
@@ -157,7 +148,7 @@ def _chunk_kernel(
     z_ptrs = z_ptr + base * z_stride + channel
     out_ptrs = out_ptr + base * out_stride + channel
     words_ptr = packed_ptr + base * word_stride
-    step_sum = tl.full((BLOCK_CHANNELS,), 0.0, tl.float32)
+    dt_sum = tl.full((BLOCK_CHANNELS,), 0.0, tl.float32)
 
     # the rows of the next T tokens are loaded while these T are computed
     x_rows = _load_rows(x_ptrs, x_stride, n_tokens, T)
@@ -186,12 +177,10 @@ def _chunk_kernel(
         if EMIT and HAS_Z:
             next_z = _load_rows(z_ptrs + ahead * z_stride, z_stride, T, T)
         for i in tl.static_range(T):
-            step = _step(dt_rows[i], dt_bias, threshold, first + i < prompt_end, FILTER)
+            dt = filtered_dt(dt_rows[i], dt_bias, threshold, first + i < prompt_end, FILTER)
             words = words_ptr + (here + i) * word_stride
-            h, y = _token(
-                h, step, x_rows[i], z_rows[i], words, A, D, d_state, PER_WORD, PADDED, HAS_Z, EMIT, POLYNOMIALS
-            )
-            step_sum += step
+            h, y = _token(h, dt, x_rows[i], z_rows[i], words, A, D, d_state, PER_WORD, PADDED, HAS_Z, EMIT, POLYNOMIALS)
+            dt_sum += dt
             if EMIT:
                 tl.store(out_ptrs + (here + i) * out_stride, y.to(out_ptr.dtype.element_ty), mask=is_channel)
         x_rows = next_x
@@ -199,14 +188,14 @@ def _chunk_kernel(
         z_rows = next_z
     for t in range(whole, n_tokens):
         here = tl.minimum(t, n_tokens).to(tl.int64)
-        step = _step(tl.load(dt_ptrs + here * dt_stride), dt_bias, threshold, here < prompt_end, FILTER)
+        dt = filtered_dt(tl.load(dt_ptrs + here * dt_stride), dt_bias, threshold, here < prompt_end, FILTER)
         x = tl.load(x_ptrs + here * x_stride)
         z = x
         if EMIT and HAS_Z:
             z = tl.load(z_ptrs + here * z_stride)
         words = words_ptr + here * word_stride
-        h, y = _token(h, step, x, z, words, A, D, d_state, PER_WORD, PADDED, HAS_Z, EMIT, POLYNOMIALS)
-        step_sum += step
+        h, y = _token(h, dt, x, z, words, A, D, d_state, PER_WORD, PADDED, HAS_Z, EMIT, POLYNOMIALS)
+        dt_sum += dt
         if EMIT:
             tl.store(out_ptrs + here * out_stride, y.to(out_ptr.dtype.element_ty), mask=is_channel)
 
@@ -217,7 +206,7 @@ def _chunk_kernel(
     else:
         for n in tl.static_range(d_state):
             tl.store(chunk_state_ptrs + n * d_inner, h[n], mask=is_channel)
-        tl.store(chunk_step_ptr + part.to(tl.int64) * d_inner + channel, step_sum, mask=is_channel)
+        tl.store(chunk_dt_ptr + part.to(tl.int64) * d_inner + channel, dt_sum, mask=is_channel)
 
 
 def _pack(B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, int, int]:
@@ -231,7 +220,7 @@ def _pack(B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, int, int]:
         return B.view(torch.int64), 4, d_state
     padded = triton.cdiv(d_state, 4) * 4
     packed = torch.empty((tokens, 2 * padded), dtype=torch.bfloat16 if is_bf16 else torch.float32, device=B.device)
-    launch(_pack_kernel, (triton.cdiv(tokens, 64),), B)(
+    launch(_selective_scan_pack_kernel, (triton.cdiv(tokens, 64),), B)(
         B, C, packed, tokens, B.stride(0), C.stride(0),
         d_state=d_state, PADDED=padded, BLOCK_STATES=triton.next_power_of_2(padded), BLOCK_TOKENS=64, num_warps=4,
     )  # fmt: skip
@@ -262,7 +251,7 @@ def selective_scan_triton(
     parts = tokens // chunk + nseq if chunk else nseq
     kept = parts if chunk else 0
     chunk_state = torch.empty((kept, d_state, d_inner), dtype=torch.float32, device=x.device)
-    chunk_step = torch.empty((kept, d_inner), dtype=torch.float32, device=x.device)
+    chunk_dt = torch.empty((kept, d_inner), dtype=torch.float32, device=x.device)
     has_initial_state = has_initial_state.view(torch.uint8)
     # a warp reads a state of neighbouring channels at a time
     A = A.t().contiguous()
@@ -276,8 +265,8 @@ def selective_scan_triton(
     )
 
     def scan(emit: bool) -> None:
-        launch(_chunk_kernel, (blocks, parts), x)(
-            x, dt, A, D, gate, dt_bias, out, words, state, chunk_state, chunk_step,
+        launch(_selective_scan_kernel, (blocks, parts), x)(
+            x, dt, A, D, gate, dt_bias, out, words, state, chunk_state, chunk_dt,
             query_start_loc, state_indices, has_initial_state, *filters,
             nseq, chunk, (nseq - 1).bit_length(), state.stride(0),
             x_stride=x.stride(0), dt_stride=dt.stride(0), z_stride=gate.stride(0), out_stride=out.stride(0),
@@ -291,8 +280,8 @@ def selective_scan_triton(
     if chunk:
         scan(emit=False)
         grid = (triton.cdiv(d_inner, 128), triton.cdiv(d_state, WALK_STATES), nseq)
-        launch(_pass_states_kernel, grid, x)(
-            A, state, chunk_state, chunk_step, query_start_loc, state_indices, has_initial_state, chunk,
+        launch(_selective_scan_walk_kernel, grid, x)(
+            A, state, chunk_state, chunk_dt, query_start_loc, state_indices, has_initial_state, chunk,
             state.stride(0), d_inner=d_inner, d_state=d_state, NULL=NULL_SLOT,
             BLOCK_CHANNELS=128, STATES=WALK_STATES, AHEAD=WALK_AHEAD, launch_pdl=launch_pdl, num_warps=4,
         )  # fmt: skip

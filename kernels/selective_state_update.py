@@ -32,15 +32,15 @@ def selective_state_update(
     Args:
         state: (slots, d_inner, d_state) cache; the slots may lie any distance apart. Updated in place.
         x: (batch, d_inner); like all (batch, ...) arguments with last stride 1 and any row stride.
-        dt: (batch, d_inner) for Mamba-1, (batch, nheads) for Mamba-2, before bias and softplus. Below: (batch, steps).
+        dt: (batch, channels), before bias and softplus; channels: d_inner for Mamba-1, nheads for Mamba-2.
         A: (d_inner, d_state) for Mamba-1, (nheads,) for Mamba-2; float32, contiguous, negative.
         B, C: (batch, ngroups * d_state); head h belongs to group ``h * ngroups // nheads``. Mamba-1 has one group.
-        D, dt_bias: (steps,) contiguous.
+        D, dt_bias: (channels,) contiguous.
         z: (batch, d_inner) gate, or None for no gate.
         state_indices: (batch,) int32, any stride: each sequence's slot. 0 is vLLM's NULL block: such a row is padding,
             its state is left alone, and its row of ``out`` is finite but means nothing.
-        dt_threshold: (rows, steps) float32, contiguous, in units of dt after softplus; row 0 and local channels are -1.
-            None switches the filter off.
+        dt_threshold: (rows, channels) float32, contiguous, in units of dt after softplus; row 0 and local channels are
+            -1. None switches the filter off.
         token_rows: (batch,) int32: each token's row, 0 for generated tokens; needed with ``dt_threshold``.
         out: (batch, d_inner) in ``x.dtype`` to write to. None allocates it.
 
@@ -76,20 +76,20 @@ def _check(
             f"got {tuple(x.shape)}, {tuple(state.shape)} and {tuple(A.shape)}"
         )
     (batch, d_inner), d_state, device, float32 = x.shape, state.shape[2], x.device, (torch.float32,)
-    steps = A.shape[0]
-    if d_inner % max(steps, 1):
-        raise ValueError(f"A must have one entry for each of the heads that share d_inner={d_inner}, got {steps}")
+    channels = A.shape[0]
+    if d_inner % max(channels, 1):
+        raise ValueError(f"A must have one entry for each of the heads that share d_inner={d_inner}, got {channels}")
     for name, tensor in (("x", x), ("z", z), ("out", out)):
         if tensor is not None:
             check_tensor(name, tensor, (batch, d_inner), FLOATS, device, contiguous=False)
-    check_tensor("dt", dt, (batch, steps), FLOATS, device, contiguous=False)
-    check_tensor("A", A, (d_inner, d_state) if A.dim() == 2 else (steps,), float32, device)
+    check_tensor("dt", dt, (batch, channels), FLOATS, device, contiguous=False)
+    check_tensor("A", A, (d_inner, d_state) if A.dim() == 2 else (channels,), float32, device)
     if B.dim() != 2 or B.shape[1] % d_state or (A.dim() == 2 and B.shape[1] != d_state):
         raise ValueError(f"B must be (batch, ngroups * {d_state}), one group for Mamba-1, got {tuple(B.shape)}")
     for name, tensor in (("B", B), ("C", C)):
         check_tensor(name, tensor, (batch, B.shape[1]), FLOATS, device, contiguous=False)
     for name, tensor in (("D", D), ("dt_bias", dt_bias)):
-        check_tensor(name, tensor, (steps,), FLOATS, device)
+        check_tensor(name, tensor, (channels,), FLOATS, device)
     check_tensor("state", state, (state.shape[0], d_inner, d_state), FLOATS, device, contiguous=False)
     if state.shape[0] and not state[0].is_contiguous():
         raise ValueError(f"each slot of state must be contiguous (d_inner, d_state), got strides {state.stride()}")
@@ -103,5 +103,5 @@ def _check(
     if token_rows is None:
         raise ValueError("dt_threshold needs token_rows beside it, which came as None")
     rows = dt_threshold.shape[0] if dt_threshold.dim() == 2 else 1
-    check_tensor("dt_threshold", dt_threshold, (rows, steps), float32, device)
+    check_tensor("dt_threshold", dt_threshold, (rows, channels), float32, device)
     check_tensor("token_rows", token_rows, (batch,), (torch.int32,), device)

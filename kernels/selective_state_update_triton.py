@@ -9,8 +9,8 @@ import triton.language as tl
 
 from .compile_ahead import launch
 from .dispatch import UNALIGNED, supports_dependent_launch
-from .filter_dt_triton import _softplus
 from .reference import NULL_SLOT
+from .triton_helpers import filtered_dt, silu
 
 
 @triton.jit(do_not_specialize=["index_stride"], do_not_specialize_on_alignment=UNALIGNED)
@@ -56,27 +56,28 @@ def _selective_state_update_kernel(
     B = tl.load(B_ptr + b * B_stride + group * d_state + n, mask=is_state, other=0.0).to(tl.float32)
     C = tl.load(C_ptr + b * C_stride + group * d_state + n, mask=is_state, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + b * x_stride + channel, mask=is_channel, other=0.0).to(tl.float32)
+    row = 0
+    if FILTER:
+        row = tl.load(token_rows_ptr + b).to(tl.int64)
+    threshold = dt_bias
     if PER_HEAD:
-        step = _softplus(tl.load(dt_ptr + b * dt_stride + head).to(tl.float32) + dt_bias)
+        raw_dt = tl.load(dt_ptr + b * dt_stride + head)
         if FILTER:
-            row = tl.load(token_rows_ptr + b).to(tl.int64)
-            step = tl.where(step <= tl.load(dt_threshold_ptr + row * nheads + head), 0.0, step)
-        h = h * tl.exp2(step * A) + (step * x)[:, None] * B[None, :]
+            threshold = tl.load(dt_threshold_ptr + row * nheads + head)
+        dt = filtered_dt(raw_dt, dt_bias, threshold, row > 0, FILTER)
+        h = h * tl.exp2(dt * A) + (dt * x)[:, None] * B[None, :]
     else:
-        raw = tl.load(dt_ptr + b * dt_stride + channel, mask=is_channel, other=0.0).to(tl.float32)
-        step = _softplus(raw + dt_bias)
+        raw_dt = tl.load(dt_ptr + b * dt_stride + channel, mask=is_channel, other=0.0)
         if FILTER:
-            row = tl.load(token_rows_ptr + b).to(tl.int64)
             # row 0 filters nothing: it is not even read
-            threshold_ptrs = dt_threshold_ptr + row * headdim + channel
             is_filtered_channel = within < tl.where(row > 0, headdim, 0)
-            step = tl.where(step <= tl.load(threshold_ptrs, mask=is_filtered_channel, other=-1.0), 0.0, step)
-        h = h * tl.exp2(step[:, None] * A) + (step * x)[:, None] * B[None, :]
+            threshold = tl.load(dt_threshold_ptr + row * headdim + channel, mask=is_filtered_channel, other=-1.0)
+        dt = filtered_dt(raw_dt, dt_bias, threshold, row > 0, FILTER)
+        h = h * tl.exp2(dt[:, None] * A) + (dt * x)[:, None] * B[None, :]
     tl.store(state_ptrs, h.to(state_ptr.dtype.element_ty), mask=is_own)
     y = tl.sum(h * C[None, :], 1) + D * x
     if HAS_Z:
-        z = tl.load(z_ptr + b * z_stride + channel, mask=is_channel, other=0.0).to(tl.float32)
-        y *= z / (1.0 + tl.exp2(-1.4426950408889634 * z))
+        y *= silu(tl.load(z_ptr + b * z_stride + channel, mask=is_channel, other=0.0).to(tl.float32))
     tl.store(out_ptr + b * out_stride + channel, y.to(out_ptr.dtype.element_ty), mask=is_channel)
 
 

@@ -28,8 +28,6 @@ def ssd(
     dt_threshold: torch.Tensor | None = None,
     seq_rows: torch.Tensor | None = None,
     seq_prompt_tokens: torch.Tensor | None = None,
-    checkpoint_offsets: torch.Tensor | None = None,
-    checkpoint_states: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run ``h = exp(dt A) h + dt x B^T; out = h C + D x`` per head, with ``dt = softplus(dt + dt_bias)``.
@@ -59,9 +57,6 @@ def ssd(
             None switches the filter off.
         seq_rows: (sequences,) int32: each sequence's row; needed with ``dt_threshold``.
         seq_prompt_tokens: (sequences,) int32: how many of a sequence's first tokens in this call are prompt tokens.
-        checkpoint_offsets: (sequences,) int32, at most the sequence's length: after how many tokens its state is to be
-            written to ``checkpoint_states``; 0 for not at all. None for no sequence.
-        checkpoint_states: (sequences, nheads, headdim, d_state) contiguous; needed with ``checkpoint_offsets``.
         out: (tokens, nheads, headdim) in ``x.dtype``, laid out like ``x``, to write to. None allocates it.
 
     Returns:
@@ -73,45 +68,19 @@ def ssd(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     tensors = (x, dt, A, B, C, D, dt_bias, state, query_start_loc, state_indices, has_initial_state)
     filters = (dt_threshold, seq_rows, seq_prompt_tokens)
-    checkpoints = (checkpoint_offsets, checkpoint_states)
     _check(*tensors, out)
-    _check_options(x, state, len(state_indices), *filters, *checkpoints)
+    _check_filter(x, len(state_indices), *filters)
     if x.numel() == 0 or len(state_indices) == 0:
         return out
     if uses_triton(x):
         from .ssd_triton import ssd_triton
 
-        ssd_triton(*tensors, *filters, *checkpoints, out)
+        ssd_triton(*tensors, *filters, out)
         return out
-    if checkpoint_offsets is not None and checkpoint_states is not None:
-        _reference_checkpoints(tensors, filters, checkpoint_offsets, checkpoint_states)
     y = ssd_reference(x.float(), *tensors[1:], *filters)
     is_padding = (state_indices == 0).repeat_interleave(query_start_loc.diff(), output_size=len(x))
     out.copy_(torch.where(is_padding[:, None, None], out, y.to(out.dtype)))
     return out
-
-
-def _reference_checkpoints(
-    tensors: tuple[torch.Tensor, ...],
-    filters: tuple[torch.Tensor | None, ...],
-    offsets: torch.Tensor,
-    checkpoint_states: torch.Tensor,
-) -> None:
-    """The state after the first tokens of each sequence, without a trace in the cache."""
-    x, dt, A, B, C, D, dt_bias, state, query_start_loc, state_indices, has_initial_state = tensors
-    for sequence, (start, count) in enumerate(zip(query_start_loc.tolist(), offsets.tolist(), strict=False)):
-        if count == 0 or int(state_indices[sequence]) == 0:
-            continue
-        part, one = slice(start, start + count), slice(sequence, sequence + 1)
-        bounds = torch.tensor([0, count], dtype=torch.int32)
-        table, rows, prompt_tokens = filters
-        cut = (table, rows[one], prompt_tokens[one]) if rows is not None and prompt_tokens is not None else filters
-        cache = state.clone()
-        ssd_reference(
-            x[part].float(), dt[part], A, B[part], C[part], D, dt_bias, cache, bounds, state_indices[one],
-            has_initial_state[one], *cut,
-        )  # fmt: skip
-        checkpoint_states[sequence] = cache[state_indices[sequence]].to(checkpoint_states.dtype)
 
 
 def _check(
@@ -152,21 +121,15 @@ def _check(
     check_tensor("has_initial_state", has_initial_state, (sequences,), (torch.bool,), device)
 
 
-def _check_options(
-    x: torch.Tensor, state: torch.Tensor, sequences: int, dt_threshold: torch.Tensor | None,
+def _check_filter(
+    x: torch.Tensor, sequences: int, dt_threshold: torch.Tensor | None,
     seq_rows: torch.Tensor | None, seq_prompt_tokens: torch.Tensor | None,
-    checkpoint_offsets: torch.Tensor | None, checkpoint_states: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    int32 = (torch.int32,)
-    if dt_threshold is not None:
-        if seq_rows is None or seq_prompt_tokens is None:
-            raise ValueError("dt_threshold needs seq_rows and seq_prompt_tokens beside it; one of them came as None")
-        rows = dt_threshold.shape[0] if dt_threshold.dim() == 2 else 1
-        check_tensor("dt_threshold", dt_threshold, (rows, x.shape[1]), (torch.float32,), x.device)
-        check_tensor("seq_rows", seq_rows, (sequences,), int32, x.device)
-        check_tensor("seq_prompt_tokens", seq_prompt_tokens, (sequences,), int32, x.device)
-    if checkpoint_offsets is not None:
-        if checkpoint_states is None:
-            raise ValueError("checkpoint_offsets needs checkpoint_states beside it, which came as None")
-        check_tensor("checkpoint_offsets", checkpoint_offsets, (sequences,), int32, x.device)
-        check_tensor("checkpoint_states", checkpoint_states, (sequences, *state.shape[1:]), FLOATS, x.device)
+    if dt_threshold is None:
+        return
+    if seq_rows is None or seq_prompt_tokens is None:
+        raise ValueError("dt_threshold needs seq_rows and seq_prompt_tokens beside it; one of them came as None")
+    rows = dt_threshold.shape[0] if dt_threshold.dim() == 2 else 1
+    check_tensor("dt_threshold", dt_threshold, (rows, x.shape[1]), (torch.float32,), x.device)
+    check_tensor("seq_rows", seq_rows, (sequences,), (torch.int32,), x.device)
+    check_tensor("seq_prompt_tokens", seq_prompt_tokens, (sequences,), (torch.int32,), x.device)

@@ -1,47 +1,44 @@
 """The small kernels of ssd: what each block needs, and the walk over segments.
 
 A sequence is cut into segments of SEGMENT tokens and these into blocks of BLOCK tokens. Segments and blocks are
-numbered as in `_find_sequence`, so that the host needs only shapes. With checkpoints a sequence consists of two
-pieces, in front of its checkpoint and behind it; otherwise pieces are sequences.
+numbered as in `find_sequence`, so that the host needs only shapes.
 """
 
 # mypy: ignore-errors
-# ruff: noqa: RUF005, SIM102
-# Triton's language looks like Python but has neither its types nor starred tuples, and no `and` of run-time conditions.
+# ruff: noqa: RUF005
+# Triton's language looks like Python but has neither its types nor starred tuples.
 
 import triton
 import triton.language as tl
 
 from .dispatch import UNALIGNED
-from .filter_dt_triton import _softplus
-from .selective_scan_chunks_triton import _find_sequence
+from .triton_helpers import filtered_dt, find_sequence
 
 
 @triton.jit(
-    do_not_specialize=["npieces", "search_steps", "tokens", "blocks", "index_stride"],
+    do_not_specialize=["nseq", "search_depth", "tokens", "blocks", "index_stride"],
     do_not_specialize_on_alignment=UNALIGNED,
 )
-def _prepare_kernel(
-    dt_ptr, A_ptr, dt_bias_ptr, B_ptr, C_ptr, step_ptr, decay_ptr, weight_ptr, total_ptr, product_ptr,
-    bounds_ptr, state_indices_ptr, dt_threshold_ptr, seq_rows_ptr, seq_prompt_tokens_ptr,
-    npieces, search_steps, tokens, blocks, dt_stride, B_stride, C_stride, index_stride,
+def _ssd_prepare_kernel(
+    raw_dt_ptr, A_ptr, dt_bias_ptr, B_ptr, C_ptr, dt_ptr, decay_ptr, weight_ptr, total_ptr, product_ptr,
+    query_start_loc_ptr, state_indices_ptr, dt_threshold_ptr, seq_rows_ptr, seq_prompt_tokens_ptr,
+    nseq, search_depth, tokens, blocks, raw_dt_stride, B_stride, C_stride, index_stride,
     nheads: tl.constexpr, ngroups: tl.constexpr, d_state: tl.constexpr, NULL: tl.constexpr, FILTER: tl.constexpr,
-    PIECES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, STATES: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, STATES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of one block: C B^T of a group, or the steps of some heads.
+    """Of one block: C B^T of a group, or dt of some heads.
 
     product: C B^T, 0 where j > i or behind the end: (blocks, ngroups, BLOCK, BLOCK).
-    step: softplus(dt + dt_bias), 0 where filtered; decay: the running sum of step x A x log2(e); weight: a token's in
-    the state behind the block, step x 2^(the decay of the tokens behind it); each (nheads, tokens).
+    dt: softplus(raw_dt + dt_bias), 0 where filtered; decay: the running sum of dt x A x log2(e); weight: a token's in
+    the state behind the block, dt x 2^(the decay of the tokens behind it); each (nheads, tokens).
     total: the decay over the whole block: (nheads, blocks).
     """
     part = tl.program_id(0)
-    piece = _find_sequence(bounds_ptr, part, npieces, BLOCK, search_steps)
-    start = tl.load(bounds_ptr + piece)
-    sequence = piece // PIECES
-    first = (part - start // BLOCK - piece) * BLOCK
-    n_tokens = tl.load(bounds_ptr + piece + 1) - start
+    sequence = find_sequence(query_start_loc_ptr, part, nseq, BLOCK, search_depth)
+    start = tl.load(query_start_loc_ptr + sequence)
+    first = (part - start // BLOCK - sequence) * BLOCK
+    n_tokens = tl.load(query_start_loc_ptr + sequence + 1) - start
     if tl.load(state_indices_ptr + sequence * index_stride) == NULL:
         return
     if first >= n_tokens:
@@ -66,36 +63,35 @@ def _prepare_kernel(
     head = (tl.program_id(1) - ngroups) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     is_head = head < nheads
     mask = (position < n_tokens)[:, None] & is_head[None, :]
-    raw = tl.load(dt_ptr + token[:, None] * dt_stride + head[None, :], mask=mask, other=0.0).to(tl.float32)
+    raw_dt = tl.load(raw_dt_ptr + token[:, None] * raw_dt_stride + head[None, :], mask=mask, other=0.0)
     dt_bias = tl.load(dt_bias_ptr + head, mask=is_head, other=0.0).to(tl.float32)
     A = tl.load(A_ptr + head, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
-    step = _softplus(raw + dt_bias[None, :])
+    threshold = dt_bias
+    is_prompt = position < n_tokens
     if FILTER:
         row = tl.load(seq_rows_ptr + sequence).to(tl.int64)
-        # of the whole sequence's tokens in this call
-        prompt_tokens = tl.load(seq_prompt_tokens_ptr + sequence) + tl.load(bounds_ptr + sequence * PIECES) - start
         threshold = tl.load(dt_threshold_ptr + row * nheads + head, mask=is_head, other=-1.0)
-        is_filtered = (position < prompt_tokens)[:, None] & (step <= threshold[None, :])
-        step = tl.where(is_filtered, 0.0, step)
-    step = tl.where(mask, step, 0.0)
-    decays = step * A[None, :]
+        is_prompt = position < tl.load(seq_prompt_tokens_ptr + sequence)
+    dt = filtered_dt(raw_dt, dt_bias[None, :], threshold[None, :], is_prompt[:, None], FILTER)
+    dt = tl.where(mask, dt, 0.0)
+    decays = dt * A[None, :]
     # added up from behind: total - decay would lose what is small beside both
     behind = tl.cumsum(decays, 0, reverse=True) - decays
     offsets = head.to(tl.int64)[None, :] * tokens + token[:, None]
-    tl.store(step_ptr + offsets, step, mask=mask)
+    tl.store(dt_ptr + offsets, dt, mask=mask)
     tl.store(decay_ptr + offsets, tl.cumsum(decays, 0), mask=mask)
-    tl.store(weight_ptr + offsets, step * tl.exp2(behind), mask=mask)
+    tl.store(weight_ptr + offsets, dt * tl.exp2(behind), mask=mask)
     tl.store(total_ptr + head.to(tl.int64) * blocks + part, tl.sum(decays, 0), mask=is_head)
 
 
 @triton.jit(do_not_specialize=["index_stride"], do_not_specialize_on_alignment=UNALIGNED)
-def _walk_kernel(
-    state_ptr, checkpoint_ptr, segment_state_ptr, segment_decay_ptr, bounds_ptr, state_indices_ptr,
+def _ssd_walk_kernel(
+    state_ptr, segment_state_ptr, segment_decay_ptr, query_start_loc_ptr, state_indices_ptr,
     has_initial_state_ptr, state_stride, index_stride,
-    nheads: tl.constexpr, size: tl.constexpr, NULL: tl.constexpr, PIECES: tl.constexpr, SEGMENT: tl.constexpr,
+    nheads: tl.constexpr, size: tl.constexpr, NULL: tl.constexpr, SEGMENT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Replace what each segment adds by the state that it starts from; write the last state and the checkpoint's.
+    """Replace what each segment adds by the state that it starts from, and write the last state.
 
     size: numbers in the state of a head.
     """
@@ -110,30 +106,22 @@ def _walk_kernel(
     is_initial = tl.load(has_initial_state_ptr + sequence) != 0
     h = tl.load(state_ptr + slot * state_stride + offsets, mask=own < tl.where(is_initial, size, 0), other=0.0)
     h = h.to(tl.float32)
-    for k in tl.static_range(PIECES):
-        piece = sequence * PIECES + k
-        start = tl.load(bounds_ptr + piece)
-        n_tokens = tl.load(bounds_ptr + piece + 1) - start
-        # segment numbers in int64: segments x states passes 2^31
-        first = (start // SEGMENT + piece).to(tl.int64)
-        segments = (n_tokens + SEGMENT - 1) // SEGMENT
-        for segment in range(0, segments, AHEAD):
-            # what AHEAD segments add is loaded at once, since only the sums depend on each other
-            added = ()
-            decays = ()
-            for i in tl.static_range(AHEAD):
-                row = first + tl.minimum(segment + i, segments - 1)
-                decays = decays + (tl.load(segment_decay_ptr + row * nheads + head),)
-                added = added + (tl.load(segment_state_ptr + row * (nheads * size) + offsets, mask=is_own, other=0.0),)
-            for i in tl.static_range(AHEAD):
-                state_ptrs = segment_state_ptr + (first + segment + i) * (nheads * size) + offsets
-                tl.store(state_ptrs, h, mask=own < tl.where(segment + i < segments, size, 0))
-                h = tl.where(segment + i < segments, h * tl.exp2(decays[i]) + added[i], h)
-        if PIECES == 2:
-            if k == 0:
-                checkpoint_ptrs = checkpoint_ptr + sequence.to(tl.int64) * (nheads * size) + offsets
-                has_checkpoint = own < tl.where(n_tokens > 0, size, 0)
-                tl.store(checkpoint_ptrs, h.to(checkpoint_ptr.dtype.element_ty), mask=has_checkpoint)
-    n_tokens = tl.load(bounds_ptr + sequence * PIECES + PIECES) - tl.load(bounds_ptr + sequence * PIECES)
+    start = tl.load(query_start_loc_ptr + sequence)
+    n_tokens = tl.load(query_start_loc_ptr + sequence + 1) - start
+    # segment numbers in int64: segments x states passes 2^31
+    first = (start // SEGMENT + sequence).to(tl.int64)
+    segments = (n_tokens + SEGMENT - 1) // SEGMENT
+    for segment in range(0, segments, AHEAD):
+        # what AHEAD segments add is loaded at once, since only the sums depend on each other
+        added = ()
+        decays = ()
+        for i in tl.static_range(AHEAD):
+            row = first + tl.minimum(segment + i, segments - 1)
+            decays = decays + (tl.load(segment_decay_ptr + row * nheads + head),)
+            added = added + (tl.load(segment_state_ptr + row * (nheads * size) + offsets, mask=is_own, other=0.0),)
+        for i in tl.static_range(AHEAD):
+            state_ptrs = segment_state_ptr + (first + segment + i) * (nheads * size) + offsets
+            tl.store(state_ptrs, h, mask=own < tl.where(segment + i < segments, size, 0))
+            h = tl.where(segment + i < segments, h * tl.exp2(decays[i]) + added[i], h)
     is_changed = own < tl.where(n_tokens > 0, size, 0)
     tl.store(state_ptr + slot * state_stride + offsets, h.to(state_ptr.dtype.element_ty), mask=is_changed)

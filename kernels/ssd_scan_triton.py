@@ -4,10 +4,10 @@ A program runs through the blocks of a segment with the state of its heads, (HEA
 the state goes through memory once a segment, not once a chunk. Everything is transposed, heads' channels down and
 tokens across, so that the state is the left operand of its product with C as it lies in the registers.
 
-Within a block, token i of a head needs the sum over j <= i of ``S[i, j] exp(a_i - a_j) step_j x_j`` with S = C B^T and
+Within a block, token i of a head needs the sum over j <= i of ``S[i, j] exp(a_i - a_j) dt_j x_j`` with S = C B^T and
 a the running sum of the decay. Two ways:
 
-- factored: ``exp(a_i + r) sum_j S[i, j] (exp(-r - a_j) step_j x_j)``: S is the same for all heads of a group, and the
+- factored: ``exp(a_i + r) sum_j S[i, j] (exp(-r - a_j) dt_j x_j)``: S is the same for all heads of a group, and the
   state is kept times exp(-r), so that it is only added to. When the decay since the last time passes 2^-MOST_DECAY,
   the state is scaled anew: none of the exponentials leaves the range of float32 and bfloat16, and the result is as
   exact as the other. It takes the segments without a block that decays by more than that.
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import UNALIGNED
-from .selective_scan_chunks_triton import _find_sequence
+from .triton_helpers import find_sequence
 
 
 @triton.jit
@@ -47,14 +47,14 @@ def _down(values, channel, headdim: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["npieces", "search_steps", "tokens", "blocks", "index_stride"],
+    do_not_specialize=["nseq", "search_depth", "tokens", "blocks", "index_stride"],
     do_not_specialize_on_alignment=UNALIGNED,
 )
-def _segment_state_kernel(
-    x_ptr, B_ptr, weight_ptr, total_ptr, segment_state_ptr, segment_decay_ptr, bounds_ptr, state_indices_ptr,
-    npieces, search_steps, tokens, blocks, x_stride, B_stride, index_stride,
+def _ssd_segment_state_kernel(
+    x_ptr, B_ptr, weight_ptr, total_ptr, segment_state_ptr, segment_decay_ptr, query_start_loc_ptr, state_indices_ptr,
+    nseq, search_depth, tokens, blocks, x_stride, B_stride, index_stride,
     nheads: tl.constexpr, headdim: tl.constexpr, ngroups: tl.constexpr, d_state: tl.constexpr, NULL: tl.constexpr,
-    PIECES: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr, HEADS: tl.constexpr, STATES: tl.constexpr,
+    BLOCK: tl.constexpr, SEGMENT: tl.constexpr, HEADS: tl.constexpr, STATES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a segment adds to the state of HEADS heads.
@@ -64,15 +64,15 @@ def _segment_state_kernel(
     CHANNELS: tl.constexpr = HEADS * headdim
     MOST_BLOCKS: tl.constexpr = SEGMENT // BLOCK
     part = tl.program_id(1)
-    piece = _find_sequence(bounds_ptr, part, npieces, SEGMENT, search_steps)
-    start = tl.load(bounds_ptr + piece)
-    in_piece = part - start // SEGMENT - piece
-    n_tokens = tl.minimum(tl.load(bounds_ptr + piece + 1) - start - in_piece * SEGMENT, SEGMENT)
-    if tl.load(state_indices_ptr + (piece // PIECES) * index_stride) == NULL:
+    sequence = find_sequence(query_start_loc_ptr, part, nseq, SEGMENT, search_depth)
+    start = tl.load(query_start_loc_ptr + sequence)
+    in_sequence = part - start // SEGMENT - sequence
+    n_tokens = tl.minimum(tl.load(query_start_loc_ptr + sequence + 1) - start - in_sequence * SEGMENT, SEGMENT)
+    if tl.load(state_indices_ptr + sequence * index_stride) == NULL:
         return
     if n_tokens <= 0:
         return
-    first_block = start // BLOCK + piece + in_piece * MOST_BLOCKS
+    first_block = start // BLOCK + sequence + in_sequence * MOST_BLOCKS
     n_blocks = (n_tokens + BLOCK - 1) // BLOCK
     head = tl.program_id(0) * HEADS
     group = head // (nheads // ngroups)
@@ -80,7 +80,7 @@ def _segment_state_kernel(
     n = tl.arange(0, STATES)
     position = tl.arange(0, BLOCK)
     # token numbers in int64: tokens x row stride passes 2^31
-    base = start.to(tl.int64) + in_piece * SEGMENT
+    base = start.to(tl.int64) + in_sequence * SEGMENT
     x_ptr += base * x_stride + head * headdim
     B_ptr += base * B_stride + group * d_state
     x_offsets = position[:, None] * x_stride + channel[None, :]
@@ -136,7 +136,7 @@ def _constants(values, constant: tl.constexpr, HEADS: tl.constexpr):
 
 @triton.jit
 def _scan_blocks(
-    x_ptr, B_ptr, C_ptr, D_ptr, out_ptr, step_ptr, decay_ptr, weight_ptr, total_ptr, product_ptr, segment_state_ptr,
+    x_ptr, B_ptr, C_ptr, D_ptr, out_ptr, dt_ptr, decay_ptr, weight_ptr, total_ptr, product_ptr, segment_state_ptr,
     head, part, base, n_tokens, first_block, n_blocks, tokens, blocks, x_stride, B_stride, C_stride, out_stride,
     nheads: tl.constexpr, headdim: tl.constexpr, ngroups: tl.constexpr, d_state: tl.constexpr, BLOCK: tl.constexpr,
     HEADS: tl.constexpr, STATES: tl.constexpr, FACTORED: tl.constexpr, MOST_DECAY: tl.constexpr,
@@ -189,7 +189,7 @@ def _scan_blocks(
                 factors = ()
                 for k in tl.static_range(HEADS):
                     factors = factors + (tl.exp2(0.5 * scales[k] - 0.25 * MOST_DECAY),)
-                # in two steps: the whole factor may be too small for float32
+                # twice: the whole factor may be too small for float32
                 factor = _down(factors, channel, headdim, HEADS)
                 h = h * factor * factor
                 scales = _constants(scales, 0.5 * MOST_DECAY, HEADS)
@@ -203,8 +203,8 @@ def _scan_blocks(
             behind = first_block + tl.minimum(i + 1, n_blocks - 1)
             next_totals = next_totals + (tl.load(total_ptr + (head + k).to(tl.int64) * blocks + behind),)
             if FACTORED:
-                step = tl.load(step_ptr + offset + position, mask=is_token, other=0.0)
-                into = into + (step * tl.exp2(-scales[k] - decay),)
+                dt = tl.load(dt_ptr + offset + position, mask=is_token, other=0.0)
+                into = into + (dt * tl.exp2(-scales[k] - decay),)
                 outof = outof + (tl.exp2(scales[k] + decay),)
                 next_scales = next_scales + (scales[k] + totals[k],)
             else:
@@ -222,11 +222,11 @@ def _scan_blocks(
         else:
             y = y * outof[0][None, :]
             offset = head.to(tl.int64) * tokens + base + first
-            step = tl.load(step_ptr + offset + position, mask=is_token, other=0.0)
+            dt = tl.load(dt_ptr + offset + position, mask=is_token, other=0.0)
             decay = tl.load(decay_ptr + offset + position, mask=is_token, other=0.0)
             M = S.to(tl.float32) * tl.exp2(tl.minimum(decay[:, None] - decay[None, :], 0.0))
-            stepped = (tl.trans(x).to(tl.float32) * step[None, :]).to(x.dtype)
-            y = tl.dot(stepped, tl.trans(M.to(x.dtype)), y, input_precision=PRECISION)
+            scaled = (tl.trans(x).to(tl.float32) * dt[None, :]).to(x.dtype)
+            y = tl.dot(scaled, tl.trans(M.to(x.dtype)), y, input_precision=PRECISION)
             h = h * block_decay
         h = tl.dot(fed, B, h, input_precision=PRECISION)
         result = tl.trans(y) + x.to(tl.float32) * D
@@ -236,15 +236,15 @@ def _scan_blocks(
 
 
 @triton.jit(
-    do_not_specialize=["npieces", "search_steps", "tokens", "blocks", "index_stride"],
+    do_not_specialize=["nseq", "search_depth", "tokens", "blocks", "index_stride"],
     do_not_specialize_on_alignment=UNALIGNED,
 )
-def _scan_kernel(
-    x_ptr, B_ptr, C_ptr, D_ptr, out_ptr, step_ptr, decay_ptr, weight_ptr, total_ptr, product_ptr, segment_state_ptr,
-    bounds_ptr, state_indices_ptr, npieces, search_steps, tokens, blocks, x_stride, B_stride, C_stride, out_stride,
-    index_stride,
+def _ssd_scan_kernel(
+    x_ptr, B_ptr, C_ptr, D_ptr, out_ptr, dt_ptr, decay_ptr, weight_ptr, total_ptr, product_ptr, segment_state_ptr,
+    query_start_loc_ptr, state_indices_ptr, nseq, search_depth, tokens, blocks,
+    x_stride, B_stride, C_stride, out_stride, index_stride,
     nheads: tl.constexpr, headdim: tl.constexpr, ngroups: tl.constexpr, d_state: tl.constexpr, NULL: tl.constexpr,
-    PIECES: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr, HEADS: tl.constexpr, STATES: tl.constexpr,
+    BLOCK: tl.constexpr, SEGMENT: tl.constexpr, HEADS: tl.constexpr, STATES: tl.constexpr,
     FACTORED: tl.constexpr, PAIRED: tl.constexpr, MOST_DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The outputs of HEADS heads of a segment.
@@ -254,17 +254,17 @@ def _scan_kernel(
     """
     MOST_BLOCKS: tl.constexpr = SEGMENT // BLOCK
     part = tl.program_id(1)
-    piece = _find_sequence(bounds_ptr, part, npieces, SEGMENT, search_steps)
-    start = tl.load(bounds_ptr + piece)
-    in_piece = part - start // SEGMENT - piece
-    n_tokens = tl.minimum(tl.load(bounds_ptr + piece + 1) - start - in_piece * SEGMENT, SEGMENT)
-    if tl.load(state_indices_ptr + (piece // PIECES) * index_stride) == NULL:
+    sequence = find_sequence(query_start_loc_ptr, part, nseq, SEGMENT, search_depth)
+    start = tl.load(query_start_loc_ptr + sequence)
+    in_sequence = part - start // SEGMENT - sequence
+    n_tokens = tl.minimum(tl.load(query_start_loc_ptr + sequence + 1) - start - in_sequence * SEGMENT, SEGMENT)
+    if tl.load(state_indices_ptr + sequence * index_stride) == NULL:
         return
     if n_tokens <= 0:
         return
     # token numbers in int64: tokens x row stride passes 2^31
-    base = start.to(tl.int64) + in_piece * SEGMENT
-    first_block = start // BLOCK + piece + in_piece * MOST_BLOCKS
+    base = start.to(tl.int64) + in_sequence * SEGMENT
+    first_block = start // BLOCK + sequence + in_sequence * MOST_BLOCKS
     n_blocks = (n_tokens + BLOCK - 1) // BLOCK
     head = tl.program_id(0) * HEADS
     if PAIRED > 0:
@@ -277,7 +277,7 @@ def _scan_kernel(
         if (tl.min(lowest, 0) >= -MOST_DECAY) != FACTORED:
             return
     _scan_blocks(
-        x_ptr, B_ptr, C_ptr, D_ptr, out_ptr, step_ptr, decay_ptr, weight_ptr, total_ptr, product_ptr,
+        x_ptr, B_ptr, C_ptr, D_ptr, out_ptr, dt_ptr, decay_ptr, weight_ptr, total_ptr, product_ptr,
         segment_state_ptr, head, part, base, n_tokens, first_block, n_blocks, tokens, blocks,
         x_stride, B_stride, C_stride, out_stride, nheads, headdim, ngroups, d_state, BLOCK, HEADS, STATES,
         FACTORED, MOST_DECAY, PRECISION,

@@ -1,7 +1,7 @@
 """Triton launches of :mod:`kernels.ssd`; imported by the wrapper only where Triton can run.
 
-A sequence is cut into segments that run in parallel: ``_segment_state_kernel`` sums up what each adds to the state,
-``_walk_kernel`` finds the state that each starts from, and ``_scan_kernel`` writes the outputs.
+A sequence is cut into segments that run in parallel: ``_ssd_segment_state_kernel`` sums up what each adds to the state,
+``_ssd_walk_kernel`` finds the state that each starts from, and ``_ssd_scan_kernel`` writes the outputs.
 """
 
 # mypy: ignore-errors
@@ -14,8 +14,8 @@ import triton
 from .compile_ahead import launch
 from .dispatch import is_nvidia
 from .reference import NULL_SLOT
-from .ssd_blocks_triton import _prepare_kernel, _walk_kernel
-from .ssd_scan_triton import _scan_kernel, _segment_state_kernel
+from .ssd_blocks_triton import _ssd_prepare_kernel, _ssd_walk_kernel
+from .ssd_scan_triton import _ssd_scan_kernel, _ssd_segment_state_kernel
 
 IS_HIP = torch.version.hip is not None
 # log2 of the smallest decay over a block that the factored way takes: half of it to either side of 1 leaves float32's
@@ -71,7 +71,7 @@ def _segment(tokens: int, nheads: int) -> int:
 
 def ssd_triton(
     x, dt, A, B, C, D, dt_bias, state, query_start_loc, state_indices, has_initial_state,
-    dt_threshold, seq_rows, seq_prompt_tokens, checkpoint_offsets, checkpoint_states, out, sizes=None,
+    dt_threshold, seq_rows, seq_prompt_tokens, out, sizes=None,
 ) -> None:  # fmt: skip
     """Launch for checked arguments; see :func:`kernels.ssd.ssd`.
 
@@ -81,51 +81,46 @@ def ssd_triton(
     (tokens, nheads, headdim), (ngroups, d_state) = x.shape, B.shape[1:]
     sizes = (FLOAT32_SIZES if x.dtype == torch.float32 else Sizes()) if sizes is None else sizes
     block, segment = sizes.block, sizes.segment or _segment(tokens, nheads)
-    pieces, bounds = 1, query_start_loc
-    if checkpoint_offsets is not None:
-        starts = query_start_loc[:-1]
-        ends = torch.stack([starts, starts + checkpoint_offsets], 1).flatten()
-        pieces, bounds = 2, torch.cat([ends, query_start_loc[-1:]])
-    npieces = len(bounds) - 1
-    parts, blocks = tokens // segment + npieces, tokens // block + npieces
+    nseq = len(state_indices)
+    parts, blocks = tokens // segment + nseq, tokens // block + nseq
     float32 = {"dtype": torch.float32, "device": x.device}
-    step, decay, weight = torch.empty((3, nheads, tokens), **float32)
+    softplus_dt, decay, weight = torch.empty((3, nheads, tokens), **float32)
     total = torch.empty((nheads, blocks), **float32)
     product = torch.empty((blocks, ngroups, block, block), dtype=x.dtype, device=x.device)
     segment_state = torch.empty((parts, nheads * headdim, d_state), **float32)
     segment_decay = torch.empty((parts, nheads), **float32)
     # an unused pointer argument still needs a tensor
-    filters = (A, bounds, bounds) if dt_threshold is None else (dt_threshold, seq_rows, seq_prompt_tokens)
-    checkpoints = state if checkpoint_states is None else checkpoint_states
-    search = (npieces, (npieces - 1).bit_length())
+    filters = (
+        (dt_threshold, seq_rows, seq_prompt_tokens) if dt_threshold is not None else (A, state_indices, state_indices)
+    )
+    where, search = (query_start_loc, state_indices), (nseq, (nseq - 1).bit_length())
     index_stride = state_indices.stride(0)
     block_heads = min(32, triton.next_power_of_2(nheads))
-    ends = {"NULL": NULL_SLOT, "PIECES": pieces}
     # three products of tf32 are about as exact as float32
     precision = {"STATES": max(16, triton.next_power_of_2(d_state)), "PRECISION": "ieee" if IS_HIP else "tf32x3"}
 
-    launch(_prepare_kernel, (blocks, ngroups + triton.cdiv(nheads, block_heads)), x)(
-        dt, A, dt_bias, B, C, step, decay, weight, total, product, bounds, state_indices, *filters, *search,
+    launch(_ssd_prepare_kernel, (blocks, ngroups + triton.cdiv(nheads, block_heads)), x)(
+        dt, A, dt_bias, B, C, softplus_dt, decay, weight, total, product, *where, *filters, *search,
         tokens, blocks, dt.stride(0), B.stride(0), C.stride(0), index_stride,
-        nheads=nheads, ngroups=ngroups, d_state=d_state, FILTER=dt_threshold is not None, **ends, **precision,
+        nheads=nheads, ngroups=ngroups, d_state=d_state, FILTER=dt_threshold is not None, NULL=NULL_SLOT, **precision,
         BLOCK=block, BLOCK_HEADS=block_heads, num_warps=4,
     )  # fmt: skip
-    large = {"nheads": nheads, "headdim": headdim, "ngroups": ngroups, "d_state": d_state, **ends, **precision}
-    large |= {"BLOCK": block, "SEGMENT": segment}
+    large = {"nheads": nheads, "headdim": headdim, "ngroups": ngroups, "d_state": d_state, **precision}
+    large |= {"NULL": NULL_SLOT, "BLOCK": block, "SEGMENT": segment}
     heads = _heads(sizes.state_heads, headdim, nheads // ngroups)
-    launch(_segment_state_kernel, (nheads // heads, parts), x)(
-        x, B, weight, total, segment_state, segment_decay, bounds, state_indices,
+    launch(_ssd_segment_state_kernel, (nheads // heads, parts), x)(
+        x, B, weight, total, segment_state, segment_decay, *where,
         *search, tokens, blocks, x.stride(0), B.stride(0), index_stride,
         **large, HEADS=heads, num_warps=_warps(sizes.state_warps, heads * headdim), num_stages=sizes.state_stages,
     )  # fmt: skip
     size = headdim * d_state
-    launch(_walk_kernel, (triton.cdiv(size, 1024), nheads, len(state_indices)), x)(
-        state, checkpoints, segment_state, segment_decay, bounds, state_indices, has_initial_state.view(torch.uint8),
-        state.stride(0), index_stride, nheads=nheads, size=size, **ends, SEGMENT=segment,
+    launch(_ssd_walk_kernel, (triton.cdiv(size, 1024), nheads, len(state_indices)), x)(
+        state, segment_state, segment_decay, *where, has_initial_state.view(torch.uint8),
+        state.stride(0), index_stride, nheads=nheads, size=size, NULL=NULL_SLOT, SEGMENT=segment,
         BLOCK_SIZE=1024, AHEAD=4, num_warps=4,
     )  # fmt: skip
     scan = (
-        x, B, C, D, out, step, decay, weight, total, product, segment_state, bounds, state_indices, *search,
+        x, B, C, D, out, softplus_dt, decay, weight, total, product, segment_state, *where, *search,
         tokens, blocks, x.stride(0), B.stride(0), C.stride(0), out.stride(0), index_stride,
     )  # fmt: skip
     large["MOST_DECAY"] = MOST_DECAY
@@ -134,11 +129,11 @@ def ssd_triton(
         heads = _heads(sizes.scan_heads, headdim, nheads // ngroups)
         # an NVIDIA compiler option
         limits = {"maxnreg": sizes.scan_registers} if sizes.scan_registers and is_nvidia(x.device) else {}
-        launch(_scan_kernel, (nheads // heads, parts), x)(
+        launch(_ssd_scan_kernel, (nheads // heads, parts), x)(
             *scan, **large, HEADS=heads, PAIRED=heads, FACTORED=True,
             num_warps=_warps(sizes.scan_warps, heads * headdim), num_stages=sizes.scan_stages, **limits,
         )  # fmt: skip
-    launch(_scan_kernel, (nheads, parts), x)(
+    launch(_ssd_scan_kernel, (nheads, parts), x)(
         *scan, **large, HEADS=1, PAIRED=heads, FACTORED=False,
         num_warps=_warps(sizes.exact_warps, headdim), num_stages=sizes.exact_stages,
     )  # fmt: skip

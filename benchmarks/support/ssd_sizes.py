@@ -64,7 +64,7 @@ def sweep(seconds: float, out: Path) -> None:
 def sweep_shape(shape: str, tokens: int, tried: list[dict[str, Any]], end: float) -> list[dict[str, Any]]:
     inputs = ssd_inputs(shape, tokens, 1, False)
     stock_out, out = torch.empty_like(inputs["x"]), torch.empty_like(inputs["x"])
-    unused = dict.fromkeys(("dt_threshold", "seq_rows", "seq_prompt_tokens", "checkpoint_offsets", "checkpoint_states"))
+    unused = dict.fromkeys(("dt_threshold", "seq_rows", "seq_prompt_tokens"))
     stock_ssd(with_own_state(inputs), stock_out)()
     stock = stock_ssd(with_own_state(inputs), torch.empty_like(stock_out))
     times = kernel_times(stock)

@@ -18,10 +18,10 @@ def scan_inputs(*args, **kwargs) -> dict:
     return {name: tensor.cpu() if tensor is not None else None for name, tensor in inputs.items()}
 
 
-def step_size(raw: float, bias: float, threshold: float | None) -> float:
-    step = raw + bias
-    step = step if step > 20 else math.log1p(math.exp(step))
-    return 0.0 if threshold is not None and step <= threshold else step
+def filtered_dt(raw: float, bias: float, threshold: float | None) -> float:
+    dt = raw + bias
+    dt = dt if dt > 20 else math.log1p(math.exp(dt))
+    return 0.0 if threshold is not None and dt <= threshold else dt
 
 
 def threshold_of(inputs: dict, sequence: int, position: int, channel: int) -> float | None:
@@ -46,12 +46,12 @@ def test_selective_scan_reference(is_filtered: bool, has_gate: bool):
             for position in range(starts[sequence + 1] - starts[sequence]):
                 token = starts[sequence] + position
                 threshold = threshold_of(inputs, sequence, position, channel)
-                step = step_size(inputs["dt"][token, channel].item(), inputs["dt_bias"][channel].item(), threshold)
+                dt = filtered_dt(inputs["dt"][token, channel].item(), inputs["dt_bias"][channel].item(), threshold)
                 x = inputs["x"][token, channel].item()
                 y = inputs["D"][channel].item() * x
                 for n in range(5):
-                    decay = math.exp(step * inputs["A"][channel, n].item())
-                    h[n] = decay * h[n] + step * x * inputs["B"][token, n].item()
+                    decay = math.exp(dt * inputs["A"][channel, n].item())
+                    h[n] = decay * h[n] + dt * x * inputs["B"][token, n].item()
                     y += h[n] * inputs["C"][token, n].item()
                 if has_gate:
                     z = inputs["z"][token, channel].item()
@@ -84,12 +84,12 @@ def test_ssd_reference(is_filtered: bool):
                 for position in range(starts[sequence + 1] - starts[sequence]):
                     token = starts[sequence] + position
                     threshold = threshold_of(inputs, sequence, position, head)
-                    step = step_size(inputs["dt"][token, head].item(), inputs["dt_bias"][head].item(), threshold)
+                    dt = filtered_dt(inputs["dt"][token, head].item(), inputs["dt_bias"][head].item(), threshold)
                     x = inputs["x"][token, head, p].item()
                     y = inputs["D"][head].item() * x
                     for n in range(d_state):
-                        h[n] *= math.exp(step * inputs["A"][head].item())
-                        h[n] += step * x * inputs["B"][token, group, n].item()
+                        h[n] *= math.exp(dt * inputs["A"][head].item())
+                        h[n] += dt * x * inputs["B"][token, group, n].item()
                         y += h[n] * inputs["C"][token, group, n].item()
                     assert out[token, head, p].item() == pytest.approx(y, rel=1e-10, abs=1e-10)
                 torch.testing.assert_close(

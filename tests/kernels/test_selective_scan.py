@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from scan_inputs import DEVICE, IS_INTERPRETED, RUNS_TRITON, TOLERANCES, in_float64, relative_error, scan_inputs
@@ -92,6 +96,23 @@ def test_selective_scan_cut_prompt(cut: int):
     # the state goes through the float32 cache without rounding
     assert relative_error(torch.cat(parts), expected) < TOLERANCES[torch.float32]
     assert relative_error(inputs["state"], whole["state"]) < TOLERANCES[torch.float32]
+
+
+@pytest.mark.skipif(RUNS_TRITON, reason="numba runs on CPUs only")
+def test_selective_scan_leaves_pytorch_its_threads():
+    # in a process of its own: numba starts its threads once
+    call = """
+import torch
+from scan_inputs import scan_inputs
+from vllm_longmamba.kernels import selective_scan
+before = torch.get_num_threads()
+selective_scan(**scan_inputs((5,), 200, 4))
+assert before == torch.get_num_threads() == 1, (before, torch.get_num_threads())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", call], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.mark.skipif(not RUNS_TRITON, reason="chunks exist on a GPU and in Triton's interpreter only")

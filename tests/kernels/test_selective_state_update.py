@@ -21,13 +21,13 @@ def update_inputs(
         return torch.randn(*shape, generator=generator)
 
     d_inner = headdim * (nheads or 1)
-    steps = nheads or d_inner
-    projection = normal(batch, 2 * d_inner + 2 * ngroups * d_state + steps).to(dtype).to(DEVICE)
-    x, z, B, C, dt = projection.split([d_inner, d_inner, ngroups * d_state, ngroups * d_state, steps], dim=1)
+    channels = nheads or d_inner
+    projection = normal(batch, 2 * d_inner + 2 * ngroups * d_state + channels).to(dtype).to(DEVICE)
+    x, z, B, C, dt = projection.split([d_inner, d_inner, ngroups * d_state, ngroups * d_state, channels], dim=1)
     # Independent of B, C would almost cancel the state in some batches of one, and magnify the rounding of any sum.
     C += B
     cache = normal(batch + 3, d_inner * d_state + 7).to(state_dtype).to(DEVICE)
-    dt_threshold = 2.0 * torch.rand(3, steps, generator=generator)
+    dt_threshold = 2.0 * torch.rand(3, channels, generator=generator)
     dt_threshold[0] = -1.0
     dt_threshold[:, ::3] = -1.0
     int32 = {"dtype": torch.int32, "device": DEVICE}
@@ -35,12 +35,12 @@ def update_inputs(
         "state": cache[:, : d_inner * d_state].unflatten(1, (d_inner, d_state)),
         "x": x,
         "dt": dt,
-        "A": (-4.0 * torch.rand(steps, *([] if nheads else [d_state]), generator=generator)).to(DEVICE),
+        "A": (-4.0 * torch.rand(channels, *([] if nheads else [d_state]), generator=generator)).to(DEVICE),
         "B": B,
         "C": C,
-        "D": normal(steps).to(DEVICE),
+        "D": normal(channels).to(DEVICE),
         "z": z if nheads is None else None,
-        "dt_bias": normal(steps).to(DEVICE),
+        "dt_bias": normal(channels).to(DEVICE),
         # the first column of vLLM's block table, which has others
         "state_indices": torch.stack([torch.arange(batch, 0, -1, **int32)] * 2, 1)[:, 0],
         "dt_threshold": dt_threshold.to(DEVICE),

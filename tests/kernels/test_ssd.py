@@ -115,35 +115,9 @@ def test_ssd_segments(lengths: tuple[int, ...], is_factored: bool):
 
     def run(**inputs: torch.Tensor | None) -> None:
         sizes = Sizes(block=16, segment=32, is_factored=is_factored)
-        ssd_triton(**inputs, checkpoint_offsets=None, checkpoint_states=None, sizes=sizes)
+        ssd_triton(**inputs, sizes=sizes)
 
     check(ssd_inputs(lengths, (2, 16, 1, 16), strongest=20.0), run)
-
-
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["state-fp32", "state-bf16"])
-def test_ssd_checkpoints(state_dtype: torch.dtype):
-    lengths, offsets = (50, 5, 40), (33, 0, 40)
-    inputs = ssd_inputs(lengths, (2, 16, 1, 16), state_dtype=state_dtype)
-    before, starts = inputs["state"].clone(), inputs["query_start_loc"]
-    expected = torch.full((3, *before.shape[1:]), 7.0, dtype=state_dtype, device=DEVICE)
-    for sequence in (0, 2):
-        tokens = slice(int(starts[sequence]), int(starts[sequence]) + offsets[sequence])
-        one = slice(sequence, sequence + 1)
-        part = {name: inputs[name][tokens] for name in ("x", "dt", "B", "C")}
-        for name in ("state_indices", "has_initial_state", "seq_rows", "seq_prompt_tokens"):
-            part[name] = inputs[name][one]
-        part["query_start_loc"] = torch.tensor([0, offsets[sequence]], dtype=torch.int32, device=DEVICE)
-        part["state"] = before.clone()
-        ssd_reference(**(in_float64(inputs) | in_float64(part) | {"state": part["state"]}))
-        expected[sequence] = part["state"][inputs["state_indices"][sequence]]
-    checkpoints = torch.full_like(expected, 7.0)
-    offsets_tensor = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)
-    check(
-        inputs,
-        lambda **given: ssd(**given, checkpoint_offsets=offsets_tensor, checkpoint_states=checkpoints),
-    )
-    assert relative_error(checkpoints, expected) < TOLERANCES[state_dtype]
-    assert (checkpoints[1] == 7.0).all()
 
 
 @pytest.mark.parametrize("lengths", [(), (0,)], ids=["no-sequences", "no-tokens"])
@@ -201,7 +175,6 @@ def wrong_arguments() -> dict[str, tuple[str, torch.Tensor | None, str]]:
         "query_start_loc": ("query_start_loc", zeros(2, dtype=torch.int64), "query_start_loc must be torch.int32"),
         "dt_threshold": ("dt_threshold", zeros(3, 5), "dt_threshold must have shape"),
         "seq_rows": ("seq_rows", None, "seq_rows"),
-        "checkpoint_offsets": ("checkpoint_offsets", zeros(1, dtype=torch.int32), "checkpoint_states"),
         "out": ("out", zeros(4, 4, 16, dtype=torch.bfloat16), "out must be torch.float32"),
     }
 
