@@ -1,6 +1,6 @@
 """The `longmamba calibrate` command without an engine: what it passes on, writes and prints."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import pytest
 from small_tables import small_table
 from typer.testing import CliRunner
 
-import vllm_longmamba.calibration.offline as calibrate_module
+import vllm_longmamba.calibration.offline as offline
 from vllm_longmamba.calibration.settings import CalibrationSettings
 from vllm_longmamba.calibration.stability_report import stability_table, unstable_layers, write_stability
 from vllm_longmamba.cli import app
@@ -33,7 +33,7 @@ def varied(seed: int, spread: float) -> ThresholdTable:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Function: arguments -> (exit code, output, the arguments of `calibrate_groups`)."""
+    """Function: arguments -> (exit code, output, the arguments of `calibrate_all`)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # Wide enough for paths.
     monkeypatch.setenv("COLUMNS", "200")
@@ -41,13 +41,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     def call(*arguments: str, spread: float = 0.01) -> tuple[int, str, dict[str, Any]]:
         seen: dict[str, Any] = {}
 
-        def groups(number: int, model: str, texts: Any, settings: Any, **kwargs: Any) -> Iterator[ThresholdTable]:
-            seen.update(kwargs, groups=number, model=model, texts=texts, settings=settings)
-            for seed in range(number):
-                assert list(kwargs["progress"]([[1], [2]])) == [[1], [2]]
-                yield varied(seed, spread)
+        def calibrate_all(model: str, settings: list[CalibrationSettings], **kwargs: Any) -> list[ThresholdTable]:
+            seen.update(kwargs, model=model, settings=settings)
+            return [varied(each.seed, spread) for each in settings]
 
-        monkeypatch.setattr(calibrate_module, "calibrate_groups", groups)
+        monkeypatch.setattr(offline, "calibrate_all", calibrate_all)
         result = CliRunner().invoke(app, ["calibrate", *arguments])
         return result.exit_code, result.output, seen
 
@@ -60,15 +58,15 @@ def test_calibrate_by_default(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "cache" / "vllm_longmamba" / f"{'f' * 32}.safetensors"
     assert load_table(path).digest() == varied(0, 0.01).digest()
     assert f"wrote {path}: 2 layers, 2 of 6 channels global, rows up to 20 tokens" in output
-    assert (seen["groups"], seen["model"], seen["texts"]) == (1, "org/model", None)
-    assert seen["settings"] == CalibrationSettings()
-    assert {name: seen[name] for name in ("text_column", "dtype", "quantization", "tensor_parallel_size")} == {
-        "text_column": "text",
+    assert path.parent.stat().st_mode & 0o077 == 0
+    assert seen == {
+        "model": "org/model",
+        "settings": [CalibrationSettings()],
+        "model_impl": "longmamba",
         "dtype": "auto",
-        "quantization": None,
         "tensor_parallel_size": 1,
+        "additional_config": {},
     }
-    assert "tokenizer" not in seen
 
 
 def test_calibrate_passes_its_options_on(run: Run, tmp_path: Path) -> None:
@@ -77,21 +75,41 @@ def test_calibrate_passes_its_options_on(run: Run, tmp_path: Path) -> None:
     output = tmp_path / "new" / "table.safetensors"
     options = f"--text {text} --text {text} --text-column body --sequences 7 --clamp-percent 3 --min-retention 1e-5"
     options += " --train-length 64 --max-length 900 --seed 4 --dtype float32 --quantization fp8 --tokenizer t --tp 2"
-    options += " --unfiltered-end 128"
-    code, printed, seen = run("m", *options.split(), "--output", str(output))
+    options += ' --unfiltered-end 128 --engine-args {"max_num_batched_tokens":99}'
+    code, printed, seen = run("m", *options.split(), "-o", str(output))
     assert code == 0, printed
     assert load_table(output).metadata.train_length == 8
-    assert seen["texts"] == [text, text]
-    assert seen["settings"] == CalibrationSettings(7, 3.0, 1e-5, 64, 900, 4, unfiltered_end=128)
-    assert (seen["text_column"], seen["dtype"], seen["quantization"]) == ("body", "float32", "fp8")
+    (settings,) = seen["settings"]
+    assert settings == CalibrationSettings(
+        num_sequences=7,
+        clamp_percent=3.0,
+        min_retention=1e-5,
+        train_length=64,
+        max_length=900,
+        seed=4,
+        unfiltered_end=128,
+        texts=(str(text), str(text)),
+        text_column="body",
+    )
+    assert (seen["dtype"], seen["quantization"], seen["max_num_batched_tokens"]) == ("float32", "fp8", 99)
     assert (seen["tokenizer"], seen["tensor_parallel_size"]) == ("t", 2)
 
 
-def test_calibrate_with_a_budget(run: Run) -> None:
-    code, printed, seen = run("m", "--budget", "0.5", "--unfiltered-end", "64")
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--budget 0.5 --unfiltered-end 64", CalibrationSettings(budget=0.5, unfiltered_end=64)),
+        ("--channel-budget 0.1=2 --channel-budget 1.0=3", CalibrationSettings(channel_budgets=("0.1=2", "1.0=3"))),
+        (
+            "--method closed-loop --combine min --measure-to 300 --budget 0.5",
+            CalibrationSettings(method="closed-loop", combine="min", measure_to=300, budget=0.5),
+        ),
+    ],
+)
+def test_calibrate_by_a_method(options: str, expected: CalibrationSettings, run: Run) -> None:
+    code, printed, seen = run("m", *options.split())
     assert code == 0, printed
-    assert seen["settings"] == CalibrationSettings(budget=0.5, unfiltered_end=64)
-    assert (seen["settings"].method, seen["settings"].way_to_combine) == ("unclamped", "clipped")
+    assert seen["settings"] == [expected]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +118,12 @@ def test_calibrate_with_a_budget(run: Run) -> None:
         ("--method paper --budget 2", 1, "the method paper has no budget but that of the training length, got 2.0"),
         ("--clamp-percent 5 --budget 0.5", 1, "the method paper has no budget but that of the training length"),
         ("--budget 0", 1, "budget must be a factor above 0, got 0.0"),
+        ("--method open", 1, "method must be one of unclamped, paper, closed-loop, got 'open'"),
+        (
+            '--engine-args {"max_model_len":5}',
+            1,
+            "--engine-args: max_model_len is set by --max-model-len; leave it out",
+        ),
         ("--budget nan", 1, "budget must be a factor above 0, got nan"),
         ("--unfiltered-end -1", 2, "Invalid value for '--unfiltered-end'"),
         ("--unfiltered-end 0.5", 2, "Invalid value for '--unfiltered-end'"),
@@ -109,15 +133,6 @@ def test_calibrate_refuses_a_budget_or_an_end(options: str, code: int, message: 
     found, printed, seen = run("m", *options.split())
     assert (found, seen) == (code, {})
     assert message in " ".join(printed.split())
-
-
-def test_settings_refuse_a_budget_or_an_end() -> None:
-    with pytest.raises(ValueError, match=r"method paper has no budget but that of the training length, got 0\.5"):
-        CalibrationSettings(method="paper", budget=0.5)
-    assert CalibrationSettings(method="paper", budget=1, unfiltered_end=3).unfiltered_end == 3
-    for end in (-1, 1.5, True):
-        with pytest.raises(ValueError, match="CalibrationSettings: unfiltered_end must be a number of tokens"):
-            CalibrationSettings(unfiltered_end=end)  # type: ignore[arg-type]
 
 
 def test_calibrate_keeps_the_table_of_a_quantized_model_apart(run: Run, tmp_path: Path) -> None:
@@ -130,7 +145,7 @@ def test_calibrate_in_groups(spread: float, is_unstable: bool, run: Run, tmp_pat
     numbers = tmp_path / "groups.npz"
     code, output, seen = run("m", "--groups", "5", "--groups-output", str(numbers), spread=spread)
     assert code == 0, output
-    assert seen["groups"] == 5
+    assert [settings.seed for settings in seen["settings"]] == [0, 1, 2, 3, 4]
     assert "5 calibrations on different text" in output
     assert ("The calibration is unstable in layers 0, 1" in output) is is_unstable
     expected = table_stability([varied(seed, spread) for seed in range(5)])

@@ -1,6 +1,7 @@
 """`longmamba calibrate` through the real engine, against DESIGN's formulas on the reference's dt."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,10 @@ import torch
 from references.reference_lm import _read_weights, reference_dt
 from tiny_models import random_token_ids
 
-from vllm_longmamba.calibration.offline import calibrate, calibrate_groups
+from vllm_longmamba.calibration.offline import calibrate, calibrate_all
 from vllm_longmamba.calibration.sequences import choose_sequences, draw_sequences
 from vllm_longmamba.calibration.settings import CalibrationSettings
-from vllm_longmamba.tables import LayerCalibration, table_to_bytes
+from vllm_longmamba.tables import LayerCalibration
 
 from .harness import MEMORY, TRAIN_LENGTH
 
@@ -31,7 +32,7 @@ def test_calibrate(
     tiny_model: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    """The paper's method with a clamp of its own, and the default with a budget and an unfiltered end."""
+    """The paper's method with a clamp of its own, and the default with a budget and an unfiltered end; two seeds."""
     model = tiny_model(family)
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(token % 96 + 32) for token in random_token_ids(2000, seed=1)))
@@ -43,41 +44,30 @@ def test_calibrate(
         seed=5,
         budget=budget,
         unfiltered_end=64 if budget != 1 else 0,
+        texts=(str(text),),
     )
-    seen = []
+    made = calibrate_all(str(model), [settings, replace(settings, seed=6)], dtype="float32", **MEMORY)
 
-    def progress(sequences: list[list[int]]) -> list[list[int]]:
-        seen.extend(sequences)
-        return sequences
-
-    table = calibrate(str(model), [text], settings, progress=progress, dtype="float32", **MEMORY)
-    again, other = calibrate_groups(2, str(model), [text], settings, dtype="float32", **MEMORY)
-    assert table_to_bytes(again) == table_to_bytes(table)
-    assert (other.metadata.seed, other.row_lengths.tolist()) == (6, table.row_lengths.tolist())
-    assert other.digest() != table.digest()
-
-    assert len(seen) == 3
-    assert (table.metadata.combine, table.metadata.budget) == (combine, budget)
-    assert table.unfiltered_end() == settings.unfiltered_end
+    assert [table.metadata.seed for table in made] == [5, 6]
+    assert made[0].digest() != made[1].digest()
     weights = _read_weights(model)
-    for layer, thresholds in table.layers.items():
-        A = -torch.exp(weights[f"backbone.layers.{layer}.mixer.A_log"].double())
-        expected = LayerCalibration(A, TRAIN_LENGTH, table.row_lengths, clamp_percent or 0.0, combine, budget)
-        for sequence in seen:
-            expected.add(reference_dt(model, sequence)[layer].float())
-        np.testing.assert_allclose(thresholds.retention, expected.result().retention, rtol=1e-3)
-        np.testing.assert_allclose(thresholds.dt_threshold, expected.result().dt_threshold, rtol=1e-3)
+    for table in made:
+        assert (table.metadata.combine, table.metadata.budget) == (combine, budget)
+        assert table.unfiltered_end() == settings.unfiltered_end
+        sequences = draw_sequences([list(text.read_bytes())], TRAIN_LENGTH, 3, table.metadata.seed)
+        for layer, thresholds in table.layers.items():
+            A = -torch.exp(weights[f"backbone.layers.{layer}.mixer.A_log"].double())
+            expected = LayerCalibration(A, TRAIN_LENGTH, table.row_lengths, clamp_percent or 0.0, combine, budget)
+            for sequence in sequences:
+                expected.add(reference_dt(model, sequence)[layer].float())
+            np.testing.assert_allclose(thresholds.retention, expected.result().retention, rtol=1e-3)
+            np.testing.assert_allclose(thresholds.dt_threshold, expected.result().dt_threshold, rtol=1e-3)
 
 
 def test_a_budget_for_a_channel_that_is_missing(tiny_model: Callable[[str], Path]) -> None:
-    """It is refused before any sequence runs."""
     settings = CalibrationSettings(train_length=TRAIN_LENGTH, channel_budgets=("0.0=2", "7.1=2"))
-
-    def progress(sequences: list[list[int]]) -> list[list[int]]:
-        pytest.fail("a sequence was asked for")
-
     with pytest.raises(ValueError, match=r"has no channel 7\.1; it has layers \[0, 1"):
-        calibrate(str(tiny_model("mamba2")), settings=settings, progress=progress, dtype="float32", **MEMORY)
+        calibrate(str(tiny_model("mamba2")), settings, dtype="float32", **MEMORY)
 
 
 def test_choose_sequences() -> None:

@@ -14,12 +14,14 @@ from tiny_models import random_token_ids
 
 import vllm_longmamba.calibration.at_start as calibrate_at_start
 import vllm_longmamba.tables.shipped as shipped
+from vllm_longmamba.calibration.offline import calibrate
 from vllm_longmamba.calibration.sequences import draw_sequences
+from vllm_longmamba.calibration.settings import CalibrationSettings
 from vllm_longmamba.calibration.text import sample_corpus
 from vllm_longmamba.layers.filtered_mixer import filtered_mixers
 from vllm_longmamba.tables import LayerCalibration, LayerThresholds, ThresholdTable, load_table, table_to_bytes
 
-from .harness import TRAIN_LENGTH, Completion, Engine, Filters, assert_agrees
+from .harness import MEMORY, TRAIN_LENGTH, Completion, Engine, Filters, assert_agrees
 
 pytestmark = pytest.mark.engine
 SLOW = pytest.mark.slow
@@ -38,7 +40,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     monkeypatch.setenv("VLLM_CACHE_ROOT", os.environ.get("VLLM_CACHE_ROOT", str(own / "vllm")))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("vllm_longmamba.calibration.plan.DEFAULT_MAX_MODEL_LEN", 1024)
+    monkeypatch.setattr("vllm_longmamba.calibration.prepare.DEFAULT_MAX_MODEL_LEN", 1024)
     monkeypatch.setattr(shipped, "__path__", [str(tmp_path / "none")])
     return tmp_path / "cache" / "vllm_longmamba"
 
@@ -164,6 +166,19 @@ def test_cache_that_takes_nothing_then_one_that_does(
     assert without.tokens == first.tokens == second.tokens
     np.testing.assert_array_equal(without.logprobs, first.logprobs)
     np.testing.assert_array_equal(first.logprobs, second.logprobs)
+
+
+@pytest.mark.parametrize("arguments", [{"dtype": "float32", "enforce_eager": True}, {"dtype": "bfloat16"}], ids=str)
+def test_the_command_makes_the_same_table(
+    arguments: dict[str, Any], cache: Path, start: Callable[..., Engine], tiny_model: Callable[[str], Path]
+) -> None:
+    """To the last bit, also compiled and in the model's own dtype."""
+    model = tiny_model("mamba2")
+    start(model, **({"enforce_eager": False} | arguments))
+    at_start = load_table(stored(cache))
+    settings = CalibrationSettings(train_length=TRAIN_LENGTH, max_length=1024)
+    table = calibrate(str(model), settings, **{**arguments, **MEMORY})
+    assert table_to_bytes(table) == table_to_bytes(at_start)
 
 
 def threshold_buffers(worker: Any) -> tuple[int, int, int]:

@@ -93,17 +93,18 @@ def test_calibrate(family: str, tiny_model: Callable[[str], Path], tmp_path: Pat
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(token % 96 + 32) for token in tokens))
     settings = CalibrationSettings(
-        SEQUENCES, 10.0, THETA, TRAIN_LENGTH, max_length=500, seed=SEED, method="closed-loop", measure_to=400
+        num_sequences=SEQUENCES,
+        clamp_percent=10.0,
+        min_retention=THETA,
+        train_length=TRAIN_LENGTH,
+        max_length=500,
+        seed=SEED,
+        method="closed-loop",
+        measure_to=400,
+        texts=(str(text),),
     )
-    seen: list[list[int]] = []
-
-    def progress(given: list[list[int]]) -> list[list[int]]:
-        seen.extend(given)
-        return given
-
-    table = calibrate(str(model), [text], settings, progress=progress, dtype="float32", **MEMORY)
+    table = calibrate(str(model), settings, dtype="float32", **MEMORY)
     assert table.metadata.closed_loop == ClosedLoop(combine="median", lengths=(144, 288, 400), text_tokens=2000)
-    assert [len(sequence) for sequence in seen] == [TRAIN_LENGTH] * 3 + [144] * 3 + [288] * 3 + [400] * 3
     assert_closed_loop(model, table, [list(text.read_bytes())], SEQUENCES, SEED)
 
 
@@ -113,7 +114,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engi
     own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     monkeypatch.setenv("VLLM_CACHE_ROOT", os.environ.get("VLLM_CACHE_ROOT", str(own / "vllm")))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("vllm_longmamba.calibration.plan.DEFAULT_MAX_MODEL_LEN", 1024)
+    monkeypatch.setattr("vllm_longmamba.calibration.prepare.DEFAULT_MAX_MODEL_LEN", 1024)
     monkeypatch.setattr(shipped, "__path__", [str(tmp_path / "none")])
 
     def run(model: Path, **arguments: Any) -> Engine:

@@ -15,6 +15,7 @@ from references import independent_calibration
 from references.reference_lm import _read_weights, reference_dt
 
 from vllm_longmamba.calibration.offline import calibrate
+from vllm_longmamba.calibration.sequences import draw_sequences
 from vllm_longmamba.calibration.settings import CalibrationSettings
 
 from .harness import MEMORY, TRAIN_LENGTH
@@ -35,17 +36,17 @@ def test_same_table(family: str, clamp_percent: float | None, combine: str, tiny
     model = EXAMPLE_MODEL if family == "example" else tiny_model(family)
     train_length = 512 if family == "example" else TRAIN_LENGTH
     settings = CalibrationSettings(
-        num_sequences=3, train_length=train_length, max_length=6 * train_length, clamp_percent=clamp_percent, seed=11
+        num_sequences=3,
+        train_length=train_length,
+        max_length=6 * train_length,
+        clamp_percent=clamp_percent,
+        seed=11,
+        texts=(str(TEXT),),
     )
-    sequences: list[list[int]] = []
+    table = calibrate(str(model), settings, dtype="float32", **MEMORY)
 
-    def progress(chosen: list[list[int]]) -> list[list[int]]:
-        sequences.extend(chosen)
-        return chosen
-
-    table = calibrate(str(model), [TEXT], settings, progress=progress, dtype="float32", **MEMORY)
-
-    assert [len(sequence) for sequence in sequences] == [train_length] * 3
+    # The tokenizers of these models are byte-level.
+    sequences = draw_sequences([list(TEXT.read_bytes())], train_length, 3, seed=11)
     dts = [{layer: dt.numpy() for layer, dt in reference_dt(model, tokens).items()} for tokens in sequences]
     weights = _read_weights(model)
     assert set(table.layers) == set(dts[0])

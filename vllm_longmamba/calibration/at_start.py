@@ -8,15 +8,17 @@ thresholds are written over the empty ones in place, where captured CUDA graphs 
 import copy
 import logging
 import time
+from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
-from vllm_longmamba.calibration.plan import CalibrationPlan, plan_from_config
-from vllm_longmamba.checkpoint.fingerprint import DUMMY
+from vllm_longmamba.calibration.settings import CalibrationSettings, from_config
+from vllm_longmamba.checkpoint.trusted_file import UntrustedFileError, check_trusted, make_private_folder
 from vllm_longmamba.options import options_from_config
 from vllm_longmamba.tables import (
     TableError,
     ThresholdTable,
+    read_channel_budgets,
     save_bytes,
     table_from_bytes,
     table_to_bytes,
@@ -25,25 +27,10 @@ from vllm_longmamba.tables import (
 logger = logging.getLogger("vllm.longmamba")
 
 
-def calibration_obstacle(vllm_config: Any) -> str | None:
-    """Why an engine cannot calibrate itself, in words; None where it can."""
-    parallel = vllm_config.parallel_config
-    obstacles = {
-        "a pooling model generates nothing": vllm_config.model_config.runner_type == "pooling",
-        "--kv-transfer-config would hand the calibration sequences on": vllm_config.kv_transfer_config is not None,
-        "an external launcher has an engine for each rank": (
-            parallel.distributed_executor_backend == "external_launcher"
-        ),
-        # One of them may find a table that another has not.
-        "the engines of a data-parallel mixture of experts step together": (
-            parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe
-        ),
-    }
-    return next((obstacle for obstacle, applies in obstacles.items() if applies), None)
-
-
 def provide_table(executor: Any, vllm_config: Any, kv_cache_config: Any) -> ThresholdTable | None:
     """Give the workers of an engine the table that the front end did not find.
+
+    `longmamba calibrate` may ask for several tables; the engine goes on with the first.
 
     Args:
         executor: vLLM's executor, its model loaded and its cache allocated.
@@ -54,98 +41,120 @@ def provide_table(executor: Any, vllm_config: Any, kv_cache_config: Any) -> Thre
         The table, None where the front end found one or no prompt can be long enough to be filtered.
 
     Raises:
-        ValueError: the text does not have enough tokens.
+        ValueError: the text does not have enough tokens, or a channel with a budget of its own does not exist.
     """
     from vllm_longmamba.calibration.worker import use_table
 
-    plan = plan_from_config(vllm_config.additional_config)
-    if plan is None or not plan.can_filter(vllm_config.model_config.max_model_len):
+    to_make = from_config(vllm_config.additional_config)
+    if not to_make:
         return None
-    stored = _stored_table(plan)
-    if stored is not None:
-        content, table = stored
-    else:
-        started = time.monotonic()
-        table = _calibrate(plan, executor, vllm_config, kv_cache_config)
-        content = table_to_bytes(table)
-        is_stored = _store(plan, content)
-        min_retention = options_from_config(vllm_config.additional_config).min_retention
-        global_channels = table.count_global(min_retention)
-        logger.info(
-            "LongMamba: calibrated in %.1f s on %d sequences of the training length of %d tokens, %d of %d channels "
-            "are global; %s",
-            time.monotonic() - started,
-            plan.num_sequences,
-            plan.train_length,
-            global_channels,
-            sum(len(layer.retention) for layer in table.layers.values()),
-            f"stored in {plan.store}" if is_stored else "not stored",
-        )
+    max_model_len = vllm_config.model_config.max_model_len
+    if not to_make[0].can_filter(max_model_len):
+        warn_of_short_prompts(to_make[0], max_model_len)
+        return None
+    min_retention = options_from_config(vllm_config.additional_config).min_retention
+    made = []
+    for settings in to_make:
+        stored = _stored_table(settings)
+        made.append(stored or _make_table(settings, min_retention, (executor, vllm_config, kv_cache_config)))
+    content, table = made[0]
     executor.collective_rpc(use_table, args=(content,))
     return table
 
 
-def _stored_table(plan: CalibrationPlan) -> tuple[bytes, ThresholdTable] | None:
-    """The table that an earlier start has stored, and what its file holds."""
-    if plan.store is None:
+def warn_of_short_prompts(settings: CalibrationSettings, max_model_len: int) -> None:
+    """Say that an engine serves the plain model."""
+    logger.warning(
+        "LongMamba filters nothing here: the model's training length of %d tokens covers prompts of up to "
+        "max_model_len %d tokens; the plain model is served. Give a larger --max-model-len, or the right training "
+        """length, --additional-config '{"longmamba": {"train_length": N}}'""",
+        settings.train_length,
+        max_model_len,
+    )
+
+
+def read_stored(settings: CalibrationSettings) -> tuple[bytes, ThresholdTable] | None:
+    """The table that an earlier start has stored, and what its file holds; None where there is none to be used."""
+    if settings.store is None:
         return None
+    path = Path(settings.store)
     try:
-        content = Path(plan.store).read_bytes()
-        table = table_from_bytes(content, plan.store)
+        check_trusted(path)
+        content = path.read_bytes()
+        table = table_from_bytes(content, settings.store)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, TableError) as error:
+    except (OSError, TableError, UntrustedFileError) as error:
         logger.warning("LongMamba: the stored table cannot be used, calibrating again: %s", error)
         return None
-    if table.metadata.weights_fingerprint != plan.weights_fingerprint:
-        return None
-    logger.info("LongMamba: thresholds from %s, made at an earlier start", plan.store)
+    return (content, table) if table.metadata.weights_fingerprint == settings.weights_fingerprint else None
+
+
+def _stored_table(settings: CalibrationSettings) -> tuple[bytes, ThresholdTable] | None:
+    stored = read_stored(settings)
+    if stored is not None:
+        logger.info("LongMamba: thresholds from %s, made at an earlier start", settings.store)
+    return stored
+
+
+def _make_table(
+    settings: CalibrationSettings, min_retention: float | None, engine: tuple[Any, Any, Any]
+) -> tuple[bytes, ThresholdTable]:
+    started = time.monotonic()
+    table = _calibrate(settings, *engine)
+    content = table_to_bytes(table)
+    is_stored = _store(settings, content)
+    logger.info(
+        "LongMamba: calibrated in %.1f s on %d sequences of the training length of %d tokens, %d of %d channels are "
+        "global; %s",
+        time.monotonic() - started,
+        settings.num_sequences,
+        settings.train_length,
+        table.count_global(min_retention),
+        sum(len(layer.retention) for layer in table.layers.values()),
+        f"stored in {settings.store}" if is_stored else "not stored",
+    )
     return content, table
 
 
-def _calibrate(plan: CalibrationPlan, executor: Any, vllm_config: Any, kv_cache_config: Any) -> ThresholdTable:
+def _calibrate(settings: CalibrationSettings, executor: Any, vllm_config: Any, kv_cache_config: Any) -> ThresholdTable:
     from vllm_longmamba.calibration.sequences import draw_sequences, tokenize
     from vllm_longmamba.calibration.text import read_corpus
     from vllm_longmamba.calibration.worker import finish_calibration, merge_workers, start_calibration
 
-    corpus = read_corpus([Path(path) for path in plan.texts])
+    corpus = read_corpus([Path(path) for path in settings.texts], settings.text_column)
     texts = tokenize(_tokenizer(vllm_config.model_config), corpus)
-    sequences = draw_sequences(texts, plan.train_length, plan.num_sequences, plan.seed)
-    metadata = plan.metadata(sum(map(len, texts)))
-    is_dummy = plan.weights_fingerprint == DUMMY
-    settings = (
-        plan.train_length,
-        plan.row_lengths.tolist(),
-        plan.clamp_percent,
-        metadata.combine,
-        metadata.budget,
-        metadata.channel_budgets,
-        is_dummy,
-    )
-    executor.collective_rpc(start_calibration, args=settings)
+    metadata = settings.metadata(sum(map(len, texts)))
+    sequences = draw_sequences(texts, metadata.train_length, settings.num_sequences, settings.seed)
+    of_workers = executor.collective_rpc(start_calibration, args=(settings,))
+    _check_channels(settings, dict(ChainMap(*of_workers)))
     run = _Runner(executor, vllm_config, kv_cache_config)
     for sequence in sequences:
         run(sequence)
-    if plan.measured_lengths:
-        _close_loop(plan, executor, texts, run)
+    if settings.measured_lengths:
+        _close_loop(settings, executor, texts, run)
     run.end()
-    layers = merge_workers(executor.collective_rpc(finish_calibration, args=(len(sequences),)))
-    return ThresholdTable(metadata=metadata, row_lengths=plan.row_lengths, layers=layers)
+    layers = merge_workers(executor.collective_rpc(finish_calibration))
+    return ThresholdTable(metadata=metadata, row_lengths=settings.row_lengths, layers=layers)
 
 
-def _close_loop(plan: CalibrationPlan, executor: Any, texts: list[list[int]], run: "_Runner") -> None:
-    from vllm_longmamba.calibration.closed_loop import close_loop, closed_loop_sequences, start_length
+def _check_channels(settings: CalibrationSettings, channels: dict[int, int]) -> None:
+    for layer, channel in read_channel_budgets(settings.channel_budgets):
+        if channel >= channels.get(layer, 0):
+            has = f"{channels[layer]} channels in layer {layer}" if layer in channels else f"layers {sorted(channels)}"
+            raise ValueError(f"channel_budgets: this model has no channel {layer}.{channel}; it has {has}")
 
-    lengths = list(plan.measured_lengths)
-    if lengths[-1] + 2 > run.max_model_len:
+
+def _close_loop(settings: CalibrationSettings, executor: Any, texts: list[list[int]], run: "_Runner") -> None:
+    from vllm_longmamba.calibration.closed_loop import run_closed_loop
+
+    longest = settings.measured_lengths[-1]
+    if longest + 2 > run.max_model_len:
         raise ValueError(
-            f"closed-loop calibration needs a max_model_len of {lengths[-1] + 2} at the start, but the cache has "
+            f"closed-loop calibration needs a max_model_len of {longest + 2} at the start, but the cache has "
             f"room for {run.max_model_len} tokens; give --max-model-len {run.max_model_len}"
         )
-    executor.collective_rpc(close_loop, args=(plan.num_sequences, plan.min_retention, lengths, plan.combine))
-    for sequence in closed_loop_sequences(texts, lengths, plan.num_sequences, plan.seed):
-        executor.collective_rpc(start_length, args=(len(sequence),))
-        run(sequence)
+    run_closed_loop(settings, executor, texts, run)
 
 
 def _tokenizer(model_config: Any) -> Any:
@@ -220,12 +229,12 @@ def _step(executor: Any, scheduler: Any) -> None:
     scheduler.update_from_output(output, result)
 
 
-def _store(plan: CalibrationPlan, content: bytes) -> bool:
-    if plan.store is None:
+def _store(settings: CalibrationSettings, content: bytes) -> bool:
+    if settings.store is None:
         return False
     try:
-        Path(plan.store).parent.mkdir(parents=True, exist_ok=True)
-        save_bytes(content, plan.store)
+        make_private_folder(Path(settings.store).parent)
+        save_bytes(content, settings.store)
     except OSError as error:
         logger.warning("LongMamba: the table cannot be stored, the next start will calibrate again: %s", error)
         return False

@@ -1,11 +1,14 @@
 """Closed-loop calibration: thresholds from text as long as the prompts, the filter already on in the layers below."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from vllm_longmamba.calibration.recorder import CalibrationRecorder
+from vllm_longmamba.calibration.sequences import draw_sequences
+from vllm_longmamba.calibration.settings import CalibrationSettings
 from vllm_longmamba.tables import (
     NO_FILTER,
     LayerThresholds,
@@ -25,8 +28,6 @@ def long_sequences(texts: Sequence[list[int]], length: int, number: int, seed: i
         texts: tokens of each text, not all empty.
         length, number, seed: see `draw_sequences`.
     """
-    from vllm_longmamba.calibration.sequences import draw_sequences
-
     joined = [token for tokens in texts for token in tokens]
     if len(joined) // length >= number:
         return draw_sequences(texts, length, number, seed)
@@ -46,23 +47,19 @@ class ClosedLoopRecorder:
     """Measures thresholds at the length where they act, and lets each layer filter by them at once.
 
     Args:
-        calibration: the `CalibrationRecorder` that has seen the sequences of the training length.
-        min_retention: channels of a larger retention are filtered while the layers above are measured.
-        lengths: prompt lengths to measure at, ascending.
-        combine: how the thresholds of several sequences become one.
-        budget: what a channel may keep, as a factor of its sum of dt over the training length.
+        calibration: the recorder that has seen the sequences of the training length.
     """
 
-    def __init__(self, calibration: Any, min_retention: float, lengths: list[int], combine: str, budget: float) -> None:
-        self.lengths = lengths
-        self.combine = combine
+    def __init__(self, calibration: CalibrationRecorder) -> None:
+        settings = calibration.settings
+        self.settings = settings
         self._row_lengths = calibration.row_lengths
         self._layers = {index: layer.result() for index, layer in calibration.layers.items()}
-        self._is_global = {index: layer.retention > min_retention for index, layer in self._layers.items()}
-        self._budgets = {index: budget * layer.budget() for index, layer in calibration.layers.items()}
+        self._is_global = {index: layer.retention > settings.theta for index, layer in self._layers.items()}
+        self._budgets = {index: settings.budget * layer.budget() for index, layer in calibration.layers.items()}
         # Layer -> length -> (channels,) of each sequence, in host memory.
         self._found: dict[int, dict[int, list[torch.Tensor]]] = {
-            index: {length: [] for length in lengths} for index in self._layers
+            index: {length: [] for length in settings.measured_lengths} for index in self._layers
         }
         self._prompt_length = 0
         self._cut: set[int] = set()
@@ -85,39 +82,38 @@ class ClosedLoopRecorder:
         self._found[layer_index][self._prompt_length].append(thresholds.cpu())
         return torch.where(self._is_global[layer_index].to(dt.device), thresholds, NO_FILTER)
 
-    def finish(self, num_sequences: int) -> dict[int, LayerThresholds]:
+    def finish(self) -> dict[int, LayerThresholds]:
         """The thresholds of this worker's channels.
 
         Raises:
-            RuntimeError: a sequence came in chunks, or not all layers have seen that many of each length.
+            RuntimeError: a sequence came in chunks, or not all layers have seen all sequences of each length.
         """
+        number, lengths = self.settings.num_sequences, self.settings.measured_lengths
         seen = {len(found) for by_length in self._found.values() for found in by_length.values()}
-        if self._cut or seen not in (set(), {num_sequences}):
+        if self._cut or seen not in (set(), {number}):
             raise RuntimeError(
-                f"calibration: every layer must have seen {num_sequences} sequences of each of {self.lengths} tokens, "
-                f"in one step each, but they saw {sorted(seen)}, and chunks of {sorted(self._cut)} tokens; raise "
-                f"--max-num-batched-tokens to {self.lengths[-1] + 1}, or measure shorter lengths"
+                f"calibration: every layer must have seen {number} sequences of each of {list(lengths)} tokens, in one "
+                f"step each, but they saw {sorted(seen)}, and chunks of {sorted(self._cut)} tokens; raise "
+                f"--max-num-batched-tokens to {lengths[-1] + 1}, or measure shorter lengths"
             )
         return {index: self._layer(index) for index in self._layers}
 
     def _layer(self, index: int) -> LayerThresholds:
-        found = self._found[index]
+        found, lengths = self._found[index], self.settings.measured_lengths
         measured = torch.stack(
-            [combine_thresholds(torch.stack(found[length]), self.combine) for length in self.lengths]
+            [combine_thresholds(torch.stack(found[length]), self.settings.way_to_combine) for length in lengths]
         )
-        rows = interpolate_thresholds(self.lengths, measured, self._row_lengths)
+        rows = interpolate_thresholds(lengths, measured, self._row_lengths)
         return LayerThresholds(self._layers[index].retention, rows)
 
 
-def close_loop(
-    worker: Any, num_sequences: int, min_retention: float, lengths: list[int], combine: str, budget: float = 1.0
-) -> None:
-    """Go on from the sequences of the training length to a `ClosedLoopRecorder`; its arguments follow the number."""
+def close_loop(worker: Any) -> None:
+    """Go on from the sequences of the training length to a `ClosedLoopRecorder`."""
     from vllm_longmamba.layers.filtered_mixer import filtered_mixers
 
     recorder = worker.longmamba_recorder
-    recorder.check(num_sequences)
-    worker.longmamba_recorder = ClosedLoopRecorder(recorder, min_retention, lengths, combine, budget)
+    recorder.check()
+    worker.longmamba_recorder = ClosedLoopRecorder(recorder)
     for mixer in filtered_mixers(worker.get_model()):
         mixer.dt_recorder = worker.longmamba_recorder
 
@@ -125,3 +121,20 @@ def close_loop(
 def start_length(worker: Any, length: int) -> None:
     """Tell the worker's `ClosedLoopRecorder` how long the sequences are that follow."""
     worker.longmamba_recorder.start_length(length)
+
+
+def run_closed_loop(
+    settings: CalibrationSettings, executor: Any, texts: Sequence[list[int]], run: Callable[[list[int]], None]
+) -> None:
+    """The second part of a closed-loop calibration: the sequences of the measured lengths.
+
+    Args:
+        settings: those of the calibration.
+        executor: vLLM's executor, whose workers have recorded the sequences of the training length.
+        texts: tokens of each text.
+        run: runs a sequence through the model.
+    """
+    executor.collective_rpc(close_loop)
+    for sequence in closed_loop_sequences(texts, settings.measured_lengths, settings.num_sequences, settings.seed):
+        executor.collective_rpc(start_length, args=(len(sequence),))
+        run(sequence)

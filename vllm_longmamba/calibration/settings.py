@@ -1,26 +1,48 @@
-"""How a table is made: what `longmamba calibrate` takes as options, and what follows from the method."""
+"""How a threshold table is made: what a user chooses, and what the model and the engine add before it starts."""
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import numpy as np
+import torch
+
+from vllm_longmamba import __version__
 from vllm_longmamba.architectures import is_mamba1
 from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN
 from vllm_longmamba.tables import (
+    CLOSED_LOOP,
     DEFAULT_COMBINE,
     DEFAULT_MIN_RETENTION,
+    FORMAT_VERSION,
     MEAN,
     METHODS,
     PAPER,
     UNCLAMPED,
+    ClosedLoop,
+    LayerThresholds,
+    TableMetadata,
+    ThresholdTable,
     check_budget,
     check_combine,
     check_unfiltered_end,
+    default_row_lengths,
     read_channel_budgets,
 )
 
+CALIBRATION_KEY = "longmamba_calibration"
 
-@dataclass(frozen=True)
+# To be raised where the same settings and text give another table than before.
+_VERSION = 2
+# What decides nothing about the table beside the other fields.
+_NOT_IN_KEY = ("model_id", "weights_fingerprint", "texts", "text_column", "measure_to", "store")
+_TUPLES = ("texts", "channel_budgets", "measured_lengths")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
-    """How a table is made.
+    """How a table is made. Plain values: one object travels through vLLM's configuration to all processes.
 
     Attributes:
         num_sequences: calibration sequences, each of the training length; the paper takes 5.
@@ -37,10 +59,19 @@ class CalibrationSettings:
         combine: how the thresholds of several sequences become one: "median", "min", "mean" or "clipped", see
             `combine_thresholds`. By default "clipped", in the closed loop "median"; the paper's method takes the mean.
         measure_to: the longest closed-loop sequences, in tokens; thresholds of longer prompts are extrapolated. By
-            default max_length.
+            default max_length, as far as a step of the engine reaches.
         budget: what a channel may keep, as a factor of its sum of dt over the training length; the paper's is 1.
         channel_budgets: channels with a budget of their own, "LAYER.CHANNEL=BUDGET" each; of the method "unclamped".
         unfiltered_end: as many of a prompt's last tokens are not filtered; serving may change it. 0 in the paper.
+        texts: paths of the text; none stands for the sample that comes with the package.
+        text_column: the field or column of .jsonl and .parquet files that holds the text.
+        store: file that keeps the table, None where none does.
+        model_id: name of the model, or of its folder. This and what follows is filled in by the engine's front end,
+            as are the defaults above: see prepare.py.
+        weights_fingerprint: fingerprint of the weights, empty until then.
+        dtype, quantization: how vLLM runs the model; both change dt a little.
+        corpus: name of the text, with a hash of its contents.
+        measured_lengths: tokens of the closed-loop sequences; none with another method.
 
     Raises:
         ValueError: an unknown method or way to combine; a budget that is not above 0, or a channel's of another form;
@@ -58,10 +89,22 @@ class CalibrationSettings:
     combine: str | None = None
     measure_to: int | None = None
     budget: float = 1.0
-    unfiltered_end: int = 0
     channel_budgets: tuple[str, ...] = ()
+    unfiltered_end: int = 0
+    texts: tuple[str, ...] = ()
+    text_column: str = "text"
+    store: str | None = None
+    model_id: str = ""
+    weights_fingerprint: str = ""
+    dtype: str = ""
+    quantization: str | None = None
+    corpus: str = ""
+    measured_lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        # JSON knows no tuples.
+        for name in _TUPLES:
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         check_budget(self.budget, "CalibrationSettings")
         check_unfiltered_end(self.unfiltered_end, "CalibrationSettings")
         if self.method is None:
@@ -111,7 +154,96 @@ class CalibrationSettings:
             return self.clamp_percent
         return 0.0 if self.method == UNCLAMPED else default_clamp_percent(architecture)
 
+    @property
+    def row_lengths(self) -> np.ndarray:
+        """(rows,) int64, the prompt lengths of the table's rows; the training length must be known."""
+        assert self.train_length is not None
+        lengths: np.ndarray = default_row_lengths(self.train_length, self.max_length)
+        return lengths
+
+    def can_filter(self, max_model_len: int) -> bool:
+        """Whether any prompt of an engine can be long enough to be filtered."""
+        return 2 * max_model_len > int(self.row_lengths[0] + self.row_lengths[1])
+
+    def key(self) -> str:
+        """32 hexadecimal digits that stand for all that decides on the table, the weights apart."""
+        settings = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_KEY}
+        content = json.dumps([settings, FORMAT_VERSION, _VERSION], sort_keys=True)
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    def metadata(self, text_tokens: int = 1) -> TableMetadata:
+        """The metadata of the table to be made.
+
+        Args:
+            text_tokens: of the text, which a closed-loop table tells.
+        """
+        assert self.method is not None
+        assert self.train_length is not None
+        assert self.clamp_percent is not None
+        is_closed = self.method == CLOSED_LOOP
+        closed_loop = ClosedLoop(
+            combine=self.way_to_combine, lengths=self.measured_lengths, text_tokens=text_tokens, budget=self.budget
+        ) if is_closed else None  # fmt: skip
+        return TableMetadata(
+            model_id=self.model_id,
+            weights_fingerprint=self.weights_fingerprint,
+            train_length=self.train_length,
+            corpus=self.corpus,
+            clamp_percent=self.clamp_percent,
+            min_retention=self.theta,
+            num_sequences=self.num_sequences,
+            seed=self.seed,
+            tool_version=f"vllm_longmamba {__version__}",
+            method=self.method,
+            combine=MEAN if is_closed else self.way_to_combine,
+            closed_loop=closed_loop,
+            budget=1.0 if is_closed else self.budget,
+            channel_budgets=self.channel_budgets,
+            unfiltered_end=self.unfiltered_end,
+        )
+
+    def empty_table(self, channels: dict[int, int]) -> ThresholdTable:
+        """A table of the right shape that filters nothing: it holds the place until the model runs.
+
+        Args:
+            channels: layer index -> channels of the whole layer.
+        """
+        rows = len(self.row_lengths)
+        # vLLM builds models with the GPU as torch's default device; tables live in host memory
+        layers = {
+            index: LayerThresholds(
+                torch.zeros(count, dtype=torch.float64, device="cpu"),
+                torch.tensor([[-1.0]], dtype=torch.float32, device="cpu").expand(rows, count),
+            )
+            for index, count in channels.items()
+        }
+        return ThresholdTable(metadata=self.metadata(), row_lengths=self.row_lengths, layers=layers)
+
 
 def default_clamp_percent(architecture: str) -> float:
     """The clamp of the paper for Mamba-1.4B and for Mamba2-1.3B (20 and 5 per cent), by the kind of the layers."""
     return 20.0 if is_mamba1(architecture) else 5.0
+
+
+def to_config(settings: list[CalibrationSettings]) -> dict[str, Any]:
+    """The entry of vLLM's additional config by which an engine makes these tables at its start."""
+    return {CALIBRATION_KEY: [asdict(each) for each in settings]}
+
+
+def from_config(additional_config: Any) -> list[CalibrationSettings]:
+    """The tables that an engine makes at its start; none where the front end found one.
+
+    Args:
+        additional_config: `VllmConfig.additional_config`, a dict or None.
+
+    Raises:
+        ValueError: the entry is not what `to_config` makes.
+    """
+    given = additional_config.get(CALIBRATION_KEY, []) if isinstance(additional_config, dict) else []
+    try:
+        return [CalibrationSettings(**each) for each in given]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"additional_config[{CALIBRATION_KEY!r}] is set by vllm_longmamba itself ({error}); leave it out, and set "
+            "options in additional_config['longmamba']"
+        ) from error

@@ -1,18 +1,20 @@
 """The `longmamba calibrate` command."""
 
-from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.markup import escape
 
 from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN
+from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments, with_engine_options
 
 console = Console(stderr=True)
 
 
+@with_engine_options(without=("table", "min_retention", "max_model_len"))
 def calibrate(
     model: Annotated[str, typer.Argument(help="Name or folder of the model, as for vllm serve.")],
     text: Annotated[
@@ -27,7 +29,11 @@ def calibrate(
     text_column: Annotated[str, typer.Option(help="Field or column of .jsonl and .parquet files.")] = "text",
     output: Annotated[
         Path | None,
-        typer.Option(help="Table to write. By default it goes to your cache, where the next vllm serve finds it."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Table to write. By default it goes to your cache, where the next vllm serve finds it.",
+        ),
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Number of calibration sequences.")] = 5,
     groups: Annotated[
@@ -50,9 +56,6 @@ def calibrate(
             max=1.0,
             help="Retention above which a channel is global; serving may change it. [default: 0.05; paper: 0.01]",
         ),
-    ] = None,
-    train_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens the model was trained on. [default: what is known of the model]")
     ] = None,
     max_length: Annotated[
         int, typer.Option(min=2, help="Longest prompt, in tokens, to make thresholds for.")
@@ -96,24 +99,18 @@ def calibrate(
             "[default: --max-length]",
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Data type of the model, as for vllm serve.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="Quantization of the model, as for vllm serve.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, as for vllm serve.")] = None,
-    tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "--tp", min=1)] = 1,
+    *,
+    engine: EngineOptions,
 ) -> None:
     """Make the threshold table of MODEL from text like that of its training."""
-    from vllm_longmamba.calibration.offline import calibrate_groups
+    from vllm_longmamba.calibration.offline import calibrate_all
     from vllm_longmamba.calibration.settings import CalibrationSettings
     from vllm_longmamba.checkpoint.table_lookup import cached_table_path
+    from vllm_longmamba.checkpoint.trusted_file import make_private_folder
+    from vllm_longmamba.commands.engine_errors import explained_start
     from vllm_longmamba.tables import save_table
 
-    engine_args: dict[str, Any] = {
-        "dtype": dtype,
-        "quantization": quantization,
-        "tensor_parallel_size": tensor_parallel_size,
-    }
-    if tokenizer is not None:
-        engine_args["tokenizer"] = tokenizer
     try:
         if groups_output is not None and groups < 2:
             raise ValueError("--groups-output needs --groups 2 or more")
@@ -121,7 +118,7 @@ def calibrate(
             num_sequences=sequences,
             clamp_percent=clamp_percent,
             min_retention=min_retention,
-            train_length=train_length,
+            train_length=engine.train_length,
             max_length=max_length,
             seed=seed,
             method=method,
@@ -130,16 +127,24 @@ def calibrate(
             budget=budget,
             unfiltered_end=unfiltered_end,
             channel_budgets=tuple(channel_budget or ()),
+            texts=tuple(str(path) for path in text or ()),
+            text_column=text_column,
         )
-        arguments = {"progress": _progress_bars(groups), "text_column": text_column, **engine_args}
-        tables = list(calibrate_groups(groups, model, text, settings, **arguments))
-        path = output or cached_table_path(tables[0].metadata.weights_fingerprint, quantization)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        arguments = engine_arguments(model, engine, quantization=quantization)
+        each = [replace(settings, seed=seed + group) for group in range(groups)]
+        with explained_start(engine.verbose):
+            tables = calibrate_all(arguments.pop("model"), each, **arguments)
+        if output is None:
+            path = cached_table_path(tables[0].metadata.weights_fingerprint, quantization)
+            make_private_folder(path.parent)
+        else:
+            path = output
+            path.parent.mkdir(parents=True, exist_ok=True)
         save_table(tables[0], path)
         if groups > 1:
             _report_groups(tables, groups_output)
     except (ValueError, OSError) as error:
-        console.print("[bold red]longmamba calibrate:[/]", str(error), markup=True, highlight=False, soft_wrap=True)
+        console.print(f"[bold red]longmamba calibrate:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     _report_table(tables[0], path)
 
@@ -150,6 +155,7 @@ def _report_table(table: Any, path: Path) -> None:
     console.print(
         f"wrote {path}: {len(table.layers)} layers, {global_channels} of {channels} channels global, "
         f"rows up to {int(table.row_lengths[-1])} tokens",
+        markup=False,
         soft_wrap=True,
     )
 
@@ -163,7 +169,7 @@ def _report_groups(tables: list[Any], groups_output: Path | None) -> None:
     Console().print(stability_table(layers, len(tables)))
     if groups_output is not None:
         write_stability(layers, tables[0].row_lengths, groups_output)
-        console.print(f"wrote {groups_output}", soft_wrap=True)
+        console.print(f"wrote {groups_output}", markup=False, soft_wrap=True)
     unstable = unstable_layers(layers)
     if unstable:
         named = ", ".join(str(layer) for layer in unstable)
@@ -172,15 +178,3 @@ def _report_groups(tables: list[Any], groups_output: Path | None) -> None:
             "text that is more like what the model was trained on.",
             soft_wrap=True,
         )
-
-
-def _progress_bars(groups: int) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    started = 0
-
-    def progress(sequences: Iterable[Any]) -> Iterable[Any]:
-        nonlocal started
-        started += 1
-        description = "calibrating" if groups == 1 else f"calibrating, group {started} of {groups}"
-        return track(sequences, description=description, console=console)
-
-    return progress

@@ -1,7 +1,6 @@
 """What `--model-impl longmamba` changes in vLLM's configuration, all of it before any weight is loaded."""
 
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +77,8 @@ class LongMambaModelConfig:
         """
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+        from vllm_longmamba.calibration.settings import CALIBRATION_KEY
+
         options = options_from_config(vllm_config.additional_config)
         _refuse_plan(vllm_config.additional_config)
         stock_hook = MODELS_CONFIG_MAP.get(stock_name(vllm_config.model_config.architecture))
@@ -85,7 +86,9 @@ class LongMambaModelConfig:
             stock_hook.verify_and_update_config(vllm_config)
         if options.filter:
             _refuse_unsupported(vllm_config)
-            vllm_config.additional_config = {**vllm_config.additional_config, **_resolve_table(vllm_config, options)}
+            resolved = _resolve_table(vllm_config, options)
+            given = {name: value for name, value in vllm_config.additional_config.items() if name != CALIBRATION_KEY}
+            vllm_config.additional_config = {**given, **resolved}
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
@@ -94,10 +97,14 @@ class LongMambaModelConfig:
 
 def _resolve_table(vllm_config: Any, options: Any) -> dict[str, Any]:
     """The entries of the additional config that tell all processes where the thresholds come from."""
+    from vllm_longmamba.calibration.settings import from_config
     from vllm_longmamba.checkpoint.table_lookup import locate_weights, no_table, search_table
 
     model_config = vllm_config.model_config
     weights = locate_weights(model_config, vllm_config.load_config)
+    asked = [settings for settings in from_config(vllm_config.additional_config) if not settings.weights_fingerprint]
+    if asked:
+        return _calibrate_as_asked(asked, vllm_config, options, weights.fingerprint)
     path = search_table(weights, options, model_config.quantization)
     if path is not None:
         _announce_table(path, model_config, options)
@@ -107,32 +114,44 @@ def _resolve_table(vllm_config: Any, options: Any) -> dict[str, Any]:
     return _plan_calibration(vllm_config, options, weights.fingerprint)
 
 
+def _calibrate_as_asked(asked: Any, vllm_config: Any, options: Any, fingerprint: str) -> dict[str, Any]:
+    """What `longmamba calibrate` asks for, whatever tables there are."""
+    from vllm_longmamba.calibration.prepare import calibration_obstacle, complete
+    from vllm_longmamba.calibration.settings import to_config
+
+    obstacle = calibration_obstacle(vllm_config)
+    if obstacle is not None:
+        raise ValueError(f"this engine cannot calibrate: {obstacle}; leave that argument out")
+    return {
+        KEY: options.to_dict(),
+        **to_config([complete(settings, vllm_config, fingerprint) for settings in asked]),
+    }
+
+
 def _plan_calibration(vllm_config: Any, options: Any, fingerprint: str) -> dict[str, Any]:
-    from vllm_longmamba.calibration.at_start import calibration_obstacle
-    from vllm_longmamba.calibration.plan import PLAN_KEY, make_plan
+    """What an engine is to do at its start that found no table."""
+    from vllm_longmamba.calibration.at_start import read_stored, warn_of_short_prompts
+    from vllm_longmamba.calibration.prepare import calibration_obstacle, settings_of_engine
+    from vllm_longmamba.calibration.settings import to_config
     from vllm_longmamba.checkpoint.table_lookup import no_table
 
-    plan = make_plan(vllm_config, options, fingerprint)
-    if not plan.can_filter(vllm_config.model_config.max_model_len):
-        logger.info(
-            "LongMamba: prompts of up to max_model_len %d tokens are within reach of the training length of %d: no "
-            "thresholds are needed, the plain model is served",
-            vllm_config.model_config.max_model_len,
-            plan.train_length,
-        )
+    settings = settings_of_engine(vllm_config, options, fingerprint)
+    max_model_len = vllm_config.model_config.max_model_len
+    if not settings.can_filter(max_model_len):
+        warn_of_short_prompts(settings, max_model_len)
         return {KEY: {**options.to_dict(), "filter": False}}
     obstacle = calibration_obstacle(vllm_config)
     if obstacle is not None:
-        if plan.store is None or not Path(plan.store).is_file():
+        if settings.store is None or read_stored(settings) is None:
             raise no_table(vllm_config.model_config.model, obstacle)
-        _announce_table(Path(plan.store), vllm_config.model_config, options)
-        return {KEY: {**options.to_dict(), "table": plan.store}}
+        _announce_table(Path(settings.store), vllm_config.model_config, options)
+        return {KEY: {**options.to_dict(), "table": settings.store}}
     logger.info(
         "LongMamba: no threshold table for %s yet; the engine makes one at its start, or takes what it made at an "
         "earlier one",
         vllm_config.model_config.model,
     )
-    return {KEY: options.to_dict(), PLAN_KEY: asdict(plan)}
+    return {KEY: options.to_dict(), **to_config([settings])}
 
 
 def _announce_table(path: Path, model_config: Any, options: Any) -> None:

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from vllm.distributed.parallel_state import (
     get_pp_group,
-    get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_longmamba.architectures import PREFIX, SUPPORTED, stock_name, variant_name
-from vllm_longmamba.calibration.plan import plan_from_config
+from vllm_longmamba.calibration.settings import from_config
 from vllm_longmamba.checkpoint.loaded_weights import complete_weights
 from vllm_longmamba.checkpoint.table_lookup import weight_patterns
 from vllm_longmamba.engine.patches import apply_patches
@@ -28,6 +27,7 @@ from vllm_longmamba.layers.filtered_mixer import FilteredMixer, filtered_mixers
 from vllm_longmamba.layers.mamba1 import LongMambaMixer
 from vllm_longmamba.layers.mamba2 import LongMambaMixer2
 from vllm_longmamba.layers.prompt_filter import PromptFilter
+from vllm_longmamba.layers.replace_table import replace_table
 from vllm_longmamba.options import options_from_config
 from vllm_longmamba.tables import ThresholdTable, load_table
 
@@ -52,11 +52,7 @@ class LongMambaModel:
         mixers = _number_mixers(self)
         options = options_from_config(vllm_config.additional_config)
         if options.filter and mixers:
-            prompt_filter = PromptFilter.from_options(_table(vllm_config, mixers), options)
-            for mixer in mixers:
-                mixer.set_filter(
-                    prompt_filter, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-                )
+            replace_table(self, PromptFilter.from_options(_table(vllm_config, mixers), options))
         self._awaits_checkpoint = vllm_config.load_config.load_format != "dummy"
         if self._awaits_checkpoint:
             self.allow_patterns_overrides = weight_patterns(vllm_config.model_config)
@@ -88,10 +84,10 @@ def _table(vllm_config: Any, mixers: list[FilteredMixer]) -> ThresholdTable:
     options = options_from_config(vllm_config.additional_config)
     if options.table is not None:
         return load_table(options.table)
-    plan = plan_from_config(vllm_config.additional_config)
-    assert plan is not None, "the front end finds a table or plans one"
+    to_make = from_config(vllm_config.additional_config)
+    assert to_make, "the front end finds a table or plans one"
     ranks = get_tensor_model_parallel_world_size()
-    return plan.empty_table({mixer.layer_index: mixer.A.shape[0] * ranks for mixer in mixers})
+    return to_make[0].empty_table({mixer.layer_index: mixer.A.shape[0] * ranks for mixer in mixers})
 
 
 def _number_mixers(model: Any) -> list[FilteredMixer]:

@@ -51,7 +51,7 @@ class EngineContestant:
         self.description = self._describe(config)
 
     def _describe(self, config: Any) -> dict[str, Any]:
-        from vllm_longmamba.calibration.plan import plan_from_config
+        from vllm_longmamba.calibration.settings import from_config
         from vllm_longmamba.checkpoint.table_lookup import locate_weights
         from vllm_longmamba.tables import load_table
 
@@ -72,8 +72,8 @@ class EngineContestant:
             source, thresholds = table.metadata, table.digest()
             end = table.unfiltered_end(options.unfiltered_end)
         else:
-            # The engine will make the table at its start; the plan determines it.
-            source = plan_from_config(config.additional_config)
+            # The engine will make the table at its start; the settings determine it.
+            (source,) = from_config(config.additional_config)
             thresholds, end = source.key(), options.unfiltered_end or 0
         self.train_length = source.train_length
         return description | {

@@ -1,6 +1,6 @@
 """The tables that `longmamba tune` tries: one for each C, or budget, and unfiltered end; see `make_grid`."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -92,10 +92,11 @@ class TableMaker:
         key = settings_key({**self.description, **asdict(calibration), "texts": self._texts})
         path = self.folder / f"table-{name}-{key}.safetensors"
         if not path.exists():
-            bar = _bar(self.progress, f"calibrating, {name}")
+            advance = self.progress(f"calibrating, {name}", 1)
+            texts = tuple(map(str, self.settings.calibration_texts))
             arguments = calibration_arguments(self.engine_args)
-            table = calibrate(self.model, list(self.settings.calibration_texts), calibration, progress=bar, **arguments)
-            save_table(table, path)
+            save_table(calibrate(self.model, replace(calibration, texts=texts), **arguments), path)
+            advance()
         return TriedTable(path, load_table(path), list(thetas))
 
 
@@ -116,14 +117,3 @@ def _same_channels(table: ThresholdTable, theta: float, other: float) -> bool:
         np.array_equal(table.is_global(layer, theta).numpy(), table.is_global(layer, other).numpy())
         for layer in table.layers
     )
-
-
-def _bar(progress: Progress, description: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
-    def wrap(sequences: Iterable[Any]) -> Iterator[Any]:
-        todo = list(sequences)
-        advance = progress(description, len(todo))
-        for sequence in todo:
-            yield sequence
-            advance()
-
-    return wrap

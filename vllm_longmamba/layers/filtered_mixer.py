@@ -65,39 +65,44 @@ class FilteredMixer:
         self._most_prompt_tokens: int | None = config.scheduler_config.max_num_batched_tokens
         self._most_decodes: int | None = config.scheduler_config.max_num_seqs
 
-    def set_filter(self, prompt_filter: PromptFilter, tp_rank: int, tp_size: int) -> None:
-        """Put this layer's thresholds on the device of its parameters; a second table of the same rows replaces them.
+    def own_thresholds(self, prompt_filter: PromptFilter, tp_rank: int, tp_size: int) -> torch.Tensor:
+        """This rank's thresholds of this layer.
 
         Args:
             prompt_filter: the model's filter.
             tp_rank: tensor-parallel rank; rank r holds the r-th of `tp_size` equal slices of the channels.
             tp_size: tensor-parallel degree.
 
+        Returns:
+            (rows, channels) float32 in host memory.
+
         Raises:
             ValueError: the table has not this layer, or another number of channels.
         """
-        layers = prompt_filter.table.layers
-        if self.layer_index not in layers:
-            raise ValueError(
-                f"the threshold table has no layer {self.layer_index} ({self.prefix}); it was made for another model "
-                f"({prompt_filter.table.metadata.model_id!r}), make one with `longmamba calibrate`"
-            )
+        table = prompt_filter.table
+        other_model = (
+            f"it was made for another model ({table.metadata.model_id!r}), make one with `longmamba calibrate`"
+        )
+        if self.layer_index not in table.layers:
+            raise ValueError(f"the threshold table has no layer {self.layer_index} ({self.prefix}); {other_model}")
         channels = self.A.shape[0]
-        thresholds = prompt_filter.table.thresholds(self.layer_index, prompt_filter.min_retention)
+        thresholds: torch.Tensor = table.thresholds(self.layer_index, prompt_filter.min_retention)
         if thresholds.shape[1] != channels * tp_size:
             raise ValueError(
                 f"the threshold table has {thresholds.shape[1]} channels in layer {self.layer_index}, but the model "
-                f"has {channels * tp_size}; it was made for another model ({prompt_filter.table.metadata.model_id!r}), "
-                "make one with `longmamba calibrate`"
+                f"has {channels * tp_size}; {other_model}"
             )
-        mine = thresholds[:, tp_rank * channels : (tp_rank + 1) * channels]
+        return thresholds[:, tp_rank * channels : (tp_rank + 1) * channels].float()
+
+    def set_filter(self, prompt_filter: PromptFilter, thresholds: torch.Tensor) -> None:
+        """Put `own_thresholds` on the device of the parameters; only `replace_table` may, for all layers at once."""
         if self.prompt_filter is None:
             # A buffer survives vLLM's sleep mode, and is no part of the checkpoint.
-            mine = mine.to(device=self.A.device, dtype=torch.float32).contiguous()
-            self.register_buffer("dt_threshold", mine, persistent=False)
+            on_device = thresholds.to(self.A.device).contiguous()
+            self.register_buffer("dt_threshold", on_device, persistent=False)
         else:
             # In place: captured CUDA graphs read this tensor.
-            self.dt_threshold.copy_(mine)
+            self.dt_threshold.copy_(thresholds)
         self.prompt_filter = prompt_filter
 
     def runs_own_kernels(self) -> bool:

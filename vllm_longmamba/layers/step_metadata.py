@@ -67,13 +67,18 @@ class _FilterRowsBuilder:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         layers = vllm_config.compilation_config.static_forward_context
         self._mixer = layers[layer_names[0]]
-        self.prompt_filter: PromptFilter | None = self._mixer.prompt_filter
         # Full CUDA graphs read this buffer at each replay.
         self._graph_rows = torch.zeros(self.decode_cudagraph_max_bs, dtype=torch.int32, device=device)  # type: ignore[attr-defined]
         self._graph_rows_are_zero = True
         # Views of its begin by length: making one takes as long as the rest of a step that filters nothing.
         self._graph_views: dict[int, torch.Tensor] = {}
         self._slot_views: dict[int, torch.Tensor] = {}
+
+    @property
+    def prompt_filter(self) -> PromptFilter | None:
+        """The layers' own, so that both always hold the same table."""
+        prompt_filter: PromptFilter | None = self._mixer.prompt_filter
+        return prompt_filter
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
         """See vLLM's `AttentionMetadataBuilder.build`."""

@@ -1,0 +1,129 @@
+"""Tests of vllm_longmamba/calibration/settings.py: one object that says how a table is made."""
+
+import json
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from calibration_settings import PAPER_SETTINGS
+
+from vllm_longmamba.calibration.settings import CalibrationSettings, from_config, to_config
+from vllm_longmamba.options import CALIBRATION_METHODS, options_from_config
+from vllm_longmamba.tables import METHODS, ClosedLoop
+
+
+@pytest.mark.parametrize(
+    ("change", "is_another"),
+    [
+        ({"dtype": "bfloat16"}, True),
+        ({"quantization": "fp8"}, True),
+        ({"train_length": 97}, True),
+        ({"max_length": 1001}, True),
+        ({"num_sequences": 6}, True),
+        ({"clamp_percent": 5.5}, True),
+        ({"seed": 1}, True),
+        ({"unfiltered_end": 4}, True),
+        ({"corpus": "a text (blake3 01)"}, True),
+        ({"model_id": "renamed"}, False),
+        ({"texts": ("/elsewhere/text",)}, False),
+        ({"store": "/elsewhere"}, False),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_key(change: dict[str, Any], is_another: bool) -> None:
+    assert (replace(PAPER_SETTINGS, **change).key() != PAPER_SETTINGS.key()) is is_another
+    assert len(PAPER_SETTINGS.key()) == 32
+
+
+def test_settings_survive_the_config() -> None:
+    settings = replace(PAPER_SETTINGS, texts=("/a", "/b"), store="/c")
+    closed = replace(settings, method="closed-loop", measured_lengths=(144, 288))
+    assert from_config(json.loads(json.dumps(to_config([settings, closed])))) == [settings, closed]
+    assert pickle.loads(pickle.dumps(closed)) == closed
+    assert from_config({}) == from_config(None) == []
+
+
+def test_empty_table() -> None:
+    table = PAPER_SETTINGS.empty_table({0: 4, 7: 2})
+    assert table.row_lengths.tolist() == PAPER_SETTINGS.row_lengths.tolist()
+    for layer, channels in ((0, 4), (7, 2)):
+        thresholds = table.thresholds(layer)
+        assert thresholds.shape == (len(PAPER_SETTINGS.row_lengths), channels)
+        assert bool((thresholds == -1.0).all())
+
+
+def test_empty_table_lies_in_host_memory_while_vllm_builds_a_model_on_its_device() -> None:
+    with torch.device("meta"):
+        table = PAPER_SETTINGS.empty_table({0: 2})
+    assert table.layers[0].retention.device.type == table.layers[0].dt_threshold.device.type == "cpu"
+
+
+@pytest.mark.parametrize(("max_model_len", "expected"), [(96, False), (100, False), (120, False), (121, True)])
+def test_can_filter(max_model_len: int, expected: bool) -> None:
+    # Rows at 96 and 144 tokens: the nearest to 120 is still the first.
+    assert PAPER_SETTINGS.can_filter(max_model_len) is expected
+    assert (PAPER_SETTINGS.empty_table({0: 1}).row_of(max_model_len) > 0) is expected
+
+
+def test_settings_refuse() -> None:
+    with pytest.raises(ValueError, match="method must be one of unclamped, paper, closed-loop, got 'closed'"):
+        CalibrationSettings(method="closed")
+    with pytest.raises(ValueError, match="combine must be one of median, min, mean, clipped, got 'max'"):
+        CalibrationSettings(combine="max")
+    with pytest.raises(ValueError, match="budget must be a factor above 0, got -1"):
+        CalibrationSettings(budget=-1)
+    with pytest.raises(ValueError, match=r"method unclamped has no clamp, got clamp_percent 5"):
+        CalibrationSettings(method="unclamped", clamp_percent=5)
+    with pytest.raises(ValueError, match="method paper takes the mean over the sequences, got combine 'median'"):
+        CalibrationSettings(method="paper", combine="median")
+
+
+@pytest.mark.parametrize(
+    ("settings", "method", "theta", "clamps", "combine"),
+    [
+        (CalibrationSettings(), "unclamped", 0.05, (0, 0), "clipped"),
+        (CalibrationSettings(clamp_percent=0), "unclamped", 0.05, (0, 0), "clipped"),
+        (CalibrationSettings(combine="mean"), "unclamped", 0.05, (0, 0), "mean"),
+        (CalibrationSettings(clamp_percent=3), "paper", 0.01, (3, 3), "mean"),
+        (CalibrationSettings(method="paper"), "paper", 0.01, (20, 5), "mean"),
+        (CalibrationSettings(method="paper", clamp_percent=0, min_retention=0.2), "paper", 0.2, (0, 0), "mean"),
+        (CalibrationSettings(method="closed-loop"), "closed-loop", 0.05, (20, 5), "median"),
+    ],
+)
+def test_defaults_of_a_method(
+    settings: CalibrationSettings, method: str, theta: float, clamps: tuple[float, float], combine: str
+) -> None:
+    assert (settings.method, settings.theta, settings.way_to_combine) == (method, theta, combine)
+    assert (settings.clamp("MambaForCausalLM"), settings.clamp("Mamba2ForCausalLM")) == clamps
+
+
+def test_settings_refuse_a_budget_or_an_end() -> None:
+    with pytest.raises(ValueError, match=r"method paper has no budget but that of the training length, got 0\.5"):
+        CalibrationSettings(method="paper", budget=0.5)
+    assert CalibrationSettings(method="paper", budget=1, unfiltered_end=3).unfiltered_end == 3
+    for end in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="CalibrationSettings: unfiltered_end must be a number of tokens"):
+            CalibrationSettings(unfiltered_end=end)  # type: ignore[arg-type]
+
+
+def test_option() -> None:
+    assert CALIBRATION_METHODS == METHODS
+    assert options_from_config({}).calibration_method == "unclamped"
+    assert options_from_config({"longmamba": {"calibration_method": "closed-loop"}}).calibration_method == "closed-loop"
+    with pytest.raises(ValueError, match='calibration_method must be "unclamped" or "paper" or "closed-loop", but is'):
+        options_from_config({"longmamba": {"calibration_method": "open"}})
+
+
+def test_methods_make_other_tables() -> None:
+    paper = PAPER_SETTINGS
+    closed = replace(paper, method="closed-loop", combine="median", measured_lengths=(144, 288))
+    longer = replace(closed, measured_lengths=(144, 288, 576))
+    unclamped = replace(paper, method="unclamped", clamp_percent=0.0, min_retention=0.05, combine="clipped")
+    methods = (paper, closed, longer, unclamped, replace(unclamped, combine="mean"))
+    assert len({each.key() for each in methods}) == len(methods)
+    assert (paper.metadata().combine, unclamped.metadata().combine) == ("mean", "clipped")
+    assert (paper.metadata(7).method, paper.metadata(7).closed_loop) == ("paper", None)
+    expected = ClosedLoop(combine="median", lengths=(144, 288), text_tokens=7)
+    assert (closed.metadata(7).method, closed.metadata(7).closed_loop) == ("closed-loop", expected)

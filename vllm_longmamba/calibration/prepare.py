@@ -1,0 +1,122 @@
+"""What an engine's front end settles about a calibration, before any weight is loaded."""
+
+from dataclasses import replace
+from typing import Any
+
+from vllm_longmamba.calibration.sequences import model_name
+from vllm_longmamba.calibration.settings import CalibrationSettings
+from vllm_longmamba.calibration.text import Corpus, read_corpus
+from vllm_longmamba.checkpoint.fingerprint import DUMMY
+from vllm_longmamba.checkpoint.table_lookup import cache_folder
+from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN, train_length
+from vllm_longmamba.options import expand_home
+from vllm_longmamba.tables import CLOSED_LOOP, measured_lengths
+
+
+def settings_of_engine(vllm_config: Any, options: Any, fingerprint: str) -> CalibrationSettings:
+    """How an engine calibrates itself that found no table.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        options: the engine's `LongMambaOptions`.
+        fingerprint: of the model's weights.
+
+    Raises:
+        ValueError: as `complete`.
+    """
+    settings = CalibrationSettings(
+        method=options.calibration_method,
+        train_length=train_length(vllm_config.model_config.hf_text_config, options),
+        max_length=max(vllm_config.model_config.max_model_len, DEFAULT_MAX_MODEL_LEN),
+        texts=(options.calibration_text,) if options.calibration_text else (),
+    )
+    if not settings.can_filter(vllm_config.model_config.max_model_len):
+        return settings
+    settings = complete(settings, vllm_config, fingerprint)
+    if fingerprint == DUMMY:
+        return settings
+    return replace(settings, store=str(cache_folder() / f"{fingerprint[:32]}-{settings.key()}.safetensors"))
+
+
+def complete(settings: CalibrationSettings, vllm_config: Any, fingerprint: str) -> CalibrationSettings:
+    """Fill in what the model, its engine and the text decide.
+
+    Args:
+        settings: with the training length.
+        vllm_config: vLLM's configuration.
+        fingerprint: of the model's weights.
+
+    Raises:
+        ValueError: an unreadable or too short text, or a closed loop that the engine cannot run.
+    """
+    model_config = vllm_config.model_config
+    texts, corpus = _read(settings)
+    settings = replace(
+        settings,
+        clamp_percent=settings.clamp(model_config.architecture),
+        min_retention=settings.theta,
+        texts=texts,
+        model_id=model_name(model_config.model),
+        weights_fingerprint=fingerprint,
+        dtype=str(model_config.dtype).removeprefix("torch."),
+        quantization=model_config.quantization,
+        corpus=corpus.name,
+    )
+    _check_length(corpus.characters, settings)
+    return replace(settings, measured_lengths=_measured_lengths(settings, vllm_config))
+
+
+def calibration_obstacle(vllm_config: Any) -> str | None:
+    """Why an engine cannot calibrate itself, in words; None where it can."""
+    parallel = vllm_config.parallel_config
+    obstacles = {
+        "a pooling model generates nothing": vllm_config.model_config.runner_type == "pooling",
+        "--kv-transfer-config would hand the calibration sequences on": vllm_config.kv_transfer_config is not None,
+        "an external launcher has an engine for each rank": (
+            parallel.distributed_executor_backend == "external_launcher"
+        ),
+        # One of them may find a table that another has not.
+        "the engines of a data-parallel mixture of experts step together": (
+            parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe
+        ),
+    }
+    return next((obstacle for obstacle, applies in obstacles.items() if applies), None)
+
+
+def _read(settings: CalibrationSettings) -> tuple[tuple[str, ...], Corpus]:
+    try:
+        paths = [expand_home(path, "calibration_text").absolute() for path in settings.texts]
+        return tuple(map(str, paths)), read_corpus(paths, settings.text_column)
+    except OSError as error:
+        raise ValueError(
+            f"the text to calibrate on (option calibration_text, or --text) cannot be read: {error}; name another file"
+        ) from error
+
+
+def _check_length(characters: int, settings: CalibrationSettings) -> None:
+    # A token has at least one character, so this much is known before the text is tokenized.
+    if characters < settings.num_sequences * (settings.train_length or 0):
+        raise ValueError(
+            f"calibration takes {settings.num_sequences} sequences of {settings.train_length} tokens, but "
+            f"{settings.corpus} has only {characters} characters; give more text as calibration_text, "
+            """--additional-config '{"longmamba": {"calibration_text": "FILE"}}', or make a table with """
+            f"`longmamba calibrate {settings.model_id} --text FILE`"
+        )
+
+
+def _measured_lengths(settings: CalibrationSettings, vllm_config: Any) -> tuple[int, ...]:
+    """Of a closed loop, whose sequences must each run in one step of the engine."""
+    if settings.method != CLOSED_LOOP:
+        return ()
+    # One token follows each sequence, and another one is generated.
+    steps, positions = vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.max_model_len
+    longest = min(steps - 1, positions - 2, settings.measure_to or int(settings.row_lengths[-1]))
+    first = int(settings.row_lengths[1])
+    if vllm_config.cache_config.enable_prefix_caching or longest < first:
+        raise ValueError(
+            "calibration_method 'closed-loop' runs whole sequences in one step each, so it needs "
+            f"--no-enable-prefix-caching and --max-num-batched-tokens of at least {first + 1}; give both (and as many "
+            "tokens as memory allows: longer prompts are extrapolated), or make the table with "
+            f"`longmamba calibrate {settings.model_id} --method closed-loop`"
+        )
+    return tuple(measured_lengths(settings.row_lengths, longest))

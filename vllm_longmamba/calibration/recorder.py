@@ -1,0 +1,105 @@
+"""Reads dt in the mixers of the running model and turns it into thresholds."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vllm_longmamba.calibration.settings import CalibrationSettings
+from vllm_longmamba.tables import LayerCalibration, LayerThresholds, layer_budgets
+
+
+class CalibrationRecorder:
+    """Feeds the dt of calibration sequences to the statistics of each layer, one sequence after the other.
+
+    Args:
+        settings: complete ones, see prepare.py. Of a closed loop this is the first part, at the training length.
+    """
+
+    def __init__(self, settings: CalibrationSettings) -> None:
+        self.settings = settings
+        self.metadata = settings.metadata()
+        self.train_length = self.metadata.train_length
+        self.row_lengths = settings.row_lengths
+        self.layers: dict[int, LayerCalibration] = {}
+        self._A: dict[int, torch.Tensor] = {}
+        # Layer -> (channels,) budgets.
+        self._budgets: dict[int, torch.Tensor] = {}
+        # Layer -> (train_length, channels) on the host and how much of it is filled, where a sequence comes in chunks.
+        self._chunks: dict[int, tuple[torch.Tensor, int]] = {}
+
+    def attach(self, mixer: Any, A: torch.Tensor, tp_rank: int = 0) -> None:
+        """Record a mixer from now on, whose A is (channels,) or (channels, d_state): this rank's channels."""
+        self._A[mixer.layer_index] = A
+        channels = range(tp_rank * A.shape[0], (tp_rank + 1) * A.shape[0])
+        self._budgets[mixer.layer_index] = layer_budgets(
+            self.metadata.channel_budgets, mixer.layer_index, channels, self.metadata.budget
+        )
+        mixer.dt_recorder = self
+
+    def record(self, layer_index: int, dt: torch.Tensor) -> None:
+        """Take the dt (tokens, channels) of the next tokens of a sequence.
+
+        Of a sequence, the first train_length tokens count. Those that follow must be in the same chunk, or be a decode
+        step, which comes here without tokens.
+        """
+        if dt.shape[0] == 0:
+            return
+        if layer_index not in self._chunks and dt.shape[0] >= self.train_length:
+            self._add(layer_index, dt[: self.train_length])
+            return
+        # On the host, because all layers keep theirs at once.
+        empty = torch.empty(self.train_length, dt.shape[1], dtype=torch.float32)
+        whole, filled = self._chunks.pop(layer_index, (empty, 0))
+        taken = min(dt.shape[0], self.train_length - filled)
+        whole[filled : filled + taken] = dt[:taken].cpu()
+        if filled + taken == self.train_length:
+            self._add(layer_index, whole.to(dt.device))
+        else:
+            self._chunks[layer_index] = whole, filled + taken
+
+    def finish(self) -> dict[int, LayerThresholds]:
+        """The thresholds of this worker's channels.
+
+        Raises:
+            RuntimeError: as `check`.
+        """
+        self.check()
+        return {index: layer.result() for index, layer in self.layers.items()}
+
+    def check(self) -> None:
+        """Raises RuntimeError unless all layers have seen all sequences, each of them whole."""
+        number = self.settings.num_sequences
+        seen = sorted({self.layers[index].num_sequences if index in self.layers else 0 for index in self._A})
+        if self._chunks or seen not in ([], [number]):
+            raise RuntimeError(
+                f"calibration: every layer must have seen {number} whole sequences of {self.train_length} tokens, but "
+                f"they saw {seen}; --max-num-batched-tokens must be at least 2"
+            )
+
+    def _add(self, layer_index: int, dt: torch.Tensor) -> None:
+        if layer_index not in self.layers:
+            self.layers[layer_index] = LayerCalibration(
+                self._A[layer_index],
+                self.train_length,
+                self.row_lengths,
+                self.metadata.clamp_percent,
+                self.metadata.combine,
+                self._budgets[layer_index],
+            )
+        with _without_thread_warnings():
+            self.layers[layer_index].add(dt)
+
+
+@contextmanager
+def _without_thread_warnings() -> Iterator[None]:
+    # vLLM's CPU worker refuses torch.set_num_threads with a warning each time.
+    logger = logging.getLogger("vllm.v1.worker.cpu_worker")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
