@@ -35,6 +35,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@echo "== ruff check" && $(BIN)/ruff check
 	@echo "== mypy" && $(BIN)/mypy
+	@echo "== docs" && NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "== pytest" && $(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 test-all: $(INSTALLED)
@@ -49,7 +50,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) out build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 install: $(INSTALLED)
 

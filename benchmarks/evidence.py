@@ -1,12 +1,12 @@
-"""What docs/results.md shows of a model: pass keys, needles and text through the engine, with several tables.
+"""The records of a model for docs/results.md: pass keys, needles and text through the engine, with several tables.
 
-    python benchmarks/evidence.py examples/reference-mamba2-few-writes-4m --text BOOKS --gpus 0 1 --together 3 \
-        --table paper=examples/reference-mamba2-few-writes-4m/paper.safetensors \
-        --table unclamped=examples/reference-mamba2-few-writes-4m/longmamba.safetensors
+    longmamba calibrate examples/reference-mamba1-4m --train-length 512 --method paper --output out/paper.safetensors
+    python benchmarks/evidence.py examples/reference-mamba1-4m --text BOOKS --gpus 0 1 --together 3 \
+        --table paper=out/paper.safetensors --table unclamped=examples/reference-mamba1-4m/longmamba.safetensors
 
 Runs `longmamba eval` of each task and table in processes of their own, --together of them on each GPU, and joins the
 reports of a task (join_reports.py) in --output/MODEL/TASK. A run that ended before is not repeated; --work keeps the
-reports and logs. Without --gpus, on the CPU. results_page.py then writes the page.
+reports and logs. Without --gpus, on the CPU. results_page.py then fills the page.
 """
 
 import argparse

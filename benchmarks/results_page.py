@@ -1,154 +1,146 @@
-"""Writes docs/results.md from the JSON reports under benchmarks/results.
+"""Fills the tables of README.md and docs/results.md, and draws their pictures, from the records in benchmarks/results.
 
     python benchmarks/results_page.py
 
-benchmarks/results/MODEL/ANY_FOLDER/report.json is a report of `longmamba eval passkey|needles|perplexity` or `longmamba
-tune` (give the command `-o benchmarks/results/MODEL/passkey`, say) or of ablations.py. Beside the folders there may be
-engine_vs_torch.json and peer_mamba_ssm.json. Pictures that a report lacks are drawn beside it. Every number comes from
-one of these files, with its command and hardware.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; whatever was there is replaced. Pictures go to
+docs/pictures. No figure of those tables is written by hand.
 """
 
 import argparse
 import json
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from support.agreement import agreement_markdown
+from support.records import DEFAULT, METHODS, MODELS, of_models, report
 
 ROOT = Path(__file__).resolve().parent.parent
-# Pixels: the pictures of one panel stay as they are.
-WIDE = 1700
-# The order of the sections of a model.
-TASKS = ("passkey", "needles", "perplexity", "tune", "ablation")
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/results.md")
+LENGTHS = (512, 2048, 8192, 16384, 32768)
+TASKS = {"passkey": ("pass key", "share"), "needles": ("needle", "share"), "perplexity": ("text", "loss")}
+BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-HEAD = """\
-# Results
 
-Written by `python benchmarks/results_page.py` from the reports under `benchmarks/results/`; do not edit.
+def tables(results: Path) -> dict[str, Callable[[], str]]:
+    """Every table that a page may name.
 
-Methods: *plain* and *LongMamba* run in vLLM through this plugin; *LongMamba, paper* with a table of the paper's method,
-*LongMamba, closed loop* with one of `longmamba calibrate --method closed-loop` (docs/closed_loop.md). *DeciMamba*
-(arXiv 2406.14528), *plain (torch)* and *LongMamba (torch)* run in the torch reference in float32 (docs/decimamba.md).
-Lengths are tokens of the model's own tokenizer; all models here read bytes, so that a token is a byte. Intervals are
-95 %.
-"""
+    Args:
+        results: folder of the records.
+    """
+    return {
+        "quality": lambda: _quality(results),
+        "passkey": lambda: _by_length(results, "passkey"),
+        "needles": lambda: _by_length(results, "needles"),
+        "text": lambda: _by_length(results, "perplexity"),
+        "generated": lambda: _variants(results, "ablation-decode", ("plain", "not filtered", "filtered")),
+        "state": lambda: _variants(results, "ablation-state", ("float32 state", "bf16 state")),
+        "prefill": lambda: _prefill(results),
+        "agreement": lambda: _agreement(results),
+    }
 
-LIMITS = """\
-## What this does not show
 
-- **Size.** The models here have 1.1 to 3.9 million parameters and were trained on 512 bytes at a time. Nothing was
-  run on the checkpoints of the papers (mamba-130m to 2.8b, mamba2-1.3b, Zamba2-1.2B, FalconMamba-7B), which could not
-  be downloaded where this was made. Their tables are not repeated here; `longmamba eval` and lm-eval run them where
-  the checkpoints are.
-- **Tasks.** A key or a number with a name is looked up word for word. That is what LongMamba's own demonstration
-  asks, and the easiest use of a long memory. No summaries, no answers that need several places, no code. The models
-  were trained on these very sentences; a model that was not may fail for other reasons than length.
-- **Text.** Perplexity is of English books in the public domain. Models of this size predict the next byte from the
-  last few hundred; what more context can give them is small, with any method.
-- **Statistics.** Questions share a few texts, and windows a few books. Intervals over books are narrow because books
-  are few. Where settings were chosen (theta, C, DeciMamba's), they were chosen by the same kind of question, not by
-  the same questions.
-- **Choice of settings.** LongMamba's theta and C come from a table that was calibrated or tuned for each model;
-  DeciMamba's come from a search of its own, given in its reports. DeciMamba's paper fine-tunes with decimation for
-  the pass key; here nothing is fine-tuned.
-- **Precision.** float32 unless a report says otherwise. A comparison of engines' speed is not part of this page.
-"""
+def fill(page: str, results: Path) -> str:
+    """A page with its tables written anew.
+
+    Raises:
+        ValueError: a table that is not known.
+    """
+    known = tables(results)
+
+    def replace(block: re.Match[str]) -> str:
+        if block[2] not in known:
+            raise ValueError(f"no table is called {block[2]!r}; there are {', '.join(known)}")
+        return f"{block[1]}\n{known[block[2]]()}\n\n{block[3]}"
+
+    return BLOCK.sub(replace, page)
+
+
+def _quality(results: Path) -> str:
+    rows = []
+    for model, name in MODELS.items():
+        for task, (title, value) in TASKS.items():
+            if record := report(results, model, task):
+                found = _figures(record["by_length"], value)
+                cells = [found[method, length] for length in (8192, 16384) for method in ("plain", DEFAULT)]
+                rows.append([name, title, *(_figure(cell, value) for cell in cells)])
+    head = ["model", "task", "plain, 16 L", "LongMamba, 16 L", "plain, 32 L", "LongMamba, 32 L"]
+    return _markdown(head, rows)
+
+
+def _by_length(results: Path, task: str) -> str:
+    value = TASKS[task][1]
+    rows = []
+    for model, record in of_models(results, task).items():
+        found = _figures(record["by_length"], value)
+        for method, label in METHODS.items():
+            if any(of == method for of, _ in found):
+                rows.append(
+                    [MODELS[model], label, *(_figure(found.get((method, length)), value) for length in LENGTHS)]
+                )
+    return _markdown(["model", "method", *(f"{length}" for length in LENGTHS)], rows)
+
+
+def _variants(results: Path, ablation: str, methods: Iterable[str]) -> str:
+    lengths, rows = (2048, 4096, 8192), []
+    for model, record in of_models(results, ablation).items():
+        keys, texts = _figures(record["passkey"], "share"), _figures(record["perplexity"], "loss")
+        for method in methods:
+            of_keys = [_figure(keys.get((method, length)), "share") for length in lengths]
+            of_texts = [_figure(texts.get((method, length)), "loss") for length in lengths]
+            rows.append([MODELS[model], method, *of_keys, *of_texts])
+    head = ["model", "", *(f"keys, {length}" for length in lengths), *(f"text, {length}" for length in lengths)]
+    return _markdown(head, rows)
+
+
+def _prefill(results: Path) -> str:
+    columns = {"8192": "8k", "16384": "16k", "32768": "32k", "65536": "64k", "98304": "96k"}
+    rows = []
+    for name, result in json.loads((results / "whole_models.json").read_text())["models"].items():
+        figures = [*(result["prefill"][length] for length in columns), result["batch"]]
+        rows.append([name, *(f"{figure['stock']['median'] / figure['on']['median']:.2f}" for figure in figures)])
+    return _markdown(["stock time / our time", *columns.values(), "32 prompts of 8k"], rows)
+
+
+def _agreement(results: Path) -> str:
+    rows = []
+    for file in ("engine_vs_torch.json", "peer_mamba_ssm.json"):
+        for model, pairs in json.loads((results / file).read_text())["models"].items():
+            if model in MODELS:
+                rows += [
+                    [MODELS[model], pair, f"{gap['largest']:.1e}", f"{gap['mean']:.1e}"] for pair, gap in pairs.items()
+                ]
+    return _markdown(["model", "compared", "largest difference", "mean"], rows)
+
+
+def _figures(rows: Iterable[Mapping[str, Any]], value: str) -> dict[tuple[str, int], float]:
+    """(method, length) -> figure."""
+    return {(row["method"], row["length"]): row[value] for row in rows}
+
+
+def _figure(figure: float | None, value: str) -> str:
+    return "" if figure is None else f"{figure:.3f}" if value == "loss" else f"{figure:.2f}"
+
+
+def _markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main() -> None:
-    """Write the page."""
+    """Fill the pages and draw the pictures."""
+    from support.results_pictures import draw_pictures
+
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
     options = parser.parse_args()
-    parts = [HEAD]
-    for folder in sorted(path for path in options.results.iterdir() if path.is_dir()):
-        parts += _model(folder, options.output.parent)
-    parts += agreement_markdown(options.results)
-    parts.append(LIMITS)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text("\n\n".join(part.strip("\n") for part in parts) + "\n", encoding="utf-8")
-    print(f"written: {options.output}")
-
-
-def _model(folder: Path, page: Path) -> list[str]:
-    """The sections of one model; none where it has no report that belongs here."""
-    reports = [(file.parent, json.loads(file.read_text())) for file in sorted(folder.glob("*/report.json"))]
-    reports = [(place, report) for place, report in reports if report["task"] in TASKS]
-    reports.sort(key=lambda pair: TASKS.index(pair[1]["task"]))
-    if not reports:
-        return []
-    parts = [f"## {folder.name}"]
-    if (folder / "README.md").exists():
-        parts.append(f"Remarks: [{folder.name}]({_link(folder / 'README.md', page)}).")
-    return parts + [_section(place, report, page) for place, report in reports]
-
-
-def _section(folder: Path, report: Mapping[str, Any], page: Path) -> str:
-    from support.ablation_report import ablation_markdown
-
-    from vllm_longmamba.evaluate.markdown import perplexity_markdown, questions_markdown
-    from vllm_longmamba.evaluate.tuning_report import tuning_markdown
-
-    task = report["task"]
-    pictures = [_link(picture, page) for picture in _pictures(folder, report)]
-    if task == "ablation":
-        text = ablation_markdown(report)
-    elif task == "tune":
-        text = tuning_markdown(report, pictures)
-    elif task == "perplexity":
-        text = perplexity_markdown(report, pictures)
-    else:
-        text = questions_markdown(report, _title(report), pictures)
-    # One level for the model is above, and the conditions are part of a section here.
-    text = re.sub(r"^#(#?) ", r"###\1 ", text, flags=re.MULTILINE)
-    return text.replace("#### Conditions\n\n", "")
-
-
-def _title(report: Mapping[str, Any]) -> str:
-    if report["task"] == "passkey":
-        return "Pass key"
-    return f"{report['settings']['needles']} numbers with names, asked for {report['settings']['ask']}"
-
-
-def _pictures(folder: Path, report: Mapping[str, Any]) -> list[Path]:
-    """The PNG files beside a report, drawn where there are none and matplotlib is installed."""
-    from vllm_longmamba.evaluate.command_line import drawn
-    from vllm_longmamba.evaluate.pictures import draw_perplexity, draw_questions
-    from vllm_longmamba.evaluate.tuning_report import draw_tuning
-
-    if report["task"] == "ablation":
-        return []
-    if not any(folder.glob("*.png")):
-        name = Path(report["model"]).name
-        if report["task"] == "tune":
-            drawn(lambda: draw_tuning(report, folder))
-        elif report["task"] == "perplexity":
-            drawn(lambda: draw_perplexity(report, folder, f"Perplexity: {name}"))
-        else:
-            drawn(lambda: draw_questions(report, folder, f"{_title(report)}: {name}"))
-        _keep_small(folder)
-    return sorted(folder.glob("*.png"))
-
-
-def _keep_small(folder: Path) -> None:
-    """The repository has no room for more than PNG files of few colours, and not for wide ones."""
-    from PIL import Image
-
-    for picture in folder.glob("*.svg"):
-        picture.unlink()
-    for picture in folder.glob("*.png"):
-        image = Image.open(picture).convert("RGB")
-        if image.width > WIDE:
-            image.thumbnail((WIDE, image.height))
-        image.quantize(48).save(picture, optimize=True)
-
-
-def _link(file: Path, page: Path) -> str:
-    return Path(os.path.relpath(file, page)).as_posix()
+    for name in PAGES:
+        page = options.root / name
+        page.write_text(fill(page.read_text(), options.results))
+    for picture in draw_pictures(options.results, options.root / "docs" / "pictures"):
+        print(f"written: {picture}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,14 @@
-"""The scripts of benchmarks/ that compare variants and write the page of results, on a tiny model."""
+"""The scripts of benchmarks/ that evaluate a model with several tables, and that write the page of results."""
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
-import torch
-from engine.harness import TRAIN_LENGTH, write_table
-from references.reference_lm import reference_dt
-from tiny_models import random_token_ids, write_mamba1_original, write_mamba2_original
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 HAYSTACK = BENCHMARKS.parent / "examples" / "texts" / "haystack.txt"
@@ -35,150 +31,45 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     return run
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with its table beside the weights."""
-    folder = write_mamba1_original(tmp_path_factory.mktemp("models") / "tiny")
-    write_table(folder, folder / "longmamba.safetensors")
-    return folder
-
-
-def test_ablations_go_on_and_appear_on_the_page(script: Script, folder: Path, tmp_path: Path) -> None:
-    def ablate(*names: str) -> None:
-        script(
-            "ablations", *names, "--model", folder, "--text", HAYSTACK, "--lengths", "300,400", "--depths", 1,
-            "--windows", 1, "--scored", 20, "--thetas", "1e-9,1e-2", "--clamps", "5,20", "--groups", 2,
-            "--records", tmp_path / "records", "-o", tmp_path / "results",
-        )  # fmt: skip
-
-    ablate("theta", "clamp", "groups", "rows", "decode")
-    reports = {
-        path.parent.name.removeprefix("ablation-"): json.loads(path.read_text())
-        for path in (tmp_path / "results" / "tiny").glob("*/report.json")
-    }
-    assert set(reports) == {"theta", "clamp", "groups", "rows", "decode"}
-    assert list(reports["theta"]["methods"]) == ["plain", "1e-09", "0.01"]
-    losses = {
-        name: {row["method"]: row["loss"] for row in report["perplexity"] if row["length"] == 400}
-        for name, report in reports.items()
-        if name != "rows"
-    }
-    for name, of_variants in losses.items():
-        assert len(set(of_variants.values())) == len(of_variants), name
-    # Equal prompts, whether their second half counts as generated or not.
-    assert losses["decode"]["plain"] == pytest.approx(losses["theta"]["plain"], abs=1e-4)
-    lengths = {row["length"] for row in reports["rows"]["perplexity"]}
-    # The last two of harness.ROW_LENGTHS are 400 apart.
-    assert lengths == {300 * 3 // 4 + 200, 400 * 3 // 4 + 200}
-
-    records = tmp_path / "records" / "tiny" / "theta" / "records.jsonl"
-    before = records.read_text()
-    ablate("theta")
-    assert records.read_text() == before
-
-    page = tmp_path / "docs" / "results.md"
-    gap = {"largest": 1.5e-5, "mean": 2e-6}
-    document = {
-        "environment": {"device": "a CPU", "versions": {"torch": "2"}, "date": "today", "command": "it"},
-        "settings": {"scored": 100, "prompts": 20, "shortest": 120, "longest": 4096, "seed": 0},
-        "models": {"tiny": {"plain": gap}},
-    }
-    (tmp_path / "results" / "engine_vs_torch.json").write_text(json.dumps(document))
-    script("results_page", "--results", tmp_path / "results", "-o", page)
-    text = page.read_text()
-    for heading in (
-        "## tiny",
-        "### Theta (min_retention)",
-        "### Filtering generated text",
-        "## What this does not show",
-    ):
-        assert f"\n{heading}\n" in text
-    assert "| tiny | plain | 1.5e-05 | 2.0e-06 |" in text
-    assert f"{losses['theta']['0.01']:.3f}" in text
-
-
-def test_candidates_need_no_table(script: Script, tmp_path: Path) -> None:
-    folder = write_mamba2_original(tmp_path / "tiny")
-    script(
-        "candidates", folder, "--train-length", TRAIN_LENGTH, "--text", HAYSTACK, "--lengths", 300, 400,
-        "--questions", 9, "--windows", 1, "--device", "cpu", "--output", tmp_path / "found.json",
-    )  # fmt: skip
-    rows = json.loads((tmp_path / "found.json").read_text())
-    assert [(row["method"], row["length"]) for row in rows[:3]] == [("plain", 300), ("plain", 400), ("paper", 300)]
-    assert {row["method"] for row in rows} == {"plain", "paper", "budget 1", "budget 2", "unfiltered end"}
-    assert len({row["text"] for row in rows}) == len(rows) == 10
-    # Random weights know nothing.
-    assert all(row["needles"] == row["passkey"] == 0 for row in rows)
-
-
-def test_search_for_budgets_of_channels(script: Script, tmp_path: Path) -> None:
-    folder = write_mamba2_original(tmp_path / "tiny")
-    write_table(folder, folder / "longmamba.safetensors")
-    script(
-        "channel_budgets", folder, "--text", HAYSTACK, "--lengths", 300, "--questions", 9, "--budgets", 2,
-        "--unfiltered-end", 16, "--device", "cpu", "--seconds", 1000, "--output", tmp_path / "found.json",
-    )  # fmt: skip
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["tried"][0]["channels"] == []
-    assert found["best"]["score"] >= max(trial["score"] for trial in found["tried"]) - 0.004
-    changed = [trial for trial in found["tried"] if trial["above plain"] != found["tried"][0]["above plain"]]
-    assert changed
-
-
-def test_what_is_left_out_of_texts(script: Script, folder: Path, tmp_path: Path) -> None:
-    script(
-        "left_out_text", folder, "--text", HAYSTACK, "--length", 400, "--windows", 1, "--device", "cpu",
-        "--output", tmp_path / "found.json",
-    )  # fmt: skip
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert list(found["loss"])[:2] == [f"plain, the last {TRAIN_LENGTH} alone", "plain"]
-    assert list(found["loss"])[-1] == f"nothing before the last {TRAIN_LENGTH}"
-    losses = [next(iter(of_texts.values())) for of_texts in found["loss"].values()]
-    assert len(set(losses)) == len(losses) == 6
-
-
-def test_calibration_in_the_reference(script: Script, folder: Path, tmp_path: Path) -> None:
+def test_tables_of_the_pages_are_those_of_the_records(script: Script) -> None:
     script  # noqa: B018 - puts benchmarks/ on the path
-    from support.variants import Subject
+    from results_page import PAGES, RESULTS, ROOT, fill
 
-    from vllm_longmamba.calibration.sequences import draw_sequences
-    from vllm_longmamba.tables import LayerCalibration
-
-    text = "".join(chr(token % 96 + 32) for token in random_token_ids(2000, seed=1))
-    (tmp_path / "text.txt").write_text(text)
-    subject = Subject(folder, None, 512)
-    rows = [TRAIN_LENGTH, 200, 400]
-    table = subject.calibrated([tmp_path / "text.txt"], rows, 10.0, seed=5)
-    [sequence] = draw_sequences([list(text.encode())], TRAIN_LENGTH, 1, 5)
-    for layer, dt in reference_dt(folder, sequence).items():
-        calibration = LayerCalibration(subject.model.layers[layer].mixer.A, TRAIN_LENGTH, rows, 10.0)
-        calibration.add(dt.float())
-        expected = calibration.result()
-        np.testing.assert_allclose(table.layers[layer].dt_threshold, expected.dt_threshold, rtol=1e-3)
-        torch.testing.assert_close(table.layers[layer].retention, expected.retention, rtol=1e-3, atol=1e-12)
+    for name in PAGES:
+        page = (ROOT / name).read_text()
+        assert fill(page, RESULTS) == page, f"{name}: run python benchmarks/results_page.py"
 
 
-@pytest.mark.parametrize("generated", ["not filtered", "filtered", "growing"])
-def test_texts_that_are_half_generated_may_be_read_together(script: Script, folder: Path, generated: str) -> None:
+def test_results_page_follows_the_records(script: Script, tmp_path: Path) -> None:
+    from results_page import PAGES, RESULTS, ROOT
+
+    results = tmp_path / "benchmarks" / "results"
+    shutil.copytree(RESULTS, results)
+    record = results / "reference-mamba1-4m" / "passkey" / "report.json"
+    report = json.loads(record.read_text())
+    for row in report["by_length"]:
+        if (row["method"], row["length"]) == ("LongMamba, unclamped", 16384):
+            row["share"] = 0.123
+    record.write_text(json.dumps(report))
+    for name in PAGES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    script("results_page", "--results", results, "--root", tmp_path)
+    for name in PAGES:
+        now, before = ((folder / name).read_text().splitlines() for folder in (tmp_path, ROOT))
+        [changed] = [line for line, old in zip(now, before, strict=True) if line != old]
+        assert "Mamba-1" in changed
+        assert "| 0.12 |" in changed
+    drawn = {path.name for path in (tmp_path / "docs" / "pictures").iterdir()}
+    assert drawn == {"keys.png", "text.png", "depths.png", "prefill.png"}
+
+
+def test_a_table_that_is_not_known(script: Script) -> None:
     script  # noqa: B018 - puts benchmarks/ on the path
-    from support.variants import HalfGenerated, Subject
+    from results_page import RESULTS, fill
 
-    from vllm_longmamba.torch_reference import LongMamba
-
-    subject = Subject(folder, None, 512, "cpu", segment_tokens=900)
-    model = subject.model.with_method(LongMamba.from_table(subject.table))
-    together = HalfGenerated(model, subject.encoder, generated)
-    alone = HalfGenerated(model, subject.encoder, generated)
-    alone.together = lambda length: 1  # type: ignore[method-assign]
-    subject.encoder.decode = lambda tokens: str(tokens)  # type: ignore[method-assign]
-    prompts = [random_token_ids(length, seed=number) for number, length in enumerate([300, 300, 300, 300, 410, 300])]
-    jobs = [(number, prompt, 3) for number, prompt in enumerate(prompts)]
-    assert together.together(300) == 3
-    assert list(together.complete(jobs)) == list(alone.complete(jobs))
-    texts = list(enumerate(prompts))
-    expected = dict(alone.tail_logprobs(texts, 20))
-    for number, logprobs in together.tail_logprobs(texts, 20):
-        np.testing.assert_allclose(logprobs, expected[number], atol=1e-5)
+    with pytest.raises(ValueError, match="no table is called 'passkeys'; there are quality, passkey"):
+        fill("<!-- table: passkeys -->\n<!-- end -->\n", RESULTS)
 
 
 def _report(task: str, shares: dict[str, float], **changes: object) -> dict[str, object]:

@@ -10,8 +10,7 @@ from typing import Any
 ENGINE, PEER = "engine_vs_torch.json", "peer_mamba_ssm.json"
 TITLES = {ENGINE: "The engine beside the torch reference", PEER: "Beside mamba_ssm's MambaLMHeadModel, plain"}
 
-
-# What the issue asks for, in float32.
+# Of log-probabilities in float32.
 TOLERANCE = 1e-3
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "passkey-mamba2-4m"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -76,13 +75,3 @@ def document_markdown(document: Mapping[str, Any], title: str) -> str:
     for model, pairs in document["models"].items():
         lines += [f"| {model} | {name} | {gap['largest']:.1e} | {gap['mean']:.1e} |" for name, gap in pairs.items()]
     return "\n".join(lines) + "\n"
-
-
-def agreement_markdown(results: Path) -> list[str]:
-    """The section of the results page: a heading and the reports that are there; nothing where there is none."""
-    parts = [
-        document_markdown(json.loads((results / name).read_text()), title).replace("# ", "### ", 1)
-        for name, title in TITLES.items()
-        if (results / name).exists()
-    ]
-    return ["## Do the implementations agree?", *parts] if parts else []

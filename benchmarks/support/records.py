@@ -1,0 +1,35 @@
+"""Which records the results page shows, and how it names them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+# Folder of the records and of the example, and what the page calls the model.
+MODELS = {
+    "reference-mamba1-4m": "Mamba-1, 3.7M",
+    "passkey-mamba2-4m": "Mamba-2, 3.8M",
+    "reference-mamba2-few-writes-4m": "Mamba-2 (few writes), 3.8M",
+    "reference-zamba2-1m": "Zamba2, 1.1M",
+}
+DEFAULT = "LongMamba, unclamped"
+# Methods as the records name them, and as the page does.
+METHODS = {
+    "plain": "plain",
+    DEFAULT: "**LongMamba**",
+    "LongMamba, paper": "paper",
+    "LongMamba, closed loop": "closed loop",
+    "LongMamba, unfiltered end": "unfiltered end",
+    "LongMamba, twice the budget": "twice the budget",
+    "decimamba": "DeciMamba",
+}
+
+
+def report(results: Path, model: str, task: str) -> dict[str, Any]:
+    """The record of a model and a task; empty where there is none."""
+    file = results / model / task / "report.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def of_models(results: Path, task: str) -> dict[str, dict[str, Any]]:
+    """Model -> record of a task, of the models that have one."""
+    return {model: found for model in MODELS if (found := report(results, model, task))}
