@@ -161,7 +161,7 @@ def test_options(given: dict[str, Any], expected: str, tiny_model: Callable[[str
 def test_the_plan_of_an_engine_as_an_option(tiny_model: Callable[[str], Path]) -> None:
     given = {"model_impl": "longmamba", "additional_config": {"longmamba_calibration": 5}}
     message = refusal(tiny_model("mamba2"), **given)
-    assert "additional_config['longmamba_calibration'] is what LongMamba tells its own processes" in message
+    assert "additional_config['longmamba_calibration'] is set by vllm_longmamba itself" in message
     assert "so it must not be given, but is 5; say what you want in additional_config['longmamba']" in message
 
 

@@ -80,7 +80,6 @@ class LongMambaModelConfig:
         from vllm_longmamba.calibration.settings import CALIBRATION_KEY
 
         options = options_from_config(vllm_config.additional_config)
-        _refuse_plan(vllm_config.additional_config)
         stock_hook = MODELS_CONFIG_MAP.get(stock_name(vllm_config.model_config.architecture))
         if stock_hook is not None:
             stock_hook.verify_and_update_config(vllm_config)
@@ -177,16 +176,6 @@ def _announce_table(path: Path, model_config: Any, options: Any) -> None:
             longest,
             model_config.max_model_len,
             model_config.max_model_len,
-        )
-
-
-def _refuse_plan(additional_config: Any) -> None:
-    from vllm_longmamba.calibration.plan import PLAN_KEY
-
-    if isinstance(additional_config, dict) and PLAN_KEY in additional_config:
-        raise ValueError(
-            f"additional_config[{PLAN_KEY!r}] is what LongMamba tells its own processes, so it must not be given, but "
-            f"is {additional_config[PLAN_KEY]!r}; say what you want in additional_config[{KEY!r}]"
         )
 
 
