@@ -161,8 +161,16 @@ def test_table_file(tmp_path: Path) -> None:
     save_table(closed_table(), tmp_path / "closed")
     assert load_table(tmp_path / "closed").metadata == closed_table().metadata
     save_table(small_table(), tmp_path / "paper")
+    assert load_table(tmp_path / "paper").metadata == small_table().metadata
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"closed_loop": None}, "must be given with the method 'closed-loop' and no other"),
+        ({"method": "paper"}, "must be given with the method 'closed-loop' and no other"),
+    ],
+)
 def test_metadata_refuse(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(closed_table().metadata, **change)
