@@ -180,10 +180,10 @@ def test_metadata_refuse(change: dict[str, Any], message: str) -> None:
     ("change", "message"),
     [
         ({"combine": "max"}, "combine must be one of"),
-        ({"lengths": ()}, "lengths must ascend, and be at least one"),
-        ({"lengths": (36, 18)}, "lengths must ascend"),
-        ({"lengths": (18, "36")}, "must be integers above 0"),
-        ({"text_tokens": 0}, "must be integers above 0"),
+        ({"lengths": ()}, "that ascend, got 0 that do not"),
+        ({"lengths": (36, 18)}, "that ascend, got 2 that do not"),
+        ({"lengths": (18, "36")}, "that ascend, got 2 that do not"),
+        ({"text_tokens": 0}, "text_tokens must be an integer, 1 to"),
         ({"budget": 0}, "budget must be a factor above 0, got 0"),
     ],
 )
