@@ -25,7 +25,7 @@ def _selective_state_update_kernel(
     """One sequence and a block of channels of one head; Mamba-1 has a single head. PER_HEAD: A, D and dt are its.
 
     launch_pdl: the kernel may start before the one in front of it ends (programmatic dependent launch). What it reads
-    until it waits was written long before: the slot, the state, weights.
+    until it waits was written long before: slot and row, the state, weights, thresholds.
     """
     head = tl.program_id(1)
     # rows and slots in int64: slots x stride passes 2^31
@@ -39,15 +39,26 @@ def _selective_state_update_kernel(
     is_own = is_channel[:, None] & (n < tl.where(slot != NULL, d_state, 0))[None, :]
     state_ptrs = state_ptr + slot * slot_stride + channel[:, None] * d_state + n[None, :]
     h = tl.load(state_ptrs, mask=is_own, other=0.0).to(tl.float32)
+    row = 0
+    if FILTER:
+        row = tl.load(token_rows_ptr + b).to(tl.int64)
     if PER_HEAD:
         A = tl.load(A_ptr + head) * 1.4426950408889634
         D = tl.load(D_ptr + head).to(tl.float32)
         dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+        threshold = dt_bias
+        if FILTER:
+            threshold = tl.load(dt_threshold_ptr + row * nheads + head)
     else:
         A_ptrs = A_ptr + channel[:, None] * d_state + n[None, :]
         A = tl.load(A_ptrs, mask=is_channel[:, None] & is_state[None, :], other=0.0) * 1.4426950408889634
         D = tl.load(D_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
         dt_bias = tl.load(dt_bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
+        threshold = dt_bias
+        if FILTER:
+            # row 0 filters nothing: it is not even read
+            is_filtered_channel = within < tl.where(row > 0, headdim, 0)
+            threshold = tl.load(dt_threshold_ptr + row * headdim + channel, mask=is_filtered_channel, other=-1.0)
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -56,22 +67,11 @@ def _selective_state_update_kernel(
     B = tl.load(B_ptr + b * B_stride + group * d_state + n, mask=is_state, other=0.0).to(tl.float32)
     C = tl.load(C_ptr + b * C_stride + group * d_state + n, mask=is_state, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + b * x_stride + channel, mask=is_channel, other=0.0).to(tl.float32)
-    row = 0
-    if FILTER:
-        row = tl.load(token_rows_ptr + b).to(tl.int64)
-    threshold = dt_bias
     if PER_HEAD:
-        raw_dt = tl.load(dt_ptr + b * dt_stride + head)
-        if FILTER:
-            threshold = tl.load(dt_threshold_ptr + row * nheads + head)
-        dt = filtered_dt(raw_dt, dt_bias, threshold, row > 0, FILTER)
+        dt = filtered_dt(tl.load(dt_ptr + b * dt_stride + head), dt_bias, threshold, row > 0, FILTER)
         h = h * tl.exp2(dt * A) + (dt * x)[:, None] * B[None, :]
     else:
         raw_dt = tl.load(dt_ptr + b * dt_stride + channel, mask=is_channel, other=0.0)
-        if FILTER:
-            # row 0 filters nothing: it is not even read
-            is_filtered_channel = within < tl.where(row > 0, headdim, 0)
-            threshold = tl.load(dt_threshold_ptr + row * headdim + channel, mask=is_filtered_channel, other=-1.0)
         dt = filtered_dt(raw_dt, dt_bias, threshold, row > 0, FILTER)
         h = h * tl.exp2(dt[:, None] * A) + (dt * x)[:, None] * B[None, :]
     tl.store(state_ptrs, h.to(state_ptr.dtype.element_ty), mask=is_own)
