@@ -3,7 +3,6 @@
 # mypy: ignore-errors
 # Triton's language looks like Python but does not have its types.
 
-import torch
 import triton
 import triton.language as tl
 
@@ -81,19 +80,27 @@ def _selective_state_update_kernel(
     tl.store(out_ptr + b * out_stride + channel, y.to(out_ptr.dtype.element_ty), mask=is_channel)
 
 
-def _launch_sizes(batch: int, d_inner: int, headdim: int, d_state: int, is_float32: bool) -> tuple[int, int]:
-    """(channels a program, warps), measured on an H200: benchmarks/support/launch_sizes.py."""
+# By bytes of a number of the state and d_state: up to how many channels of the batch, and then (channels a program,
+# warps). Measured on an H200: benchmarks/decode_kernels.py prints this table.
+LAUNCH_SIZES = {
+    (2, 16): ((2**13, (16, 1)), (2**22, (128, 2))),
+    (2, 64): ((2**22, (64, 4)),),
+    (2, 128): ((2**22, (8, 1)),),
+    (4, 16): ((2**13, (16, 1)), (2**22, (64, 2))),
+    (4, 64): ((2**22, (16, 1)),),
+    (4, 128): ((2**22, (8, 1)),),
+}
+
+
+def _launch_sizes(batch: int, d_inner: int, headdim: int, d_state: int, itemsize: int) -> tuple[int, int]:
+    """(channels a program, warps) of LAUNCH_SIZES; elsewhere a warp has 1024 numbers of the state."""
     padded = triton.next_power_of_2(d_state)
-    if batch * d_inner * padded < 2**18:
-        # few programs otherwise
-        states, warps = 256, 1
-    elif padded <= 32:
-        states, warps = 1024, 2 if is_float32 else 1
-    elif padded <= 64 and not is_float32:
-        states, warps = 4096, 4
-    else:
-        states, warps = 1024, 1
-    return min(max(states // padded, 1), triton.next_power_of_2(headdim)), warps
+    channels, warps = max(1024 // padded, 1), 1
+    for most, sizes in LAUNCH_SIZES.get((itemsize, padded), ()):
+        channels, warps = sizes
+        if batch * d_inner <= most:
+            break
+    return min(channels, triton.next_power_of_2(headdim)), warps
 
 
 def selective_state_update_triton(
@@ -108,7 +115,7 @@ def selective_state_update_triton(
     nheads = 1 if A.dim() == 2 else A.shape[0]
     headdim = d_inner // nheads
     if sizes is None:
-        sizes = _launch_sizes(batch, d_inner, headdim, d_state, state.dtype == torch.float32)
+        sizes = _launch_sizes(batch, d_inner, headdim, d_state, state.element_size())
     channels, warps = sizes
     # an unused pointer argument still needs a tensor
     gate = x if z is None else z
