@@ -5,10 +5,12 @@ the CPU. Both are imported on the first call, so that importing this package nev
 """
 
 from .causal_conv1d import causal_conv1d
+from .causal_conv1d_update import causal_conv1d_update
 from .compile_ahead import PER_DECODE_TOKEN, compile_ahead
 from .filter_dt import filter_dt_
 from .reference import (
     causal_conv1d_reference,
+    causal_conv1d_update_reference,
     filter_dt_reference,
     selective_scan_reference,
     selective_state_update_reference,
@@ -22,6 +24,8 @@ __all__ = [
     "PER_DECODE_TOKEN",
     "causal_conv1d",
     "causal_conv1d_reference",
+    "causal_conv1d_update",
+    "causal_conv1d_update_reference",
     "compile_ahead",
     "filter_dt_",
     "filter_dt_reference",

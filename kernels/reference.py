@@ -179,6 +179,29 @@ def causal_conv1d_reference(
     return out
 
 
+def causal_conv1d_update_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    conv_state: torch.Tensor,
+    state_indices: torch.Tensor,
+    silu: bool = True,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See :func:`kernels.causal_conv1d_update.causal_conv1d_update`: sequences of one token each.
+
+    Returns:
+        (batch, channels) in ``x.dtype``, 0 in rows of padding; ``conv_state`` is updated in place.
+    """
+    out = torch.empty_like(x) if out is None else out
+    out.zero_()
+    batch = x.shape[0]
+    one_each = torch.arange(batch + 1, dtype=torch.int32, device=x.device)
+    has_initial_state = torch.ones(batch, dtype=torch.bool, device=x.device)
+    where = (conv_state, one_each, state_indices, has_initial_state)
+    return causal_conv1d_reference(x, weight, bias, *where, silu=silu, out=out)
+
+
 def selective_state_update_reference(
     state: torch.Tensor,
     x: torch.Tensor,

@@ -3,7 +3,6 @@
 # mypy: ignore-errors
 # Triton's language looks like Python but does not have its types.
 
-import torch
 import triton
 import triton.language as tl
 
@@ -25,7 +24,7 @@ def _selective_state_update_kernel(
     """One sequence and a block of channels of one head; Mamba-1 has a single head. PER_HEAD: A, D and dt are its.
 
     launch_pdl: the kernel may start before the one in front of it ends (programmatic dependent launch). What it reads
-    until it waits was written long before: the slot, the state, weights.
+    until it waits was written long before: slot and row, the state, weights, thresholds.
     """
     head = tl.program_id(1)
     # rows and slots in int64: slots x stride passes 2^31
@@ -39,15 +38,26 @@ def _selective_state_update_kernel(
     is_own = is_channel[:, None] & (n < tl.where(slot != NULL, d_state, 0))[None, :]
     state_ptrs = state_ptr + slot * slot_stride + channel[:, None] * d_state + n[None, :]
     h = tl.load(state_ptrs, mask=is_own, other=0.0).to(tl.float32)
+    row = 0
+    if FILTER:
+        row = tl.load(token_rows_ptr + b).to(tl.int64)
     if PER_HEAD:
         A = tl.load(A_ptr + head) * 1.4426950408889634
         D = tl.load(D_ptr + head).to(tl.float32)
         dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+        threshold = dt_bias
+        if FILTER:
+            threshold = tl.load(dt_threshold_ptr + row * nheads + head)
     else:
         A_ptrs = A_ptr + channel[:, None] * d_state + n[None, :]
         A = tl.load(A_ptrs, mask=is_channel[:, None] & is_state[None, :], other=0.0) * 1.4426950408889634
         D = tl.load(D_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
         dt_bias = tl.load(dt_bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
+        threshold = dt_bias
+        if FILTER:
+            # row 0 filters nothing: it is not even read
+            is_filtered_channel = within < tl.where(row > 0, headdim, 0)
+            threshold = tl.load(dt_threshold_ptr + row * headdim + channel, mask=is_filtered_channel, other=-1.0)
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -56,22 +66,11 @@ def _selective_state_update_kernel(
     B = tl.load(B_ptr + b * B_stride + group * d_state + n, mask=is_state, other=0.0).to(tl.float32)
     C = tl.load(C_ptr + b * C_stride + group * d_state + n, mask=is_state, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + b * x_stride + channel, mask=is_channel, other=0.0).to(tl.float32)
-    row = 0
-    if FILTER:
-        row = tl.load(token_rows_ptr + b).to(tl.int64)
-    threshold = dt_bias
     if PER_HEAD:
-        raw_dt = tl.load(dt_ptr + b * dt_stride + head)
-        if FILTER:
-            threshold = tl.load(dt_threshold_ptr + row * nheads + head)
-        dt = filtered_dt(raw_dt, dt_bias, threshold, row > 0, FILTER)
+        dt = filtered_dt(tl.load(dt_ptr + b * dt_stride + head), dt_bias, threshold, row > 0, FILTER)
         h = h * tl.exp2(dt * A) + (dt * x)[:, None] * B[None, :]
     else:
         raw_dt = tl.load(dt_ptr + b * dt_stride + channel, mask=is_channel, other=0.0)
-        if FILTER:
-            # row 0 filters nothing: it is not even read
-            is_filtered_channel = within < tl.where(row > 0, headdim, 0)
-            threshold = tl.load(dt_threshold_ptr + row * headdim + channel, mask=is_filtered_channel, other=-1.0)
         dt = filtered_dt(raw_dt, dt_bias, threshold, row > 0, FILTER)
         h = h * tl.exp2(dt[:, None] * A) + (dt * x)[:, None] * B[None, :]
     tl.store(state_ptrs, h.to(state_ptr.dtype.element_ty), mask=is_own)
@@ -81,19 +80,27 @@ def _selective_state_update_kernel(
     tl.store(out_ptr + b * out_stride + channel, y.to(out_ptr.dtype.element_ty), mask=is_channel)
 
 
-def _launch_sizes(batch: int, d_inner: int, headdim: int, d_state: int, is_float32: bool) -> tuple[int, int]:
-    """(channels a program, warps), measured on an H200: benchmarks/support/launch_sizes.py."""
+# By bytes of a number of the state and d_state: up to how many channels of the batch, and then (channels a program,
+# warps). Measured on an H200: benchmarks/decode_kernels.py prints this table.
+LAUNCH_SIZES = {
+    (2, 16): ((2**13, (16, 1)), (2**22, (128, 2))),
+    (2, 64): ((2**22, (64, 4)),),
+    (2, 128): ((2**22, (8, 1)),),
+    (4, 16): ((2**13, (16, 1)), (2**22, (64, 2))),
+    (4, 64): ((2**22, (16, 1)),),
+    (4, 128): ((2**22, (8, 1)),),
+}
+
+
+def _launch_sizes(batch: int, d_inner: int, headdim: int, d_state: int, itemsize: int) -> tuple[int, int]:
+    """(channels a program, warps) of LAUNCH_SIZES; elsewhere a warp has 1024 numbers of the state."""
     padded = triton.next_power_of_2(d_state)
-    if batch * d_inner * padded < 2**18:
-        # few programs otherwise
-        states, warps = 256, 1
-    elif padded <= 32:
-        states, warps = 1024, 2 if is_float32 else 1
-    elif padded <= 64 and not is_float32:
-        states, warps = 4096, 4
-    else:
-        states, warps = 1024, 1
-    return min(max(states // padded, 1), triton.next_power_of_2(headdim)), warps
+    channels, warps = max(1024 // padded, 1), 1
+    for most, sizes in LAUNCH_SIZES.get((itemsize, padded), ()):
+        channels, warps = sizes
+        if batch * d_inner <= most:
+            break
+    return min(channels, triton.next_power_of_2(headdim)), warps
 
 
 def selective_state_update_triton(
@@ -108,7 +115,7 @@ def selective_state_update_triton(
     nheads = 1 if A.dim() == 2 else A.shape[0]
     headdim = d_inner // nheads
     if sizes is None:
-        sizes = _launch_sizes(batch, d_inner, headdim, d_state, state.dtype == torch.float32)
+        sizes = _launch_sizes(batch, d_inner, headdim, d_state, state.element_size())
     channels, warps = sizes
     # an unused pointer argument still needs a tensor
     gate = x if z is None else z

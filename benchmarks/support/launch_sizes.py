@@ -1,6 +1,6 @@
-"""Try launch sizes of the kernels: python benchmarks/support/launch_sizes.py [scan] [walk] [conv] [update]
+"""Try launch sizes of the kernels: python benchmarks/support/launch_sizes.py [scan] [walk] [conv]
 
-Prints microseconds (medians), vLLM's kernel first. The best sizes are constants of the kernels' modules.
+Prints microseconds (medians), vLLM's kernel first. The best sizes are constants of the kernels' modules. For decode: decode_kernels.py.
 """
 
 # ruff: noqa: B023
@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from triton.testing import do_bench, do_bench_cudagraph
+from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scan_kernels import scan_inputs, stock_scan
 
 from vllm_longmamba.kernels import causal_conv1d, causal_conv1d_triton, selective_scan, selective_scan_triton
-from vllm_longmamba.kernels.selective_state_update_triton import selective_state_update_triton
 
 
 def microseconds(function: Callable[[], Any]) -> float:
@@ -146,64 +145,6 @@ def conv() -> None:
             print(f"  {block} x {wide}, {warps} warps: {with_constants(causal_conv1d_triton, run, **sizes):.1f}")
 
 
-def update() -> None:
-    from vllm.model_executor.layers.mamba.ops.mamba_ssm import selective_state_update
-
-    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda").to(dtype)
-
-    shapes = {"mamba1": (1, 4096, 16), "falcon": (1, 8192, 16), "mamba2": (64, 64, 128), "zamba2": (64, 64, 64)}
-    for (name, (nheads, headdim, d_state)), dtype, batch in itertools.product(
-        shapes.items(), (torch.float32, torch.bfloat16), (1, 64, 256)
-    ):
-        d_inner, is_heads = nheads * headdim, nheads > 1
-        steps = nheads if is_heads else d_inner
-        state = torch.zeros(batch + 1, d_inner, d_state, device="cuda", dtype=dtype)
-        x, z, dt, B, C = (random(batch, size) for size in (d_inner, d_inner, steps, d_state, d_state))
-        A = -torch.rand(steps, *([] if is_heads else [d_state]), device="cuda")
-        D, bias, slots = random(steps), random(steps), torch.arange(1, batch + 1, device="cuda", dtype=torch.int32)
-        threshold, rows = torch.full((8, steps), -1.0, device="cuda"), torch.zeros_like(slots)
-        out = torch.empty_like(x)
-        if is_heads:
-            wide = (A[:, None, None].expand(nheads, headdim, d_state), dt[..., None].expand(batch, nheads, headdim))
-            heads = [tensor.view(batch, nheads, headdim) for tensor in (x, out)]
-            column = [tensor[:, None].expand(nheads, headdim) for tensor in (D, bias)]
-            stock_args = (
-                state.unflatten(1, (nheads, headdim)),
-                heads[0],
-                wide[1],
-                wide[0],
-                B[:, None],
-                C[:, None],
-                *column,
-            )
-            stock_out, gate = heads[1], None
-        else:
-            stock_args, stock_out, gate = (state, x, dt, A, B, C, D, bias.float()), out, z
-        stock = 1e3 * do_bench_cudagraph(
-            lambda: selective_state_update(
-                *stock_args,
-                z=gate,
-                dt_softplus=True,
-                state_batch_indices=slots,
-                out=stock_out,
-            ),
-            rep=20,
-            return_mode="median",
-        )
-        floor = 2 * state[1:].numel() * state.element_size() / 4.3e6
-        results = []
-        for channels, warps in itertools.product((8, 16, 32, 64, 128, 256), (1, 2, 4)):
-            if channels > headdim or not 8 <= channels * d_state // (32 * warps) <= 32 or not is_mine():
-                continue
-            arguments = (state, x, dt, A, B, C, D, gate, bias, slots, threshold, rows, out)
-            run = lambda: selective_state_update_triton(*arguments, sizes=(channels, warps))  # noqa: E731
-            results.append((1e3 * do_bench_cudagraph(run, rep=20, return_mode="median"), channels, warps))
-        best = ", ".join(f"{channels}/{warps} {time:.2f}" for time, channels, warps in sorted(results)[:5])
-        rest = ", ".join(f"{channels}/{warps} {time:.2f}" for time, channels, warps in sorted(results)[5:])
-        print(f"update {name} {dtype} {batch}: stock {stock:.2f}, bytes {floor:.2f}; {best} | {rest}", flush=True)
-
-
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ["scan", "walk", "conv", "update"]:
-        {"scan": scan, "walk": walk, "conv": conv, "update": update}[name]()
+    for name in sys.argv[1:] or ["scan", "walk", "conv"]:
+        {"scan": scan, "walk": walk, "conv": conv}[name]()

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_longmamba.kernels import PER_DECODE_TOKEN, compile_ahead, selective_scan, selective_state_update, ssd
+from vllm_longmamba.kernels import (
+    PER_DECODE_TOKEN,
+    causal_conv1d_update,
+    compile_ahead,
+    selective_scan,
+    selective_state_update,
+    ssd,
+)
 from vllm_longmamba.kernels.compile_ahead import PER_PROMPT_TOKEN, launch, meta_calls
 from vllm_longmamba.kernels.dispatch import UNALIGNED
 
@@ -72,10 +79,21 @@ def update_arguments(tokens: int, device: str = "cpu") -> dict[str, Any]:
     return arguments | {"state_indices": slots[:, 0], "token_rows": rows}
 
 
+def conv_update_arguments(tokens: int, device: str = "cpu") -> dict[str, Any]:
+    """As a Mamba-2 mixer has them at decode: x is part of a projection, slots are a column of a table of blocks."""
+    channels, kind = 4352, {"dtype": torch.bfloat16, "device": device}
+    return {
+        "x": torch.zeros(tokens, 2 * channels, **kind)[:, channels:], "weight": torch.zeros(channels, 4, **kind),
+        "bias": torch.zeros(channels, **kind), "conv_state": torch.zeros(3, 3, channels, **kind).transpose(1, 2),
+        "state_indices": torch.zeros(tokens, 3, dtype=torch.int32, device=device)[:, 0],
+    }  # fmt: skip
+
+
 OPERATIONS = {
     selective_scan: (scan_arguments, PER_PROMPT_TOKEN),
     ssd: (ssd_arguments, PER_PROMPT_TOKEN),
     selective_state_update: (update_arguments, PER_DECODE_TOKEN),
+    causal_conv1d_update: (conv_update_arguments, PER_DECODE_TOKEN),
 }
 
 
@@ -164,8 +182,10 @@ def test_nothing_is_compiled_for_a_cpu() -> None:
 def test_kernels_do_not_depend_on_where_metadata_begins() -> None:
     """They would be compiled again while requests wait: a step's metadata are parts of longer tensors."""
     seen = set()
-    for name in ("causal_conv1d_triton", "filter_dt_triton", "selective_scan_triton", "selective_scan_chunks_triton",
-                 "selective_state_update_triton", "ssd_blocks_triton", "ssd_scan_triton"):  # fmt: skip
+    for name in (
+        "causal_conv1d_triton", "causal_conv1d_update_triton", "filter_dt_triton", "selective_scan_triton",
+        "selective_scan_chunks_triton", "selective_state_update_triton", "ssd_blocks_triton", "ssd_scan_triton",
+    ):  # fmt: skip
         for kernel in vars(importlib.import_module(f"vllm_longmamba.kernels.{name}")).values():
             if getattr(kernel, "__name__", "").endswith("_kernel") and hasattr(kernel, "params"):
                 unaligned = {one.name for one in kernel.params if one.do_not_specialize_on_alignment}

@@ -7,11 +7,12 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.config.mamba import MambaBackendEnum
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
-from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update as vllm_causal_conv1d_update
 
 from vllm_longmamba.kernels import (
     PER_DECODE_TOKEN,
     causal_conv1d,
+    causal_conv1d_update,
     compile_ahead,
     selective_state_update,
 )
@@ -156,14 +157,16 @@ class FilteredMixer:
         return convolved
 
     def _convolve_decodes(self, x: torch.Tensor, metadata: Any) -> torch.Tensor:
-        convolved: torch.Tensor = causal_conv1d_update(
-            x,
-            self._conv_state(),
-            self._conv_weights(),
-            self.conv1d.bias,
-            self.activation,
-            conv_state_indices=metadata.state_indices_tensor_d,
-        )
+        weights, bias, state = self._conv_weights(), self.conv1d.bias, self._conv_state()
+        slots = metadata.state_indices_tensor_d
+        convolved: torch.Tensor
+        if not (self.runs_own_kernels() and self._updates_state):
+            convolved = vllm_causal_conv1d_update(x, state, weights, bias, self.activation, conv_state_indices=slots)
+            return convolved
+        arguments = {"x": x, "weight": weights, "bias": bias, "conv_state": state, "state_indices": slots[:, 0]}
+        if self._most_decodes is not None:
+            compile_ahead(causal_conv1d_update, arguments, self._most_decodes, PER_DECODE_TOKEN)
+        convolved = causal_conv1d_update(**arguments, silu=self.activation in ("silu", "swish"))
         return convolved
 
     def _conv_weights(self) -> torch.Tensor:
