@@ -1,13 +1,13 @@
 """The threshold table of one model: which prompt length takes which row, which row filters which token."""
 
-import hashlib
 import math
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from .metadata import TableMetadata
@@ -81,14 +81,10 @@ class ThresholdTable:
     metadata: TableMetadata
     row_lengths: np.ndarray
     layers: Mapping[int, LayerThresholds]
-    _between_rows: np.ndarray = field(init=False, repr=False)
-    _content_digest: list[bytes] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         lengths = check_row_lengths(self.row_lengths, self.metadata.train_length, "ThresholdTable")
         object.__setattr__(self, "row_lengths", lengths)
-        # Twice the midpoint of neighbouring rows: an integer, so that ties are exact.
-        object.__setattr__(self, "_between_rows", lengths[:-1] + lengths[1:])
         if not self.layers:
             raise ValueError("ThresholdTable.layers must hold at least one layer, got none; calibrate the model again")
         for layer, thresholds in self.layers.items():
@@ -186,17 +182,22 @@ class ThresholdTable:
             ValueError: theta is outside [0, 1], or unfiltered_end below 0.
         """
         theta, end = self._theta(min_retention), self.unfiltered_end(unfiltered_end)
-        if not self._content_digest:
-            content = hashlib.blake2b(struct.pack("<q", len(self.row_lengths)), digest_size=16)
-            content.update(self.row_lengths.astype("<i8").tobytes())
-            for layer in sorted(self.layers):
-                thresholds = self.layers[layer]
-                content.update(struct.pack("<qq", layer, thresholds.retention.shape[0]))
-                content.update(np.ascontiguousarray(thresholds.retention.numpy(), dtype="<f8").data)
-                content.update(np.ascontiguousarray(thresholds.dt_threshold.numpy(), dtype="<f4").data)
-            self._content_digest.append(content.digest())
-        settings = struct.pack("<dq", theta, end)
-        return hashlib.blake2b(self._content_digest[0] + settings, digest_size=16).hexdigest()
+        return blake3(self._content + repr((theta, end)).encode()).hexdigest(length=16)
+
+    @cached_property
+    def _between_rows(self) -> np.ndarray:
+        """(rows - 1,) twice the midpoints of neighbouring rows: integers, so that ties are exact."""
+        sums: np.ndarray = self.row_lengths[:-1] + self.row_lengths[1:]
+        return sums
+
+    @cached_property
+    def _content(self) -> bytes:
+        content = blake3(self.row_lengths.tobytes())
+        for layer, thresholds in sorted(self.layers.items()):
+            content.update(repr((layer, tuple(thresholds.dt_threshold.shape))).encode())
+            content.update(thresholds.retention.numpy().tobytes())
+            content.update(thresholds.dt_threshold.numpy().tobytes())
+        return content.digest()
 
     def _layer(self, layer: int) -> LayerThresholds:
         if layer not in self.layers:

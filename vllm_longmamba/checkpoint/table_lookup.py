@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_longmamba.checkpoint.fingerprint import DUMMY, weights_fingerprint
-from vllm_longmamba.options import LongMambaOptions, expand_home
+from vllm_longmamba.options import LongMambaOptions
 from vllm_longmamba.tables import TableError, TableMetadata, is_table_file, load_table, read_metadata
 
 logger = logging.getLogger("vllm.longmamba")
@@ -79,15 +79,12 @@ def search_table(weights: "Weights", options: LongMambaOptions, quantization: st
         TableError: the named table, or the one beside the weights, is unreadable or belongs to other weights.
     """
     if options.table is not None:
-        path = expand_home(options.table, "table")
+        path = _expand_home(options.table)
         _check(path, weights.fingerprint, options)
         return path
     for path in _candidates(weights, quantization):
-        if path.parent == weights.folder:
-            # A table beside the weights is meant for them: a wrong one is an error, not passed over.
-            _check(path, weights.fingerprint, options)
-            return path
-        if _matches(path, weights.fingerprint):
+        # A table beside the weights is meant for them: a wrong one is an error, not passed over.
+        if path.parent == weights.folder or _matches(path, weights.fingerprint):
             _check(path, weights.fingerprint, options)
             return path
     return None
@@ -202,6 +199,16 @@ def weight_patterns(model_config: Any) -> list[str] | None:
     safetensors = [name for name in names if name.endswith(".safetensors")]
     only_tables = bool(safetensors) and all(is_threshold_table(Path(model_config.model, name)) for name in safetensors)
     return ["*.bin"] if only_tables else None
+
+
+def _expand_home(table: str) -> Path:
+    try:
+        return Path(table).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"additional_config['longmamba']: table must be a path in a home folder that exists, but is {table!r}; "
+            "write it out in full"
+        ) from None
 
 
 def _candidates(weights: Weights, quantization: str | None) -> Iterator[Path]:
