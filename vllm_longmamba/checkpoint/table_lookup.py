@@ -6,6 +6,8 @@ Tables that engines made for themselves lie in the cache, too, under names of th
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,24 +107,22 @@ def no_table(model: str, obstacle: str | None = None) -> TableError:
     )
 
 
+@dataclass(frozen=True)
 class Weights:
     """The weight files of a model, as vLLM's loader will read them.
 
     Attributes:
         folder: where they lie, None for dummy weights.
-        fingerprint: see `weights_fingerprint`; `DUMMY` for dummy weights. Computed when first asked for.
+        files: their paths, none for dummy weights.
     """
 
-    def __init__(self, folder: Path | None, files: list[str]) -> None:
-        self.folder = folder
-        self._files = files
-        self._fingerprint: str | None = None
+    folder: Path | None
+    files: list[str]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        if self._fingerprint is None:
-            self._fingerprint = weights_fingerprint(self._files) if self._files else DUMMY
-        return self._fingerprint
+        """See `weights_fingerprint`; `DUMMY` for dummy weights. Computed when first asked for."""
+        return weights_fingerprint(self.files) if self.files else DUMMY
 
 
 def is_threshold_table(file: Path) -> bool:
