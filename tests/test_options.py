@@ -1,10 +1,11 @@
 """Tests of vllm_longmamba/options.py."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vllm_longmamba.options import KEY, LongMambaOptions, options_from_config
+from vllm_longmamba.options import KEY, LongMambaOptions, expand_home, options_from_config
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,14 @@ def test_options_from_config_refuses(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         options_from_config({KEY: given})
     assert str(error.value).startswith("additional_config['longmamba']")
+
+
+def test_expand_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert expand_home("~/t.safetensors", "table") == Path("/home/ada/t.safetensors")
+    assert expand_home("a/~t", "table") == Path("a/~t")
+    with pytest.raises(ValueError, match=r"table must be a path in a home folder that exists; .*but is '~nouser/x'"):
+        expand_home("~nouser/x", "table")
 
 
 def test_to_dict_is_read_back() -> None:

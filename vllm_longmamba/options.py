@@ -1,6 +1,7 @@
 """What a user can set: `--additional-config '{"longmamba": {...}}'`, as one typed object."""
 
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 KEY = "longmamba"
@@ -96,6 +97,22 @@ def options_from_config(additional_config: Any) -> LongMambaOptions:
             f"additional_config[{KEY!r}]: unknown option {', '.join(sorted(unknown))}; known are {', '.join(known)}"
         )
     return LongMambaOptions(**given)
+
+
+def expand_home(path: str, name: str) -> Path:
+    """Returns a path with its "~" or "~user" replaced by the home folder that it stands for.
+
+    Args:
+        path: as the user wrote it.
+        name: the option that it comes from.
+
+    Raises:
+        ValueError: there is no such user, or no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(_message(name, "a path in a home folder that exists; write it out in full", path)) from None
 
 
 def _check_tokens(name: str, value: Any, fewest: int) -> None:
