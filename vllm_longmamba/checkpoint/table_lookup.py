@@ -13,7 +13,7 @@ from typing import Any
 from vllm_longmamba.checkpoint.fingerprint import DUMMY, weights_fingerprint
 from vllm_longmamba.checkpoint.trusted_file import UntrustedFileError, check_trusted
 from vllm_longmamba.options import LongMambaOptions, expand_home
-from vllm_longmamba.tables import TableError, TableMetadata, is_table_file, load_table, read_metadata
+from vllm_longmamba.tables import TableError, is_table_file, load_table, read_metadata
 
 logger = logging.getLogger("vllm.longmamba")
 
@@ -229,7 +229,7 @@ def _matches(path: Path, fingerprint: str, found_in_cache: bool) -> bool:
     return True
 
 
-def _check(path: Path, fingerprint: str, options: LongMambaOptions) -> TableMetadata:
+def _check(path: Path, fingerprint: str, options: LongMambaOptions) -> None:
     metadata = read_metadata(path)
     if metadata.weights_fingerprint != fingerprint:
         raise TableError(
@@ -241,4 +241,3 @@ def _check(path: Path, fingerprint: str, options: LongMambaOptions) -> TableMeta
             f"{path}: this table is for a training length of {metadata.train_length} tokens, but the option "
             f"train_length says {options.train_length}; leave the option out or calibrate again"
         )
-    return metadata
