@@ -102,7 +102,7 @@ class ThresholdTable:
                 )
 
     def row_of(self, prompt_length: int) -> int:
-        """Returns the row of a prompt: the nearest of row_lengths, ties to the shorter, 0 for S <= train_length."""
+        """Returns the row of a prompt of S tokens: the nearest of row_lengths, ties to the shorter, 0 for S <= L."""
         return int(np.searchsorted(self._between_rows, 2 * prompt_length, side="left"))
 
     def rows_of(self, prompt_lengths: np.ndarray) -> np.ndarray:
@@ -133,7 +133,14 @@ class ThresholdTable:
         return torch.from_numpy(is_global)
 
     def count_global(self, min_retention: float | None = None) -> int:
-        """Returns how many channels of all layers `is_global` names."""
+        """Returns how many channels of all layers `is_global` names.
+
+        Args:
+            min_retention: theta; None takes the table's own.
+
+        Raises:
+            ValueError: theta is outside [0, 1].
+        """
         return sum(int(self.is_global(layer, min_retention).sum()) for layer in self.layers)
 
     def thresholds(self, layer: int, min_retention: float | None = None) -> Tensor:
