@@ -43,7 +43,10 @@ def layer_budgets(names: Iterable[str], layer: int, channels: range, budget: flo
         names: see `read_channel_budgets`.
         layer: its index.
         channels: which of the layer's channels; a tensor-parallel rank has a part of them.
-        budget: of those not named.
+        budget: of those not named, as a factor of a channel's sum over the training length.
+
+    Raises:
+        ValueError: as `read_channel_budgets`.
     """
     budgets = torch.full((len(channels),), budget, dtype=torch.float64)
     for (of_layer, channel), own in read_channel_budgets(names).items():

@@ -13,7 +13,7 @@ from .metadata import CLIPPED, MEAN, MEDIAN, check_combine
 from .table import NO_FILTER
 
 # Elements of dt that are looked at at a time: 256 MB of float32.
-_CHUNK_ELEMENTS = 1 << 26
+CHUNK_ELEMENTS = 1 << 26
 # Of the largest finite float32.
 _LARGEST_BITS = 0x7F7FFFFF
 
@@ -48,7 +48,7 @@ def budget_thresholds(dt: Tensor, budget: Tensor) -> Tensor:
             "budget_thresholds: dt must be finite and >= 0, got NaN, infinity or a negative value; "
             "pass softplus(dt_raw + dt_bias), and check the model's weights"
         )
-    chunk = max(1, _CHUNK_ELEMENTS // dt.shape[0])
+    chunk = max(1, CHUNK_ELEMENTS // dt.shape[0])
     parts = [
         _bisect(dt[:, begin : begin + chunk], budget[begin : begin + chunk]) for begin in range(0, dt.shape[1], chunk)
     ]

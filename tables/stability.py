@@ -44,7 +44,7 @@ class LayerStability:
 
 
 def table_stability(tables: Sequence[ThresholdTable], min_retention: float | None = None) -> dict[int, LayerStability]:
-    """Compare tables layer by layer.
+    """Compares tables layer by layer.
 
     Args:
         tables: two or more tables of one model, with the same rows.

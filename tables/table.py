@@ -1,13 +1,13 @@
 """The threshold table of one model: which prompt length takes which row, which row filters which token."""
 
-import hashlib
 import math
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from .metadata import TableMetadata
@@ -81,14 +81,10 @@ class ThresholdTable:
     metadata: TableMetadata
     row_lengths: np.ndarray
     layers: Mapping[int, LayerThresholds]
-    _between_rows: np.ndarray = field(init=False, repr=False)
-    _content_digest: list[bytes] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         lengths = check_row_lengths(self.row_lengths, self.metadata.train_length, "ThresholdTable")
         object.__setattr__(self, "row_lengths", lengths)
-        # Twice the midpoint of neighbouring rows: an integer, so that ties are exact.
-        object.__setattr__(self, "_between_rows", lengths[:-1] + lengths[1:])
         if not self.layers:
             raise ValueError("ThresholdTable.layers must hold at least one layer, got none; calibrate the model again")
         for layer, thresholds in self.layers.items():
@@ -106,7 +102,7 @@ class ThresholdTable:
                 )
 
     def row_of(self, prompt_length: int) -> int:
-        """Returns the row of a prompt: the nearest of row_lengths, ties to the shorter, 0 for S <= train_length."""
+        """Returns the row of a prompt of S tokens: the nearest of row_lengths, ties to the shorter, 0 for S <= L."""
         return int(np.searchsorted(self._between_rows, 2 * prompt_length, side="left"))
 
     def rows_of(self, prompt_lengths: np.ndarray) -> np.ndarray:
@@ -137,7 +133,14 @@ class ThresholdTable:
         return torch.from_numpy(is_global)
 
     def count_global(self, min_retention: float | None = None) -> int:
-        """Returns how many channels of all layers `is_global` names."""
+        """Returns how many channels of all layers `is_global` names.
+
+        Args:
+            min_retention: theta; None takes the table's own.
+
+        Raises:
+            ValueError: theta is outside [0, 1].
+        """
         return sum(int(self.is_global(layer, min_retention).sum()) for layer in self.layers)
 
     def thresholds(self, layer: int, min_retention: float | None = None) -> Tensor:
@@ -186,17 +189,22 @@ class ThresholdTable:
             ValueError: theta is outside [0, 1], or unfiltered_end below 0.
         """
         theta, end = self._theta(min_retention), self.unfiltered_end(unfiltered_end)
-        if not self._content_digest:
-            content = hashlib.blake2b(struct.pack("<q", len(self.row_lengths)), digest_size=16)
-            content.update(self.row_lengths.astype("<i8").tobytes())
-            for layer in sorted(self.layers):
-                thresholds = self.layers[layer]
-                content.update(struct.pack("<qq", layer, thresholds.retention.shape[0]))
-                content.update(np.ascontiguousarray(thresholds.retention.numpy(), dtype="<f8").data)
-                content.update(np.ascontiguousarray(thresholds.dt_threshold.numpy(), dtype="<f4").data)
-            self._content_digest.append(content.digest())
-        settings = struct.pack("<dq", theta, end)
-        return hashlib.blake2b(self._content_digest[0] + settings, digest_size=16).hexdigest()
+        return blake3(self._content + repr((theta, end)).encode()).hexdigest(length=16)
+
+    @cached_property
+    def _between_rows(self) -> np.ndarray:
+        """(rows - 1,) twice the midpoints of neighbouring rows: integers, so that ties are exact."""
+        sums: np.ndarray = self.row_lengths[:-1] + self.row_lengths[1:]
+        return sums
+
+    @cached_property
+    def _content(self) -> bytes:
+        content = blake3(self.row_lengths.tobytes())
+        for layer, thresholds in sorted(self.layers.items()):
+            content.update(repr((layer, tuple(thresholds.dt_threshold.shape))).encode())
+            content.update(thresholds.retention.numpy().tobytes())
+            content.update(thresholds.dt_threshold.numpy().tobytes())
+        return content.digest()
 
     def _layer(self, layer: int) -> LayerThresholds:
         if layer not in self.layers:

@@ -10,7 +10,7 @@ from .table import NO_FILTER, LayerThresholds, ThresholdTable
 
 
 def leave_unfiltered(table: ThresholdTable, names: Iterable[str]) -> ThresholdTable:
-    """A table in which some channels have no thresholds, and whose metadata say so.
+    """Returns a table in which some channels have no thresholds, and whose metadata say so.
 
     Args:
         table: stays as it is.
@@ -30,11 +30,17 @@ def leave_unfiltered(table: ThresholdTable, names: Iterable[str]) -> ThresholdTa
 
 
 def filtered_channels(table: ThresholdTable, min_retention: float | None = None) -> dict[int, list[int]]:
-    """Layer -> its global channels; layers without any are left out.
+    """Returns the channels that a table filters.
 
     Args:
         table: the table.
         min_retention: theta; None takes the table's own.
+
+    Returns:
+        Layer -> its global channels, ascending; layers without any are left out.
+
+    Raises:
+        ValueError: theta is outside [0, 1].
     """
     found = {layer: table.is_global(layer, min_retention).numpy() for layer in sorted(table.layers)}
     return {layer: np.flatnonzero(is_global).tolist() for layer, is_global in found.items() if is_global.any()}
@@ -53,7 +59,7 @@ def _channels_of(names: Iterable[str], layers: Mapping[int, LayerThresholds]) ->
 
 
 def read_place(name: str) -> tuple[int, ...]:
-    """Reads "LAYER" or "LAYER.CHANNEL"; ValueError for another form."""
+    """Reads "LAYER" or "LAYER.CHANNEL" as (layer,) or (layer, channel); raises ValueError for another form."""
     parts = name.split(".")
     if not (1 <= len(parts) <= 2 and all(part.isascii() and part.isdigit() for part in parts)):
         raise ValueError(f"unfiltered: must be LAYER or LAYER.CHANNEL, got {name!r}")

@@ -137,6 +137,38 @@ def test_search_table_passes_a_damaged_table_of_the_cache_over(
     assert "the file is damaged" in caplog.text
 
 
+def test_search_table_passes_a_cache_over_that_cannot_be_read(
+    weights: Weights, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def is_file(path: Path) -> bool:
+        if "vllm_longmamba" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return False
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "/root/nobody")
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert search_table(weights, LongMambaOptions()) is None
+    assert "a table is passed over: [Errno 13] Permission denied: '/root/nobody/vllm_longmamba/" in caplog.text
+
+
+@pytest.mark.parametrize("writable", ["folder", "file"])
+def test_search_table_passes_a_table_over_that_others_may_write(
+    writable: str, place: Callable[[str], Path], weights: Weights, caplog: pytest.LogCaptureFixture
+) -> None:
+    cached = place("cache")
+    for path in (cached, cached.with_stem(cached.stem + "-aa")):
+        write_small_table(path, weights_fingerprint=weights.fingerprint)
+    assert search_table(weights, LongMambaOptions()) == cached
+    cached.parent.chmod(0o777 if writable == "folder" else 0o755)
+    for path in cached.parent.iterdir():
+        path.chmod(0o644 if writable == "folder" else 0o666)
+    assert search_table(weights, LongMambaOptions()) is None
+    assert "a table is passed over" in caplog.text
+    assert "may be written by others" in caplog.text
+    with pytest.raises(TableError, match="no threshold table for 'org/model'"):
+        find_table("org/model", weights, LongMambaOptions())
+
+
 def test_search_table_of_a_quantized_model(place: Callable[[str], Path], weights: Weights) -> None:
     write_small_table(place("cache"), weights_fingerprint=weights.fingerprint)
     assert search_table(weights, LongMambaOptions(), "fp8") is None

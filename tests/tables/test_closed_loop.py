@@ -44,7 +44,7 @@ def test_budget_thresholds_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     dt = torch.rand(50, 11, generator=torch.Generator().manual_seed(1))
     budget = torch.linspace(0, 30, 11, dtype=torch.float64)
     whole = budget_thresholds(dt, budget)
-    monkeypatch.setattr("vllm_longmamba.tables.closed_loop._CHUNK_ELEMENTS", 150)
+    monkeypatch.setattr("vllm_longmamba.tables.closed_loop.CHUNK_ELEMENTS", 150)
     assert torch.equal(budget_thresholds(dt, budget), whole)
     # A slice of a wider tensor, as a mixer has it.
     assert torch.equal(budget_thresholds(torch.cat([dt, dt], dim=1)[:, 11:], budget), whole)

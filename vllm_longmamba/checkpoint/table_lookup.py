@@ -5,13 +5,15 @@ Tables that engines made for themselves lie in the cache, too, under names of th
 
 import logging
 import os
-from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vllm_longmamba.checkpoint.fingerprint import DUMMY, weights_fingerprint
+from vllm_longmamba.checkpoint.trusted_file import UntrustedFileError, check_trusted
 from vllm_longmamba.options import LongMambaOptions, expand_home
-from vllm_longmamba.tables import TableError, TableMetadata, is_table_file, load_table, read_metadata
+from vllm_longmamba.tables import TableError, is_table_file, load_table, read_metadata
 
 logger = logging.getLogger("vllm.longmamba")
 
@@ -58,7 +60,7 @@ def find_table(model: str, weights: "Weights", options: LongMambaOptions) -> Pat
     if found is not None:
         return found
     stored = cache_folder().glob(f"{weights.fingerprint[:32]}-*.safetensors")
-    made = [path for path in stored if _matches(path, weights.fingerprint)]
+    made = [path for path in stored if _matches(path, weights.fingerprint, found_in_cache=True)]
     if not made:
         raise no_table(model)
     return max(made, key=lambda path: path.stat().st_mtime)
@@ -82,12 +84,14 @@ def search_table(weights: "Weights", options: LongMambaOptions, quantization: st
         path = expand_home(options.table, "table")
         _check(path, weights.fingerprint, options)
         return path
-    for path in _candidates(weights, quantization):
-        if path.parent == weights.folder:
-            # A table beside the weights is meant for them: a wrong one is an error, not passed over.
-            _check(path, weights.fingerprint, options)
-            return path
-        if _matches(path, weights.fingerprint):
+    beside = weights.folder / FILE_NAME if weights.folder is not None else None
+    if beside is not None and beside.is_file():
+        # It is meant for these weights: a wrong one is an error, not passed over.
+        _check(beside, weights.fingerprint, options)
+        return beside
+    cached = cached_table_path(weights.fingerprint, quantization)
+    for path in [*_shipped_tables(), cached]:
+        if _matches(path, weights.fingerprint, found_in_cache=path == cached):
             _check(path, weights.fingerprint, options)
             return path
     return None
@@ -108,24 +112,22 @@ def no_table(model: str, obstacle: str | None = None) -> TableError:
     )
 
 
+@dataclass(frozen=True)
 class Weights:
     """The weight files of a model, as vLLM's loader will read them.
 
     Attributes:
         folder: where they lie, None for dummy weights.
-        fingerprint: see `weights_fingerprint`; `DUMMY` for dummy weights. Computed when first asked for.
+        files: their paths, none for dummy weights.
     """
 
-    def __init__(self, folder: Path | None, files: list[str]) -> None:
-        self.folder = folder
-        self._files = files
-        self._fingerprint: str | None = None
+    folder: Path | None
+    files: list[str]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        if self._fingerprint is None:
-            self._fingerprint = weights_fingerprint(self._files) if self._files else DUMMY
-        return self._fingerprint
+        """See `weights_fingerprint`; `DUMMY` for dummy weights. Computed when first asked for."""
+        return weights_fingerprint(self.files) if self.files else DUMMY
 
 
 def is_threshold_table(file: Path) -> bool:
@@ -204,31 +206,30 @@ def weight_patterns(model_config: Any) -> list[str] | None:
     return ["*.bin"] if only_tables else None
 
 
-def _candidates(weights: Weights, quantization: str | None) -> Iterator[Path]:
-    if weights.folder is not None and (weights.folder / FILE_NAME).is_file():
-        yield weights.folder / FILE_NAME
+def _shipped_tables() -> list[Path]:
     import vllm_longmamba.tables.shipped as shipped
 
-    for folder in shipped.__path__:
-        yield from sorted(Path(folder).glob("*.safetensors"))
-    cached = cached_table_path(weights.fingerprint, quantization)
-    if cached.is_file():
-        yield cached
+    return [path for folder in shipped.__path__ for path in sorted(Path(folder).glob("*.safetensors"))]
 
 
-def _matches(path: Path, fingerprint: str) -> bool:
+def _matches(path: Path, fingerprint: str, found_in_cache: bool) -> bool:
+    """Whether a table that nobody named is one of these weights, whole, and in the cache nobody else's."""
     try:
+        if not path.is_file():
+            return False
+        if found_in_cache:
+            check_trusted(path)
         if read_metadata(path).weights_fingerprint != fingerprint:
             return False
         load_table(path)
-    except TableError as error:
+    except (OSError, TableError, UntrustedFileError) as error:
         # A broken file in the cache must not keep the engine from making a new table.
         logger.warning("LongMamba: a table is passed over: %s", error)
         return False
     return True
 
 
-def _check(path: Path, fingerprint: str, options: LongMambaOptions) -> TableMetadata:
+def _check(path: Path, fingerprint: str, options: LongMambaOptions) -> None:
     metadata = read_metadata(path)
     if metadata.weights_fingerprint != fingerprint:
         raise TableError(
@@ -240,4 +241,3 @@ def _check(path: Path, fingerprint: str, options: LongMambaOptions) -> TableMeta
             f"{path}: this table is for a training length of {metadata.train_length} tokens, but the option "
             f"train_length says {options.train_length}; leave the option out or calibrate again"
         )
-    return metadata
