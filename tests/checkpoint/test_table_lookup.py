@@ -137,6 +137,20 @@ def test_search_table_passes_a_damaged_table_of_the_cache_over(
     assert "the file is damaged" in caplog.text
 
 
+def test_a_table_of_the_cache_that_others_may_have_written_is_not_used(
+    place: Callable[[str], Path], weights: Weights, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_small_table(place("cache"), weights_fingerprint=weights.fingerprint)
+    place("cache").parent.chmod(0o777)
+    assert search_table(weights, LongMambaOptions()) is None
+    with pytest.raises(TableError, match=r"^no threshold table for"):
+        find_table("org/model", weights, LongMambaOptions())
+    assert "a table in the cache is not used" in caplog.text
+    assert "may be written by others (mode 0777)" in caplog.text
+    # One that the user names is the user's to choose.
+    assert search_table(weights, LongMambaOptions(table=str(place("cache")))) == place("cache")
+
+
 def test_search_table_of_a_quantized_model(place: Callable[[str], Path], weights: Weights) -> None:
     write_small_table(place("cache"), weights_fingerprint=weights.fingerprint)
     assert search_table(weights, LongMambaOptions(), "fp8") is None

@@ -162,7 +162,7 @@ def test_the_plan_of_an_engine_as_an_option(tiny_model: Callable[[str], Path]) -
     given = {"model_impl": "longmamba", "additional_config": {"longmamba_calibration": 5}}
     message = refusal(tiny_model("mamba2"), **given)
     assert "additional_config['longmamba_calibration'] is set by vllm_longmamba itself" in message
-    assert "so it must not be given, but is 5; say what you want in additional_config['longmamba']" in message
+    assert "leave it out, and set options in additional_config['longmamba']" in message
 
 
 def test_more_rows_than_a_table_has(tiny_model: Callable[[str], Path]) -> None:

@@ -1,6 +1,6 @@
 """Finds the threshold table of a model: the option, then beside the weights, then shipped, then the user's cache.
 
-Tables that engines made for themselves lie in the cache, too, under names of their own (see calibration/plan.py).
+Tables that engines made for themselves lie in the cache, too, under names of their own (see calibration/prepare.py).
 """
 
 import logging
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_longmamba.checkpoint.fingerprint import DUMMY, weights_fingerprint
+from vllm_longmamba.checkpoint.trusted_file import UntrustedFileError, check_trusted
 from vllm_longmamba.options import LongMambaOptions, expand_home
 from vllm_longmamba.tables import TableError, TableMetadata, is_table_file, load_table, read_metadata
 
@@ -58,7 +59,7 @@ def find_table(model: str, weights: "Weights", options: LongMambaOptions) -> Pat
     if found is not None:
         return found
     stored = cache_folder().glob(f"{weights.fingerprint[:32]}-*.safetensors")
-    made = [path for path in stored if _matches(path, weights.fingerprint)]
+    made = [path for path in stored if _is_trusted(path) and _matches(path, weights.fingerprint)]
     if not made:
         raise no_table(model)
     return max(made, key=lambda path: path.stat().st_mtime)
@@ -212,8 +213,18 @@ def _candidates(weights: Weights, quantization: str | None) -> Iterator[Path]:
     for folder in shipped.__path__:
         yield from sorted(Path(folder).glob("*.safetensors"))
     cached = cached_table_path(weights.fingerprint, quantization)
-    if cached.is_file():
+    if cached.is_file() and _is_trusted(cached):
         yield cached
+
+
+def _is_trusted(path: Path) -> bool:
+    """Whether nobody else can have written a table of the cache; otherwise a warning says so."""
+    try:
+        check_trusted(path)
+    except UntrustedFileError as error:
+        logger.warning("LongMamba: a table in the cache is not used: %s", error)
+        return False
+    return True
 
 
 def _matches(path: Path, fingerprint: str) -> bool:
