@@ -176,9 +176,8 @@ def test_refusals(configure: Configure, tmp_path: Path) -> None:
         configure(train_length=96, calibrate=False)
     with pytest.raises(ValueError, match="the training length of this 'mamba2' model is not known"):
         configure()
-    for missing in (str(tmp_path / "gone"), "~nobody-of-this-name/gone"):
-        with pytest.raises(ValueError, match=r"option calibration_text, or --text\) cannot be read: .*; name another"):
-            configure(train_length=96, calibration_text=missing)
+    with pytest.raises(ValueError, match=r"option calibration_text, or --text\) cannot be read: .*; name another"):
+        configure(train_length=96, calibration_text=str(tmp_path / "gone"))
     text = tmp_path / "short.txt"
     text.write_text("x" * 479)
     with pytest.raises(ValueError, match=r"takes 5 sequences of 96 tokens, but short\.txt .* has only 479 characters"):

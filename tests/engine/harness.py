@@ -32,6 +32,10 @@ MEMORY: dict[str, Any] = {"gpu_memory_utilization": 0.3}
 if torch.cuda.is_available():
     MEMORY["kv_cache_memory_bytes"] = 2**30
 
+# Compiling takes longer than a calibration; that the compiled engine makes the same table tests
+# test_calibrate_at_start.py.
+EAGER: dict[str, Any] = {"enforce_eager": True, **MEMORY}
+
 
 Filters = Mapping[int, torch.Tensor]
 

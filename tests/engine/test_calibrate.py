@@ -15,7 +15,7 @@ from vllm_longmamba.calibration.sequences import choose_sequences, draw_sequence
 from vllm_longmamba.calibration.settings import CalibrationSettings
 from vllm_longmamba.tables import LayerCalibration
 
-from .harness import MEMORY, TRAIN_LENGTH
+from .harness import EAGER, TRAIN_LENGTH
 
 pytestmark = pytest.mark.engine
 
@@ -46,7 +46,7 @@ def test_calibrate(
         unfiltered_end=64 if budget != 1 else 0,
         texts=(str(text),),
     )
-    made = calibrate_all(str(model), [settings, replace(settings, seed=6)], dtype="float32", **MEMORY)
+    made = calibrate_all(str(model), [settings, replace(settings, seed=6)], dtype="float32", **EAGER)
 
     assert [table.metadata.seed for table in made] == [5, 6]
     assert made[0].digest() != made[1].digest()
@@ -67,7 +67,7 @@ def test_calibrate(
 def test_a_budget_for_a_channel_that_is_missing(tiny_model: Callable[[str], Path]) -> None:
     settings = CalibrationSettings(train_length=TRAIN_LENGTH, channel_budgets=("0.0=2", "7.1=2"))
     with pytest.raises(ValueError, match=r"has no channel 7\.1; it has layers \[0, 1"):
-        calibrate(str(tiny_model("mamba2")), settings, dtype="float32", **MEMORY)
+        calibrate(str(tiny_model("mamba2")), settings, dtype="float32", **EAGER)
 
 
 def test_choose_sequences() -> None:

@@ -25,7 +25,7 @@ from vllm_longmamba.tables import (
     load_table,
 )
 
-from .harness import MEMORY, TRAIN_LENGTH, Engine
+from .harness import EAGER, TRAIN_LENGTH, Engine
 
 pytestmark = pytest.mark.engine
 
@@ -103,7 +103,7 @@ def test_calibrate(family: str, tiny_model: Callable[[str], Path], tmp_path: Pat
         measure_to=400,
         texts=(str(text),),
     )
-    table = calibrate(str(model), settings, dtype="float32", **MEMORY)
+    table = calibrate(str(model), settings, dtype="float32", **EAGER)
     assert table.metadata.closed_loop == ClosedLoop(combine="median", lengths=(144, 288, 400), text_tokens=2000)
     assert_closed_loop(model, table, [list(text.read_bytes())], SEQUENCES, SEED)
 

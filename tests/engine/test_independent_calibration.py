@@ -18,7 +18,7 @@ from vllm_longmamba.calibration.offline import calibrate
 from vllm_longmamba.calibration.sequences import draw_sequences
 from vllm_longmamba.calibration.settings import CalibrationSettings
 
-from .harness import MEMORY, TRAIN_LENGTH
+from .harness import EAGER, TRAIN_LENGTH
 
 pytestmark = pytest.mark.engine
 
@@ -43,7 +43,7 @@ def test_same_table(family: str, clamp_percent: float | None, combine: str, tiny
         seed=11,
         texts=(str(TEXT),),
     )
-    table = calibrate(str(model), settings, dtype="float32", **MEMORY)
+    table = calibrate(str(model), settings, dtype="float32", **EAGER)
 
     # The tokenizers of these models are byte-level.
     sequences = draw_sequences([list(TEXT.read_bytes())], train_length, 3, seed=11)

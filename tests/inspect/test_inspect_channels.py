@@ -14,9 +14,9 @@ from vllm_longmamba.inspect.channels import (
 from vllm_longmamba.tables import LayerThresholds, ThresholdTable
 
 
-def table_of(*retentions: list[float]) -> ThresholdTable:
+def table_of(*retentions: list[float], theta: float = 1e-2) -> ThresholdTable:
     """A table with these retentions, one list a layer."""
-    table = small_table()
+    table = small_table(min_retention=theta)
     layers = {}
     for layer, retention in enumerate(retentions):
         thresholds = torch.full((len(ROW_LENGTHS), len(retention)), 0.1)
@@ -60,16 +60,16 @@ def test_check_layers() -> None:
 
 def test_choose_layers() -> None:
     local, both = [1e-9, 1e-8], [1e-9, 0.5]
-    assert choose_layers(table_of(local, both, local, both), None) == [1, 3]
-    assert choose_layers(table_of(local, both, local, both), 1e-8) == [1, 3]
-    assert choose_layers(table_of(local, both, local, both), 1e-12) == [0, 1, 2, 3]
-    assert choose_layers(table_of(local, local), None) == [0, 1]
-    assert choose_layers(table_of(*[both] * 8), None) == [1, 3, 5, 7]
+    assert choose_layers(table_of(local, both, local, both)) == [1, 3]
+    assert choose_layers(table_of(local, both, local, both, theta=1e-8)) == [1, 3]
+    assert choose_layers(table_of(local, both, local, both, theta=1e-12)) == [0, 1, 2, 3]
+    assert choose_layers(table_of(local, local)) == [0, 1]
+    assert choose_layers(table_of(*[both] * 8)) == [1, 3, 5, 7]
 
 
 def test_choose_channels() -> None:
     table = table_of([1e-9, 1e-4, 0.9, 0.2, 0.5], [0.3, 1e-9, 1e-9, 1e-9, 1e-9], [1e-9] * 5)
     # The middle one of the global channels of both layers that have some; the best local one of the first of them.
-    assert choose_channels(table, [0, 1, 2], None) == [(0, 4), (1, 0), (0, 1)]
-    assert choose_channels(table, [2], None) == [(2, 0)]
-    assert choose_channels(table_of([0.5]), [0], None) == [(0, 0)]
+    assert choose_channels(table, [0, 1, 2]) == [(0, 4), (1, 0), (0, 1)]
+    assert choose_channels(table, [2]) == [(2, 0)]
+    assert choose_channels(table_of([0.5]), [0]) == [(0, 0)]

@@ -1,6 +1,7 @@
 """`longmamba inspect` of a table by itself, and the pictures of measurements that are given."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ def measured() -> Measurements:
     plain = {length: measurement(length, 1.0, -0.1) for length in (8, 16, 32)}
     filtered = {16: measurement(16, 0.4, -0.05), 32: measurement(32, 0.2, -0.02)}
     return Measurements("a book", [(0, 2), (0, 0)], plain, filtered)
+
+
+def with_theta(table: ThresholdTable, theta: float) -> ThresholdTable:
+    return replace(table, metadata=replace(table.metadata, min_retention=theta))
 
 
 def inspect(*arguments: object) -> tuple[int, str]:
@@ -166,7 +171,7 @@ def test_kept_by_layer(table: ThresholdTable, measured: Measurements) -> None:
     # Only channels 2 and 3 of layer 0 are global.
     assert kept_by_layer(table, measured, 16) == {0: pytest.approx(0.3)}
     assert kept_by_layer(table, measured, 8) == {0: pytest.approx(0.75)}
-    assert kept_by_layer(table, measured, 16, 1e-15) == {0: pytest.approx(1.6 / 3), 1: pytest.approx(0.2)}
+    assert kept_by_layer(with_theta(table, 1e-15), measured, 16) == {0: pytest.approx(1.6 / 3), 1: pytest.approx(0.2)}
 
 
 def test_measured_table(table: ThresholdTable, measured: Measurements) -> None:
@@ -194,7 +199,7 @@ def test_retention_picture(table: ThresholdTable) -> None:
     assert [mesh[1, column] for column in (0, 10, 20, 30)] == [25] * 4
     assert [bar.get_width() for bar in figure.axes[1].patches] == [50, 0]
     assert "θ = 0.01" in texts(figure)
-    assert "θ = 0.5" in texts(pictures.retention_picture(table, 0.5))
+    assert "θ = 0.5" in texts(pictures.retention_picture(with_theta(table, 0.5)))
 
 
 def test_threshold_picture(table: ThresholdTable) -> None:
@@ -246,7 +251,7 @@ def test_mean_distance_picture(measured: Measurements) -> None:
 def test_pictures_of_short_prompts_only(table: ThresholdTable) -> None:
     measured = Measurements("a book", [(0, 2)], {8: measurement(8, 1.0, -0.1)}, {})
     figures = [
-        measured_pictures.kept_picture(table, measured, 0.9),
+        measured_pictures.kept_picture(with_theta(table, 0.9), measured),
         measured_pictures.receptive_field_picture(table, measured),
         measured_pictures.decay_picture(table, measured, [0]),
         measured_pictures.mean_distance_picture(measured),

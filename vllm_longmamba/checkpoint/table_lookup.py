@@ -1,6 +1,6 @@
 """Finds the threshold table of a model: the option, then beside the weights, then shipped, then the user's cache.
 
-Tables that engines made for themselves lie in the cache, too, under names of their own (see calibration/plan.py).
+Tables that engines made for themselves lie in the cache, too, under names of their own (see calibration/prepare.py).
 """
 
 import logging

@@ -134,12 +134,8 @@ def calibrate(
         each = [replace(settings, seed=seed + group) for group in range(groups)]
         with explained_start(engine.verbose):
             tables = calibrate_all(arguments.pop("model"), each, **arguments)
-        if output is None:
-            path = cached_table_path(tables[0].metadata.weights_fingerprint, quantization)
-            make_private_folder(path.parent)
-        else:
-            path = output
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path = output or cached_table_path(tables[0].metadata.weights_fingerprint, quantization)
+        make_private_folder(path.parent) if output is None else path.parent.mkdir(parents=True, exist_ok=True)
         save_table(tables[0], path)
         if groups > 1:
             _report_groups(tables, groups_output)

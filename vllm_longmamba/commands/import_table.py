@@ -16,7 +16,11 @@ def import_table(
     model: Annotated[str, typer.Option(help="Name or folder of the model they were made for, as for vllm serve.")],
     output: Annotated[
         Path | None,
-        typer.Option(help="Table to write. By default it goes to your cache, where the next vllm serve finds it."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Table to write. By default it goes to your cache, where the next vllm serve finds it.",
+        ),
     ] = None,
     train_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens the model was trained on. [default: what is known of the model]")
@@ -35,13 +39,14 @@ def import_table(
     from vllm_longmamba.calibration.released_files import ReleaseSettings, import_table
     from vllm_longmamba.checkpoint.shapes import open_model
     from vllm_longmamba.checkpoint.table_lookup import cached_table_path
+    from vllm_longmamba.checkpoint.trusted_file import make_private_folder
     from vllm_longmamba.tables import save_table
 
     settings = ReleaseSettings(train_length, min_retention, clamp_percent, sequences)
     try:
         table = import_table(folder, open_model(model), settings)
         path = output or cached_table_path(table.metadata.weights_fingerprint)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(path.parent) if output is None else path.parent.mkdir(parents=True, exist_ok=True)
         save_table(table, path)
     except (ValueError, OSError) as error:
         # Not markup: messages quote paths and keys, which may hold square brackets.

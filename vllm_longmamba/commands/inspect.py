@@ -1,6 +1,7 @@
 """The `longmamba inspect` command."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,9 +9,12 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments, with_engine_options
+
 messages = Console(stderr=True)
 
 
+@with_engine_options(without=("max_model_len", "tensor_parallel_size"))
 def inspect(
     model_or_table: Annotated[
         str, typer.Argument(help="A table (.safetensors file), or a model: a name or folder, as for vllm serve.")
@@ -19,7 +23,10 @@ def inspect(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="With a model: plain text to run through it and measure."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for pictures, PNG and SVG (needs matplotlib).")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for pictures, PNG and SVG (needs matplotlib)."),
+    ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Prompt lengths in tokens, such as 4096,8192. [default: training lengths x 2^n]")
     ] = None,
@@ -30,31 +37,34 @@ def inspect(
         list[str] | None,
         typer.Option(help="LAYER:CHANNEL whose receptive field is drawn; repeatable. [default: three]"),
     ] = None,
-    table: Annotated[
-        Path | None, typer.Option(help="With a model: the table to use, instead of the one found.")
-    ] = None,
-    min_retention: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Retention above which a channel is global.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="With --text: data type of the model, as for vllm serve.")] = "auto",
-    tokenizer: Annotated[str | None, typer.Option(help="With --text: tokenizer, as for vllm serve.")] = None,
+    *,
+    engine: EngineOptions,
 ) -> None:
     """Show what is in a threshold table and, with a text, what it does to the model."""
-    from vllm_longmamba.inspect.report import Request, report
+    from vllm_longmamba.commands.engine_errors import explained_start
+    from vllm_longmamba.inspect.channels import parse_numbers
+    from vllm_longmamba.inspect.measure import SET_HERE
+    from vllm_longmamba.inspect.report import report
 
-    request = Request(
-        model_or_table=model_or_table,
-        text=text,
-        output=output,
-        lengths=lengths,
-        layers=layers,
-        channels=channel or [],
-        table=table,
-        min_retention=min_retention,
-        engine_args={"dtype": dtype} | ({} if tokenizer is None else {"tokenizer": tokenizer}),
-    )
+    set_here: dict[str, Any] = dict.fromkeys(SET_HERE)
     try:
-        for file in report(request, Console(), _progress_bar):
+        measuring = engine_arguments(model_or_table, engine, **set_here) if text is not None else {}
+        measuring.pop("model", None)
+        files = report(
+            model_or_table,
+            Console(),
+            text=text,
+            output=output,
+            lengths=parse_numbers(lengths, "--lengths") if lengths else None,
+            layers=parse_numbers(layers, "--layers") if layers else None,
+            channels=channel or [],
+            table_path=engine.table,
+            min_retention=engine.min_retention,
+            progress=_progress_bar,
+            starting=partial(explained_start, engine.verbose),
+            **measuring,
+        )
+        for file in files:
             messages.print(f"wrote {file}", markup=False, soft_wrap=True)
     except (ValueError, OSError) as error:
         messages.print("[bold red]longmamba inspect:[/]", end=" ")

@@ -51,9 +51,9 @@ def check_layers(layers: list[int], table: ThresholdTable) -> list[int]:
     return layers
 
 
-def choose_layers(table: ThresholdTable, min_retention: float | None) -> list[int]:
+def choose_layers(table: ThresholdTable) -> list[int]:
     """Up to four layers that have global channels, evenly spread over the depth; any layers where none has."""
-    layers = [layer for layer in sorted(table.layers) if bool(table.is_global(layer, min_retention).any())]
+    layers = [layer for layer in sorted(table.layers) if bool(table.is_global(layer).any())]
     layers = layers or sorted(table.layers)
     if len(layers) <= _SHOWN_LAYERS:
         return layers
@@ -61,28 +61,27 @@ def choose_layers(table: ThresholdTable, min_retention: float | None) -> list[in
     return [layers[int(position)] for position in picked]
 
 
-def choose_channels(table: ThresholdTable, layers: list[int], min_retention: float | None) -> list[Channel]:
+def choose_channels(table: ThresholdTable, layers: list[int]) -> list[Channel]:
     """For pictures of single channels: two global channels of different layers, and a local one.
 
     Args:
         table: the table.
         layers: the layers to choose from.
-        min_retention: theta; None takes the table's own.
 
     Returns:
         The channel of median retention among the global ones of the two layers that have most of them, then the local
         channel of largest retention in the first of these layers.
     """
-    by_count = sorted(layers, key=lambda layer: -int(table.is_global(layer, min_retention).sum()))
+    by_count = sorted(layers, key=lambda layer: -int(table.is_global(layer).sum()))
     chosen: list[Channel] = []
     for layer in sorted(by_count[:_GLOBAL_CHANNELS]):
-        is_global = table.is_global(layer, min_retention).numpy()
+        is_global = table.is_global(layer).numpy()
         ranked = np.argsort(table.layers[layer].retention.numpy(), kind="stable")
         of_global = ranked[is_global[ranked]]
         if len(of_global):
             chosen.append((layer, int(of_global[len(of_global) // 2])))
     layer = by_count[0]
-    retention = table.layers[layer].retention.masked_fill(table.is_global(layer, min_retention), -1.0)
+    retention = table.layers[layer].retention.masked_fill(table.is_global(layer), -1.0)
     if bool((retention >= 0).any()):
         chosen.append((layer, int(retention.argmax())))
     return chosen

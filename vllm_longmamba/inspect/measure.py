@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ from safetensors.numpy import load_file
 from vllm_longmamba.architectures import MODEL_IMPL
 from vllm_longmamba.options import KEY
 from vllm_longmamba.tables import ThresholdTable
+
+# Arguments of vLLM's `LLM` that a measurement decides itself.
+SET_HERE = (
+    "worker_extension_cls", "max_num_batched_tokens", "max_num_seqs", "enable_prefix_caching", "enforce_eager"
+)  # fmt: skip
 
 _EXTENSION = "vllm_longmamba.inspect.recording.InspectWorkerExtension"
 
@@ -69,7 +75,7 @@ def measure(
     channels: list[Channel],
     *,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
-    min_retention: float | None = None,
+    starting: Callable[[], AbstractContextManager[None]] = nullcontext,
     **engine_args: Any,
 ) -> Measurements:
     """Run prompts of several lengths, all of them beginnings of one text, without the filter and with it.
@@ -82,43 +88,57 @@ def measure(
         lengths: prompt lengths in tokens; by default 1, 2, 4 and 8 training lengths, as far as the text goes.
         channels: channels whose receptive field is taken.
         progress: wraps the iteration over the prompts, for a progress bar.
-        min_retention: the paper's theta; by default the table's own.
-        engine_args: further arguments of vLLM's `LLM`, such as `dtype`.
+        starting: what the engine is started in.
+        engine_args: further arguments of vLLM's `LLM`, such as `dtype`; none of `SET_HERE`.
 
     Raises:
         ValueError: the text is shorter than the training length or a length asked for.
     """
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     longest = max(lengths) if lengths else 8 * table.metadata.train_length
-    options = {"table": str(table_path.resolve())} | ({} if min_retention is None else {"min_retention": min_retention})
-    llm = LLM(
-        model,
-        model_impl=MODEL_IMPL,
-        additional_config={KEY: options},
-        worker_extension_cls=_EXTENSION,
-        max_model_len=longest + 1,
-        max_num_batched_tokens=longest + 1,
-        max_num_seqs=1,
-        enable_prefix_caching=False,
-        enforce_eager=True,
-        **engine_args,
-    )
-    tokens = llm.get_tokenizer().encode(text.read_text(encoding="utf-8"), add_special_tokens=False)
-    lengths = choose_lengths(lengths, table.metadata.train_length, len(tokens))
-    llm.collective_rpc("longmamba_inspect_start")
+    config = engine_args.pop("additional_config", {})
+    with starting():
+        llm = LLM(
+            model,
+            additional_config=config | {KEY: config.get(KEY, {}) | {"table": str(table_path.resolve())}},
+            worker_extension_cls=_EXTENSION,
+            max_model_len=longest + 1,
+            max_num_batched_tokens=longest + 1,
+            max_num_seqs=1,
+            enable_prefix_caching=False,
+            # A compiled model does not call the hooks that measure.
+            enforce_eager=True,
+            **{"model_impl": MODEL_IMPL, **engine_args},
+        )
+    try:
+        tokens = llm.get_tokenizer().encode(text.read_text(encoding="utf-8"), add_special_tokens=False)
+        lengths = choose_lengths(lengths, table.metadata.train_length, len(tokens))
+        passes = [
+            (length, is_filtered)
+            for length in lengths
+            for is_filtered in ((False, True) if table.row_of(length) else (False,))
+        ]
+        results: dict[bool, dict[int, Measurement]] = {False: {}, True: {}}
+        llm.collective_rpc("longmamba_inspect_start")
+        for length, is_filtered in progress(passes):
+            given = (table.row_of(length), is_filtered, [list(channel) for channel in channels])
+            results[is_filtered][length] = _measure_prompt(llm, tokens[:length], given)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    return Measurements(text.name, channels, results[False], results[True])
+
+
+def _measure_prompt(llm: Any, prompt: list[int], given: tuple[int, bool, list[list[int]]]) -> Measurement:
+    from vllm import SamplingParams
+
     once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-    passes = [(length, is_filtered) for length in lengths for is_filtered in _passes(table.row_of(length))]
-    results: dict[bool, dict[int, Measurement]] = {False: {}, True: {}}
+    llm.collective_rpc("longmamba_inspect_begin", args=given)
+    llm.generate({"prompt_token_ids": prompt}, once, use_tqdm=False)
     with tempfile.TemporaryDirectory(prefix="longmamba-") as folder:
         file = Path(folder) / "measurement.safetensors"
-        for length, is_filtered in progress(passes):
-            chosen = [list(channel) for channel in channels]
-            llm.collective_rpc("longmamba_inspect_begin", args=(table.row_of(length), is_filtered, chosen))
-            llm.generate({"prompt_token_ids": tokens[:length]}, once, use_tqdm=False)
-            llm.collective_rpc("longmamba_inspect_end", args=(str(file),))
-            results[is_filtered][length] = _read(file)
-    return Measurements(text.name, channels, results[False], results[True])
+        llm.collective_rpc("longmamba_inspect_end", args=(str(file),))
+        return _read(file)
 
 
 def choose_lengths(lengths: list[int] | None, train_length: int, available: int) -> list[int]:
@@ -141,10 +161,6 @@ def choose_lengths(lengths: list[int] | None, train_length: int, available: int)
             "smaller --lengths"
         )
     return fitting
-
-
-def _passes(row: int) -> tuple[bool, ...]:
-    return (False, True) if row > 0 else (False,)
 
 
 def _read(file: Path) -> Measurement:

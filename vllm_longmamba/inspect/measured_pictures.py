@@ -16,11 +16,11 @@ _MOST_CURVES = 24
 _LOWEST_DECAY = -40.0
 
 
-def kept_picture(table: ThresholdTable, measured: Measurements, min_retention: float | None = None) -> Any:
+def kept_picture(table: ThresholdTable, measured: Measurements) -> Any:
     """Share of the tokens that the global channels keep, against the prompt length."""
     length_of_training = table.metadata.train_length
     lengths = [length for length in measured.plain if length >= length_of_training]
-    shares = [kept_by_layer(table, measured, length, min_retention) for length in lengths]
+    shares = [kept_by_layer(table, measured, length) for length in lengths]
     layers = sorted(shares[0]) if shares else []
     figure = new_figure(7.5, 4.8)
     axes = figure.subplots()
@@ -48,7 +48,7 @@ def kept_picture(table: ThresholdTable, measured: Measurements, min_retention: f
     return figure
 
 
-def receptive_field_picture(table: ThresholdTable, measured: Measurements, min_retention: float | None = None) -> Any:
+def receptive_field_picture(table: ThresholdTable, measured: Measurements) -> Any:
     """Attention maps of the chosen channels: at the training length, and at the longest prompt plain and filtered."""
     shortest, longest = min(measured.plain), max(measured.plain)
     columns: list[tuple[str, Any, int]] = [(f"S = {shortest}", measured.plain[shortest], shortest)]
@@ -60,7 +60,7 @@ def receptive_field_picture(table: ThresholdTable, measured: Measurements, min_r
     grid = figure.subplots(len(measured.channels), len(columns), squeeze=False)
     image = None
     for row, (layer, channel) in zip(grid, measured.channels, strict=True):
-        kind = "global" if bool(table.is_global(layer, min_retention)[channel]) else "local"
+        kind = "global" if bool(table.is_global(layer)[channel]) else "local"
         for axes, (title, measurement, length) in zip(row, columns, strict=True):
             values = measurement[layer].maps[channel]
             logs = np.log10(np.maximum(values / np.nanmax(values), 10.0**-_MAP_DECADES))
@@ -79,9 +79,7 @@ def receptive_field_picture(table: ThresholdTable, measured: Measurements, min_r
     return figure
 
 
-def decay_picture(
-    table: ThresholdTable, measured: Measurements, layers: list[int], min_retention: float | None = None
-) -> Any:
+def decay_picture(table: ThresholdTable, measured: Measurements, layers: list[int]) -> Any:
     """What is left of the first token's state along the longest prompt, for channels of some layers."""
     longest = max(measured.plain)
     figure = new_figure(9.0, 0.8 + 3.2 * -(-len(layers) // 2))
@@ -89,7 +87,7 @@ def decay_picture(
     for axes in grid.flat[len(layers) :]:
         axes.set_visible(False)
     for axes, layer in zip(grid.flat, layers, strict=False):
-        is_global = table.is_global(layer, min_retention).numpy()
+        is_global = table.is_global(layer).numpy()
         plain, filtered = measured.plain[longest][layer], measured.filtered.get(longest, {}).get(layer)
         _curves(axes, plain, ~is_global, "0.75", "local")
         _curves(axes, plain, is_global, "crimson", "global, plain")

@@ -40,12 +40,12 @@ def save(figure: Any, folder: Path, name: str) -> list[Path]:
     return files
 
 
-def retention_picture(table: ThresholdTable, min_retention: float | None = None) -> Any:
+def retention_picture(table: ThresholdTable) -> Any:
     """Histogram of the channels' retention in every layer, with the border between local and global channels."""
     figure = new_figure(10.0, _height(len(table.layers)))
     from matplotlib.colors import PowerNorm
 
-    theta = table.metadata.min_retention if min_retention is None else min_retention
+    theta = table.metadata.min_retention
     layers = sorted(table.layers)
     logs = [np.log10(np.maximum(table.layers[layer].retention.numpy(), _LEAST_RETENTION)) for layer in layers]
     lowest = min(float(values.min()) for values in logs)
@@ -66,7 +66,7 @@ def retention_picture(table: ThresholdTable, min_retention: float | None = None)
     axes.set_title(f"Retention of the channels of {table.metadata.model_id}", loc="left")
     axes.set_xlabel(f"log₁₀ of the retention over {table.metadata.train_length} tokens (smaller ones: at the left end)")
     axes.set_ylabel("layer")
-    global_shares = [100 * float(table.is_global(layer, theta).double().mean()) for layer in layers]
+    global_shares = [100 * float(table.is_global(layer).double().mean()) for layer in layers]
     bars.barh(range(len(layers)), global_shares, color="crimson", height=0.8)
     bars.set_title("Global channels")
     bars.set_xlabel("channels of the layer (%)")
@@ -78,14 +78,14 @@ def retention_picture(table: ThresholdTable, min_retention: float | None = None)
     return figure
 
 
-def threshold_picture(table: ThresholdTable, min_retention: float | None = None) -> Any:
+def threshold_picture(table: ThresholdTable) -> Any:
     """Median threshold of each layer's global channels against the prompt length."""
-    layers = [layer for layer in sorted(table.layers) if bool(table.is_global(layer, min_retention).any())]
+    layers = [layer for layer in sorted(table.layers) if bool(table.is_global(layer).any())]
     lengths = table.row_lengths[1:]
     figure = new_figure(7.5, 4.8)
     axes = figure.subplots()
     for layer, color in zip(layers, layer_colors(layers), strict=True):
-        of_global = table.layers[layer].dt_threshold[1:][:, table.is_global(layer, min_retention)].numpy()
+        of_global = table.layers[layer].dt_threshold[1:][:, table.is_global(layer)].numpy()
         marker = "o" if len(lengths) < 30 else None
         medians = np.median(of_global, axis=1)
         axes.plot(lengths, medians, color=color, linewidth=1.2, marker=marker, markersize=3)

@@ -8,6 +8,9 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from vllm_longmamba.inspect.hidden_attention import LayerInputs, decay, mean_distance, receptive_field
+from vllm_longmamba.layers.filtered_mixer import filtered_mixers
+from vllm_longmamba.layers.prompt_filter import PromptFilter
+from vllm_longmamba.layers.replace_table import replace_table
 
 # Points of a decay curve, pixels of a side of a receptive field, and channels of a layer whose mean distance is taken.
 CURVE_POINTS = 256
@@ -19,15 +22,13 @@ class PromptRecorder:
     """Measures one prompt in every layer, as it passes.
 
     Args:
-        rows: layer index -> (channels,) threshold of dt for this prompt; None where the model runs plain.
-        chosen: layer index -> channels whose receptive field is drawn.
+        thresholds: layer index -> (channels,) threshold of dt for this prompt; -1.0 filters nothing.
+        chosen: pairs of layer and channel whose receptive field is drawn.
         unfiltered_end: as many of the prompt's last tokens are not filtered.
     """
 
-    def __init__(
-        self, rows: dict[int, torch.Tensor] | None, chosen: dict[int, list[int]], unfiltered_end: int = 0
-    ) -> None:
-        self.rows = rows
+    def __init__(self, thresholds: dict[int, torch.Tensor], chosen: list[list[int]], unfiltered_end: int) -> None:
+        self.thresholds = thresholds
         self.chosen = chosen
         self.unfiltered_end = unfiltered_end
         self.results: dict[str, torch.Tensor] = {}
@@ -43,12 +44,9 @@ class PromptRecorder:
                 f"inspection expects whole prompts, but layer {layer} got one in parts; max_num_batched_tokens must be "
                 "at least the longest prompt"
             )
-        kept = torch.ones_like(inputs.dt, dtype=torch.bool)
-        if self.rows is not None:
-            kept = inputs.dt > self.rows[layer].to(inputs.dt.device)
-            kept[max(0, len(kept) - self.unfiltered_end) :] = True
-        inputs = LayerInputs(inputs.dt * kept, inputs.A, inputs.B, inputs.C)
-        self._measure(layer, inputs, kept)
+        kept = inputs.dt > self.thresholds[layer].to(inputs.dt.device)
+        kept[max(0, len(kept) - self.unfiltered_end) :] = True
+        self._measure(layer, LayerInputs(inputs.dt * kept, inputs.A, inputs.B, inputs.C), kept)
 
     def _measure(self, layer: int, inputs: LayerInputs, kept: torch.Tensor) -> None:
         points = min(CURVE_POINTS, inputs.tokens)
@@ -61,7 +59,7 @@ class PromptRecorder:
             "distance_channels": sampled,
             "distance": mean_distance(inputs, sampled.tolist()),
         }
-        for channel in self.chosen.get(layer, []):
+        for channel in (channel for of_layer, channel in self.chosen if of_layer == layer):
             results[f"map.{channel}"] = receptive_field(inputs, channel, MAP_BINS)
         for name, tensor in results.items():
             self.results[f"{layer}.{name}"] = tensor.cpu().contiguous()
@@ -70,21 +68,16 @@ class PromptRecorder:
 class InspectWorkerExtension:
     """Methods that `longmamba inspect` calls in the worker (vLLM's `worker_extension_cls`)."""
 
-    model_runner: Any
-    _longmamba_thresholds: dict[int, torch.Tensor]
-    _longmamba_unfiltered_end: int
+    get_model: Any
+    _longmamba_filter: PromptFilter
     _longmamba_recorder: PromptRecorder | None
 
     def longmamba_inspect_start(self) -> None:
         """Attach to all mixers of this worker."""
-        from vllm_longmamba.layers.filtered_mixer import filtered_mixers
-
         self._longmamba_recorder = None
-        self._longmamba_thresholds = {}
-        for mixer in filtered_mixers(self.model_runner.model):
-            self._longmamba_thresholds[mixer.layer_index] = mixer.dt_threshold.clone()
+        for mixer in filtered_mixers(self.get_model()):
             assert mixer.prompt_filter is not None, "longmamba inspect starts the engine with the filter"
-            self._longmamba_unfiltered_end = mixer.prompt_filter.unfiltered_end
+            self._longmamba_filter = mixer.prompt_filter
             mixer.register_forward_pre_hook(self._longmamba_hook, with_kwargs=True)  # type: ignore[attr-defined]
 
     def longmamba_inspect_begin(self, row: int, is_filtered: bool, chosen: list[list[int]]) -> None:
@@ -95,19 +88,11 @@ class InspectWorkerExtension:
             is_filtered: whether the model runs with the filter.
             chosen: pairs of layer and channel whose receptive field is drawn.
         """
-        from vllm_longmamba.layers.filtered_mixer import filtered_mixers
-
-        for mixer in filtered_mixers(self.model_runner.model):
-            # A threshold of -1 filters nothing.
-            thresholds = self._longmamba_thresholds[mixer.layer_index]
-            mixer.dt_threshold.copy_(thresholds if is_filtered else torch.full_like(thresholds, -1.0))
-        rows = {layer: thresholds[row] for layer, thresholds in self._longmamba_thresholds.items()}
-        by_layer: dict[int, list[int]] = {}
-        for layer, channel in chosen:
-            by_layer.setdefault(layer, []).append(channel)
-        self._longmamba_recorder = PromptRecorder(
-            rows if is_filtered else None, by_layer, self._longmamba_unfiltered_end
-        )
+        own = self._longmamba_filter
+        # No channel has a retention above 1, so that all are local.
+        replace_table(self.get_model(), own if is_filtered else PromptFilter(own.table, min_retention=1.0))
+        thresholds = {mixer.layer_index: mixer.dt_threshold[row] for mixer in filtered_mixers(self.get_model())}
+        self._longmamba_recorder = PromptRecorder(thresholds, chosen, own.unfiltered_end)
 
     def longmamba_inspect_end(self, path: str) -> None:
         """Write what was measured to a safetensors file."""

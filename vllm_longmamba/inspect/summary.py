@@ -28,10 +28,16 @@ def default_lengths(table: ThresholdTable, number: int) -> list[int]:
     return [length for length in lengths if length <= table.row_lengths[-1]] or [int(table.row_lengths[-1])]
 
 
-def provenance(table: ThresholdTable, source: str, min_retention: float | None = None) -> Table:
-    """Where a table comes from, one line a fact."""
+def provenance(table: ThresholdTable, source: str, own_theta: float) -> Table:
+    """Where a table comes from, one line a fact.
+
+    Args:
+        table: the table, with the theta asked for.
+        source: its file.
+        own_theta: the theta in this file.
+    """
     metadata = table.metadata
-    theta = metadata.min_retention if min_retention is None else min_retention
+    theta = metadata.min_retention
     rows = table.row_lengths
     grid = Table(title="Threshold table", title_justify="left", show_header=False, box=None)
     grid.add_column(style="bold")
@@ -42,8 +48,7 @@ def provenance(table: ThresholdTable, source: str, min_retention: float | None =
         "weights": metadata.weights_fingerprint[:16],
         "training length": f"{metadata.train_length} tokens",
         "rows": f"{len(rows) - 1}, for prompts of {rows[1] if len(rows) > 1 else rows[0]} to {rows[-1]} tokens",
-        "min_retention": f"{theta:g}"
-        + ("" if min_retention is None else f" (the table's own: {metadata.min_retention:g})"),
+        "min_retention": f"{theta:g}" + ("" if theta == own_theta else f" (the table's own: {own_theta:g})"),
         "clamp": f"{metadata.clamp_percent:g} %",
         **({"budget": f"{metadata.budget:g}"} if metadata.budget != 1 else {}),
         **({"budgets of channels": ", ".join(metadata.channel_budgets)} if metadata.channel_budgets else {}),
@@ -51,22 +56,19 @@ def provenance(table: ThresholdTable, source: str, min_retention: float | None =
         **({"unfiltered end": f"{metadata.unfiltered_end} tokens"} if metadata.unfiltered_end else {}),
         "calibrated on": f"{metadata.num_sequences} sequences, seed {metadata.seed}: {metadata.corpus}",
         "made by": f"{metadata.tool_version}, method {metadata.method!r}",
-        "digest": table.digest(min_retention),
+        "digest": table.digest(),
     }.items():
         grid.add_row(name, Text(value))
     return grid
 
 
-def layer_table(
-    table: ThresholdTable, lengths: list[int], layers: list[int], min_retention: float | None = None
-) -> Table:
+def layer_table(table: ThresholdTable, lengths: list[int], layers: list[int]) -> Table:
     """Layers by share of global channels and quantiles of the global channels' thresholds.
 
     Args:
         table: the table.
         lengths: prompt lengths in tokens, one column each.
         layers: indices of layers, one row each.
-        min_retention: theta; None takes the table's own.
     """
     names = "/".join(f"{100 * quantile:g}" for quantile in _QUANTILES)
     result = Table(
@@ -80,7 +82,7 @@ def layer_table(
         result.add_column(_column_name(table, length), justify="right", no_wrap=True)
     counts = np.zeros(2, dtype=int)
     for layer in layers:
-        is_global = table.is_global(layer, min_retention)
+        is_global = table.is_global(layer)
         counts += (int(is_global.sum()), len(is_global))
         cells = [_quantiles(table, layer, table.row_of(length), is_global) for length in lengths]
         result.add_row(str(layer), _share(int(is_global.sum()), len(is_global)), *cells)
@@ -89,14 +91,14 @@ def layer_table(
     return result
 
 
-def measured_table(table: ThresholdTable, measured: Measurements, min_retention: float | None = None) -> RenderableType:
+def measured_table(table: ThresholdTable, measured: Measurements) -> RenderableType:
     """What the filter does to prompts of a text: tokens kept, and how far back the layers look."""
     result = Table(title=f"Measured on {measured.text}", title_justify="left", box=SIMPLE_HEAD)
     for name in ("prompt", "kept, mean", "kept, least layer", "mean distance, plain", "filtered"):
         result.add_column(name, justify="right")
     for length, plain in measured.plain.items():
         filtered = measured.filtered.get(length)
-        kept = kept_by_layer(table, measured, length, min_retention)
+        kept = kept_by_layer(table, measured, length)
         result.add_row(
             f"{length}",
             "all" if filtered is None else f"{np.mean(list(kept.values())):.1%}" if kept else "no global channel",
@@ -116,14 +118,12 @@ def measured_table(table: ThresholdTable, measured: Measurements, min_retention:
     )
 
 
-def kept_by_layer(
-    table: ThresholdTable, measured: Measurements, length: int, min_retention: float | None = None
-) -> dict[int, float]:
+def kept_by_layer(table: ThresholdTable, measured: Measurements, length: int) -> dict[int, float]:
     """Share of the tokens of a prompt that the global channels keep, layer -> mean; layers without any are left out."""
     shares: dict[int, float] = {}
     measurement = measured.filtered.get(length) or measured.plain[length]
     for layer, content in measurement.items():
-        is_global = table.is_global(layer, min_retention).numpy()
+        is_global = table.is_global(layer).numpy()
         if is_global.any():
             shares[layer] = float(content.kept[is_global].mean())
     return shares
