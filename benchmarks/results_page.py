@@ -34,8 +34,7 @@ def tables(results: Path) -> dict[str, Callable[[], str]]:
         "passkey": lambda: _by_length(results, "passkey"),
         "needles": lambda: _by_length(results, "needles"),
         "text": lambda: _by_length(results, "perplexity"),
-        "generated": lambda: _variants(results, "ablation-decode", ("plain", "not filtered", "filtered")),
-        "state": lambda: _variants(results, "ablation-state", ("float32 state", "bf16 state")),
+        "generated": lambda: _generated(results),
         "prefill": lambda: _prefill(results),
         "agreement": lambda: _agreement(results),
     }
@@ -82,11 +81,11 @@ def _by_length(results: Path, task: str) -> str:
     return _markdown(["model", "method", *(f"{length}" for length in LENGTHS)], rows)
 
 
-def _variants(results: Path, ablation: str, methods: Iterable[str]) -> str:
+def _generated(results: Path) -> str:
     lengths, rows = (2048, 4096, 8192), []
-    for model, record in of_models(results, ablation).items():
+    for model, record in of_models(results, "ablation-decode").items():
         keys, texts = _figures(record["passkey"], "share"), _figures(record["perplexity"], "loss")
-        for method in methods:
+        for method in ("plain", "not filtered", "filtered"):
             of_keys = [_figure(keys.get((method, length)), "share") for length in lengths]
             of_texts = [_figure(texts.get((method, length)), "loss") for length in lengths]
             rows.append([MODELS[model], method, *of_keys, *of_texts])

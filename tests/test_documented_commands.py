@@ -5,12 +5,11 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import takewhile
 from pathlib import Path
 
-import click
 import pytest
 import typer
 from documents import PAGES, ROOT, Command, Snippet, all_commands, links, steps
@@ -32,21 +31,34 @@ def test_commands_are_found() -> None:
     assert len(all_commands("vllm")) > 5
 
 
+def _parse(words: Sequence[str]) -> None:
+    """Parse the words of a `longmamba` command without running it."""
+    parser, context = typer.main.get_command(app), None
+    while commands := getattr(parser, "commands", None):
+        context = parser.make_context(words[0], list(words[1:]), parent=context)
+        parser, words = commands[words[1]], words[1:]
+    parser.make_context(words[0], list(words[1:]), parent=context)
+
+
 @pytest.mark.parametrize("command", all_commands("longmamba"), ids=lambda command: command.text)
 def test_longmamba_commands_parse(command: Command) -> None:
-    words = list(command.words[1:])
-    parser: click.Command = typer.main.get_command(app)
-    context = click.Context(parser, info_name="longmamba")
-    while isinstance(parser, click.Group):
-        name, parser, words = parser.resolve_command(context, words)
-        assert parser is not None
-        context = click.Context(parser, info_name=name, parent=context)
     try:
-        parser.make_context(context.info_name, words, parent=context.parent)
-    except click.BadParameter as error:
+        _parse(command.words)
+    except typer.BadParameter as error:
         # A placeholder, or a file that an earlier command of the page makes.
         if "does not exist" not in error.message:
             raise
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("evil",), ("calibrate", "M", "--nope"), ("calibrate", "M", "--sequences", "five"), ("eval", "passkey")],
+    ids=["command", "option", "value", "missing"],
+)
+def test_wrong_commands_do_not_parse(words: tuple[str, ...]) -> None:
+    # typer has a click of its own, or not: BadParameter is a UsageError of whichever it has.
+    with pytest.raises((KeyError, typer.BadParameter.__bases__[0])):
+        _parse(("longmamba", *words))
 
 
 @pytest.mark.parametrize(
