@@ -15,7 +15,7 @@ from tiny_models import random_token_ids, write_mamba1_original
 from vllm_longmamba.evaluate.engine import EngineContestant, EngineRunner
 from vllm_longmamba.evaluate.tuning import EXTENSION
 from vllm_longmamba.tables import load_table
-from vllm_longmamba.torch_reference import LongMamba, TorchModel
+from torch_models import LongMamba, TorchModel
 
 pytestmark = pytest.mark.engine
 

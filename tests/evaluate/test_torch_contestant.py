@@ -26,7 +26,7 @@ from vllm_longmamba.evaluate.needles import passkey_questions
 from vllm_longmamba.evaluate.texts import Encoder
 from vllm_longmamba.evaluate.torch_contestant import TorchRunner
 from vllm_longmamba.tables import load_table
-from vllm_longmamba.torch_reference import DeciMamba, TorchModel
+from torch_models import DeciMamba, TorchModel
 
 # Two of the three layers; few enough tokens to change every prompt here.
 SETTINGS = {"layers": [0, 2], "L_base": 40}

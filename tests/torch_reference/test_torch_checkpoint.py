@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import write_zamba2
 
-from vllm_longmamba.torch_reference.checkpoint import read_checkpoint
+from torch_models.checkpoint import read_checkpoint
 
 Tiny = Callable[[str], Path]
 

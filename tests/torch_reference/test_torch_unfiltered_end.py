@@ -14,7 +14,7 @@ from tiny_models import random_token_ids
 from vllm_longmamba.checkpoint.fingerprint import weights_fingerprint
 from vllm_longmamba.options import LongMambaOptions
 from vllm_longmamba.tables import ThresholdTable, save_table
-from vllm_longmamba.torch_reference import LongMamba, TorchModel
+from torch_models import LongMamba, TorchModel
 
 # Rounding of float32 through a whole model, against float64, and in another order of summation.
 TOLERANCE = 1e-3

@@ -1,8 +1,9 @@
 """Runs the tasks through vLLM's offline engine."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import numpy as np
 from vllm_longmamba import __version__
 from vllm_longmamba.architectures import MODEL_IMPL
 from vllm_longmamba.compatibility import installed_vllm_version
-from vllm_longmamba.evaluate.methods import Key
+from vllm_longmamba.evaluate.methods import Key, Starting
 from vllm_longmamba.evaluate.statistics import Floats
 from vllm_longmamba.evaluate.texts import Encoder
-from vllm_longmamba.options import KEY, options_from_config
+from vllm_longmamba.options import options_from_config
 
+# vLLM's `worker_extension_cls` where the filter is to be changed while the engine runs.
+FILTER_EXTENSION = "vllm_longmamba.evaluate.engine.FilterWorkerExtension"
 # Prompts handed to the engine at a time, as a multiple of those it runs at once.
 _AHEAD = 2
 _DEFAULTS = {"max_num_seqs": 32, "enable_prefix_caching": False}
@@ -24,31 +27,42 @@ class EngineContestant:
     """A model in vLLM, with LongMamba or plain.
 
     Args:
-        model: name or folder, as for `vllm serve`.
-        options: options of LongMamba.
-        engine_args: further arguments of vLLM's `LLM`.
+        arguments: of vLLM's `LLM`; the options of LongMamba are in their `additional_config`.
+        filters: whether the method is one with the filter. An engine that would do otherwise is refused.
+        starting: wraps what vLLM does at the start.
 
     Attributes:
         description: weights, table and options, data type and versions.
         encoder: the model's tokenizer.
-        train_length: from the table, None for the plain model.
 
     Raises:
-        ValueError: what the engine's start would raise before it loads weights, such as a missing table.
+        ValueError: what the engine's start would raise before it loads weights, such as a missing table; arguments
+            that do not fit the method.
     """
 
-    def __init__(self, model: str, options: Mapping[str, Any], engine_args: Mapping[str, Any]) -> None:
-        self._arguments: dict[str, Any] = {
-            **_DEFAULTS,
-            "model": model,
-            "model_impl": MODEL_IMPL,
-            "additional_config": {KEY: dict(options)},
-            **engine_args,
-        }
-        config = _engine_config(self._arguments)
+    def __init__(self, arguments: Mapping[str, Any], filters: bool = True, starting: Starting = nullcontext) -> None:
+        self._arguments = {**_DEFAULTS, "model_impl": MODEL_IMPL, **arguments}
+        self._filters = filters
+        self._starting = starting
+        with starting():
+            config = _engine_config(self._arguments)
+        self._check(config)
         self.encoder = Encoder(_tokenizer(config))
-        self.train_length: int | None = None
         self.description = self._describe(config)
+
+    def _check(self, config: Any) -> None:
+        """Refuse an engine that is not what the report will call it, whatever led there."""
+        if config.model_config.model_impl != MODEL_IMPL:
+            raise ValueError(
+                f"evaluation: model_impl must be {MODEL_IMPL!r} for every method, but the engine has "
+                f"{config.model_config.model_impl!r}; leave it out"
+            )
+        if options_from_config(config.additional_config).filter != self._filters:
+            wanted, got = ("with", "without") if self._filters else ("without", "with")
+            raise ValueError(
+                f"evaluation: this method runs {wanted} the filter, but its engine runs {got} it; leave filter out of "
+                "additional_config"
+            )
 
     def _describe(self, config: Any) -> dict[str, Any]:
         from vllm_longmamba.calibration.settings import from_config
@@ -63,6 +77,8 @@ class EngineContestant:
             "vllm_longmamba": __version__,
             "filter": False,
         }
+        if config.cache_config.mamba_ssm_cache_dtype != "auto":
+            description["state_dtype"] = config.cache_config.mamba_ssm_cache_dtype
         options = options_from_config(config.additional_config)
         if not options.filter:
             return description
@@ -75,7 +91,6 @@ class EngineContestant:
             # The engine will make the table at its start; the settings determine it.
             (source,) = from_config(config.additional_config)
             thresholds, end = source.key(), options.unfiltered_end or 0
-        self.train_length = source.train_length
         return description | {
             "filter": True,
             "table": thresholds,
@@ -83,15 +98,22 @@ class EngineContestant:
             "min_retention": options.min_retention if options.min_retention is not None else source.min_retention,
             "clamp_percent": source.clamp_percent,
             **({"unfiltered_end": end} if end else {}),
+            **({"filter_generated": True} if options.filter_generated else {}),
         }
 
     @contextmanager
-    def start(self, **engine_args: Any) -> Iterator["EngineRunner"]:
-        """Start the engine, with further arguments of `LLM`; it is shut down at the end."""
+    def start(self) -> Iterator["EngineRunner"]:
+        """Start the engine; it is shut down at the end.
+
+        Raises:
+            ValueError: the running engine is not what the method says.
+        """
         from vllm import LLM
 
-        llm = LLM(**(self._arguments | engine_args))
+        with self._starting():
+            llm = LLM(**self._arguments)
         try:
+            self._check(llm.llm_engine.vllm_config)
             yield EngineRunner(llm, self.encoder)
         finally:
             llm.llm_engine.engine_core.shutdown()
@@ -107,6 +129,19 @@ class EngineRunner:
     def __init__(self, llm: Any, encoder: Encoder) -> None:
         self.llm = llm
         self._encoder = encoder
+
+    def set_filter(self, table: Path, min_retention: float, unfiltered: Sequence[str] = ()) -> None:
+        """Filter by another table or another theta from now on, in an engine with `FILTER_EXTENSION`.
+
+        Args:
+            table: a table of the same rows as the present one.
+            min_retention: theta; 1 filters nothing, as no channel has a retention above it.
+            unfiltered: what else is not filtered, see `leave_unfiltered`.
+
+        Raises:
+            ValueError: a table of other rows, layers or channels.
+        """
+        self.llm.collective_rpc("longmamba_set_filter", args=(str(table), min_retention, list(unfiltered)))
 
     def complete(self, jobs: Iterable[tuple[Key, list[int], int]]) -> Iterator[tuple[Key, str]]:
         """See `Runner`."""
@@ -207,3 +242,33 @@ def _tokenizer(config: Any) -> Any:
     from vllm.tokenizers import cached_tokenizer_from_config
 
     return cached_tokenizer_from_config(config.model_config)
+
+
+class FilterWorkerExtension:
+    """What `EngineRunner.set_filter` calls in every worker."""
+
+    get_model: Any
+
+    def longmamba_set_filter(self, table: str, min_retention: float, unfiltered: Sequence[str] = ()) -> None:
+        """See `EngineRunner.set_filter`."""
+        from vllm.distributed.parallel_state import (
+            get_tensor_model_parallel_rank,
+            get_tensor_model_parallel_world_size,
+        )
+
+        from vllm_longmamba.layers.filtered_mixer import filtered_mixers
+        from vllm_longmamba.tables import leave_unfiltered, load_table
+
+        mixers = filtered_mixers(self.get_model())
+        if not mixers:
+            return
+        # One object for all layers and for the metadata builders, which must go on to see the same.
+        prompt_filter = mixers[0].prompt_filter
+        assert prompt_filter is not None, "longmamba tune starts the engine with the filter"
+        new = leave_unfiltered(load_table(table), unfiltered)
+        if new.row_lengths.tolist() != prompt_filter.table.row_lengths.tolist():
+            raise ValueError(f"{table}: its rows are for other prompt lengths than those of the engine's table")
+        prompt_filter.table, prompt_filter.min_retention = new, min_retention
+        prompt_filter.unfiltered_end = new.unfiltered_end()
+        for mixer in mixers:
+            mixer.set_filter(prompt_filter, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
