@@ -3,7 +3,8 @@
     python examples/decimamba.py --search        finds settings of DeciMamba first (seed 0), then asks with seed 1
     python examples/decimamba.py --settings '{"layers": [3], "L_base": 512}'
 
-Runs in a source checkout only, where the torch reference is. Writes what it found as JSON. For models with a byte-level tokenizer.
+Runs in a source checkout only, where the torch reference is. Writes what it found as JSON. For models with a byte-level
+tokenizer.
 """
 
 import argparse

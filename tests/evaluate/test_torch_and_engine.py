@@ -11,11 +11,11 @@ import torch
 from engine.harness import LOGPROB_TOLERANCE, Filters, assert_agrees, write_table
 from example_modules import EXAMPLES
 from tiny_models import random_token_ids, write_mamba1_original
+from torch_models import LongMamba, TorchModel
 
 from vllm_longmamba.evaluate.engine import EngineContestant, EngineRunner
 from vllm_longmamba.evaluate.tuning import EXTENSION
 from vllm_longmamba.tables import load_table
-from torch_models import LongMamba, TorchModel
 
 pytestmark = pytest.mark.engine
 

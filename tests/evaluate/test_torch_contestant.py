@@ -12,6 +12,7 @@ from contestants import ByteTokenizer
 from engine.harness import TRAIN_LENGTH, write_table
 from rich.console import Console
 from tiny_models import random_token_ids, write_mamba1_original, write_zamba2
+from torch_models import DeciMamba, TorchModel
 
 from vllm_longmamba.evaluate import decimamba_settings
 from vllm_longmamba.evaluate.decimamba_settings import (
@@ -26,7 +27,6 @@ from vllm_longmamba.evaluate.needles import passkey_questions
 from vllm_longmamba.evaluate.texts import Encoder
 from vllm_longmamba.evaluate.torch_contestant import TorchRunner
 from vllm_longmamba.tables import load_table
-from torch_models import DeciMamba, TorchModel
 
 # Two of the three layers; few enough tokens to change every prompt here.
 SETTINGS = {"layers": [0, 2], "L_base": 40}

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from references.reference_lm import reference_dt
-
 from torch_models import TorchModel
 
 

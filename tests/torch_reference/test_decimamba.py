@@ -8,7 +8,6 @@ import pytest
 import torch
 from references.reference_lm import NORM_EPS, TimeSteps, mamba1_mixer, mamba2_mixer, rms_norm
 from tiny_models import random_token_ids
-
 from torch_models import DeciMamba, LayerPlan, LayerView, Prompt, TorchModel
 from torch_models.methods.decimamba import keep_largest
 

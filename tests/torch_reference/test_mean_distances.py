@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import random_token_ids
-
 from torch_models import (
     LayerPlan,
     LayerView,

@@ -6,7 +6,6 @@ import pytest
 import torch
 from rich.console import Console
 from rich.progress import Progress
-
 from torch_models import DeciMamba, search_decimamba
 
 # Behind layer 2, layers 4 and 5 look furthest back.

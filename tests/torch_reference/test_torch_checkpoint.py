@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import write_zamba2
-
 from torch_models.checkpoint import read_checkpoint
 
 Tiny = Callable[[str], Path]

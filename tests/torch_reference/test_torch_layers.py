@@ -3,8 +3,6 @@
 import pytest
 import torch
 from torch.nn import functional
-
-from vllm_longmamba.kernels.reference import ssd_reference
 from torch_models.layers import (
     causal_conv1d,
     gated_rms_norm,
@@ -13,6 +11,8 @@ from torch_models.layers import (
     softplus,
 )
 from torch_models.ssd import ssd
+
+from vllm_longmamba.kernels.reference import ssd_reference
 
 ATOL = 2e-5
 

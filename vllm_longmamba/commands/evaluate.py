@@ -170,8 +170,16 @@ def perplexity(
             )
 
 
-def model_settings(model: str, engine: EngineOptions, unfiltered_end: int | None = None) -> "ModelSettings":
+def model_settings(
+    model: str, engine: EngineOptions, unfiltered_end: int | None = None, **set_by_command: Any
+) -> "ModelSettings":
     """The arguments of an engine for each method, from the options of a command.
+
+    Args:
+        model: name or folder.
+        engine: the options.
+        unfiltered_end: another one.
+        set_by_command: arguments of vLLM that the filtering engine gets, and no user may set.
 
     Raises:
         ValueError: --engine-args contradicts what the command sets.
@@ -182,7 +190,9 @@ def model_settings(model: str, engine: EngineOptions, unfiltered_end: int | None
     plain = replace(engine, table=None, min_retention=None)
     return ModelSettings(
         plain=engine_arguments(model, plain, longmamba={"filter": False}),
-        longmamba=engine_arguments(model, engine, longmamba={"filter": True, "unfiltered_end": unfiltered_end}),
+        longmamba=engine_arguments(
+            model, engine, longmamba={"filter": True, "unfiltered_end": unfiltered_end}, **set_by_command
+        ),
         starting=partial(explained_start, engine.verbose),
     )
 

@@ -47,7 +47,7 @@ class EngineContestant:
         with starting():
             config = _engine_config(self._arguments)
         self._check(config)
-        self.encoder = Encoder(_tokenizer(config))
+        self.encoder = Encoder(_tokenizer(config), config.model_config.tokenizer)
         self.description = self._describe(config)
 
     def _check(self, config: Any) -> None:
@@ -101,6 +101,10 @@ class EngineContestant:
             **({"filter_generated": True} if options.filter_generated else {}),
         }
 
+    def make_room(self, tokens: int) -> None:
+        """Let prompts and answers have so many tokens, unless the arguments say how many."""
+        self._arguments.setdefault("max_model_len", tokens)
+
     @contextmanager
     def start(self) -> Iterator["EngineRunner"]:
         """Start the engine; it is shut down at the end.
@@ -130,18 +134,22 @@ class EngineRunner:
         self.llm = llm
         self._encoder = encoder
 
-    def set_filter(self, table: Path, min_retention: float, unfiltered: Sequence[str] = ()) -> None:
+    def set_filter(
+        self, table: Path, min_retention: float, unfiltered: Sequence[str] = (), unfiltered_end: int = 0
+    ) -> None:
         """Filter by another table or another theta from now on, in an engine with `FILTER_EXTENSION`.
 
         Args:
             table: a table of the same rows as the present one.
             min_retention: theta; 1 filters nothing, as no channel has a retention above it.
             unfiltered: what else is not filtered, see `leave_unfiltered`.
+            unfiltered_end: as many of a prompt's last tokens are not filtered.
 
         Raises:
             ValueError: a table of other rows, layers or channels.
         """
-        self.llm.collective_rpc("longmamba_set_filter", args=(str(table), min_retention, list(unfiltered)))
+        given = (str(table), min_retention, list(unfiltered), unfiltered_end)
+        self.llm.collective_rpc("longmamba_set_filter", args=given)
 
     def complete(self, jobs: Iterable[tuple[Key, list[int], int]]) -> Iterator[tuple[Key, str]]:
         """See `Runner`."""
@@ -249,7 +257,9 @@ class FilterWorkerExtension:
 
     get_model: Any
 
-    def longmamba_set_filter(self, table: str, min_retention: float, unfiltered: Sequence[str] = ()) -> None:
+    def longmamba_set_filter(
+        self, table: str, min_retention: float, unfiltered: Sequence[str], unfiltered_end: int
+    ) -> None:
         """See `EngineRunner.set_filter`."""
         from vllm.distributed.parallel_state import (
             get_tensor_model_parallel_rank,
@@ -269,6 +279,6 @@ class FilterWorkerExtension:
         if new.row_lengths.tolist() != prompt_filter.table.row_lengths.tolist():
             raise ValueError(f"{table}: its rows are for other prompt lengths than those of the engine's table")
         prompt_filter.table, prompt_filter.min_retention = new, min_retention
-        prompt_filter.unfiltered_end = new.unfiltered_end()
+        prompt_filter.unfiltered_end = unfiltered_end
         for mixer in mixers:
             mixer.set_filter(prompt_filter, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())

@@ -16,8 +16,8 @@ def reference_module(name: str = "torch_models") -> ModuleType:
     """
     if not (_FOLDER / "torch_models").is_dir():
         raise ValueError(
-            "DeciMamba runs in a source checkout only, as do --method torch-plain and torch-longmamba: their models are "
-            "in its tests/references; install with `pip install -e .` from a clone of the repository"
+            "DeciMamba runs in a source checkout only, as do --method torch-plain and torch-longmamba: their models "
+            "are in its tests/references; install with `pip install -e .` from a clone of the repository"
         )
     if str(_FOLDER) not in sys.path:
         sys.path.append(str(_FOLDER))
