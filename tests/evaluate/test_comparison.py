@@ -10,7 +10,7 @@ from vllm_longmamba.evaluate.comparison import Comparison
 from vllm_longmamba.evaluate.methods import METHODS, parse_methods
 from vllm_longmamba.evaluate.needles import passkey_questions
 from vllm_longmamba.evaluate.perplexity import Loss, windows
-from vllm_longmamba.evaluate.records import Records
+from vllm_longmamba.evaluate.store import Store
 from vllm_longmamba.evaluate.texts import Book
 
 QUESTIONS = list(passkey_questions([200, 300], [0.1, 0.9], [0]))
@@ -23,7 +23,7 @@ def no_progress(description: str, total: int) -> Callable[[], None]:
 
 def comparison(folder: Path, *contestants: HalfBlind, **settings: object) -> Comparison:
     named = {str(contestant.description["name"]): contestant for contestant in contestants}
-    return Comparison(named, settings, Records(folder / "records.jsonl"), no_progress)
+    return Comparison(named, settings, Store(folder), no_progress)
 
 
 def test_ask(tmp_path: Path) -> None:
