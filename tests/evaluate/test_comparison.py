@@ -30,11 +30,11 @@ def test_ask(tmp_path: Path) -> None:
     plain = HalfBlind("plain")
     answers = comparison(tmp_path, plain).ask(QUESTIONS, HAYSTACK)
     assert [(question.depth, result["found"]) for question, result in answers["plain"]] == [
-        (0.1, [True]),
-        (0.9, [False]),
+        (0.1, True),
+        (0.9, False),
     ] * 2
     assert answers["plain"][1][1]["answer"] == "dunno"
-    assert answers["plain"][0][1]["depths"] == [0.1]
+    assert answers["plain"][0][1]["asked"] == QUESTIONS[0].needles[0].number
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:

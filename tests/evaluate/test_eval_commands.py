@@ -55,7 +55,6 @@ def test_numbers() -> None:
             "--decimamba must be JSON, a file of it",
         ),
         (["passkey", MODEL, "--haystack", HAYSTACK, "--lengths", "long"], "whole numbers separated by commas"),
-        (["needles", MODEL, "--haystack", HAYSTACK, "--ask", "some"], "--ask must be one or all, got 'some'"),
         (["needles", MODEL, "--haystack", HAYSTACK, "--needles", "99"], "must lie between 1 and"),
         (["perplexity", MODEL, "--text", str(EXAMPLES / "passkey-mamba2-4m")], "no .txt file"),
     ],
@@ -131,6 +130,23 @@ def test_what_a_command_sets_itself_is_refused_by_name(
     if "worker_extension_cls" not in further:
         command = ["eval", "passkey", MODEL, "--haystack", HAYSTACK, "--unfiltered-end", "64"]
     result = CliRunner().invoke(app, [*command, "--engine-args", json.dumps(further), "-o", str(tmp_path)])
+    assert (result.exit_code, seen) == (1, []), result.output
+    assert message in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--score", "keys"], "--score must be passkey, perplexity or both, got 'keys'"),
+        (["--needles", "4", "--score", "perplexity"], "--needles asks for more than the pass key"),
+        (["--search-unfiltered", "--score", "passkey"], "--search-unfiltered goes by the loss of text"),
+        (["--measure-to", "1024"], "--measure-to has a part in the method closed-loop only"),
+        (["--method", "closed-loop", "--clamp-percents", "5"], "C has no part in the method closed-loop"),
+        (["--unfiltered-ends", "0,0"], "--unfiltered-ends must be different numbers"),
+    ],
+)
+def test_tune_refuses(given: list[str], message: str, seen: list[object], tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["tune", MODEL, "--held-out", HAYSTACK, *given, "-o", str(tmp_path)])
     assert (result.exit_code, seen) == (1, []), result.output
     assert message in result.output.replace("\n", " ")
 

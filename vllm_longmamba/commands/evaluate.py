@@ -96,25 +96,20 @@ def needles(
     depths: Depths = 12,
     seeds: Seeds = "0,1,2",
     count: Annotated[int, typer.Option("--needles", min=1, help="Number of numbers hidden in each text.")] = 4,
-    ask: Annotated[str, typer.Option(help="one: ask for one of them; all: ask for all in one question.")] = "one",
     method: Method = "plain,longmamba",
     decimamba: Decimamba = None,
     unfiltered_end: UnfilteredEnd = None,
 ) -> None:
-    """Ask for one or all of several numbers with names, hidden in long text."""
+    """Ask for one of several numbers with names, hidden in long text."""
     with user_errors("eval needles"):
-        from vllm_longmamba.evaluate.needles import ALL_QUESTION, NEEDLE, ONE_QUESTION, middles, needle_questions
-
-        if ask not in ("one", "all"):
-            raise ValueError(f"--ask must be one or all, got {ask!r}")
-        ask_all = ask == "all"
+        from vllm_longmamba.evaluate.needles import NEEDLE, ONE_QUESTION, middles, needle_questions
 
         def questions(places: list[float], seeds: list[int]) -> list["Question"]:
-            return list(needle_questions(numbers(lengths), places, seeds, count, ask_all))
+            return list(needle_questions(numbers(lengths), places, seeds, count))
 
-        settings = {"needles": count, "ask": ask, "wording": [NEEDLE, ALL_QUESTION if ask_all else ONE_QUESTION]}
+        settings = {"needles": count, "wording": [NEEDLE, ONE_QUESTION]}
         evaluation = _Evaluation(model_settings(model, engine, unfiltered_end), method, decimamba, output)
-        _ask(evaluation, questions, middles(depths), numbers(seeds), haystack, settings, f"{count} needles, ask {ask}")
+        _ask(evaluation, questions, middles(depths), numbers(seeds), haystack, settings, f"One of {count} needles")
 
 
 @app.command()
@@ -264,7 +259,7 @@ def _ask(
     title: str,
 ) -> None:
     from vllm_longmamba.evaluate.markdown import questions_markdown
-    from vllm_longmamba.evaluate.needles import middles
+    from vllm_longmamba.evaluate.needles import ANSWER_TOKENS, middles
     from vllm_longmamba.evaluate.pictures import draw_questions
     from vllm_longmamba.evaluate.report import provenance, summarize_questions, write_report
     from vllm_longmamba.evaluate.texts import read_books
@@ -278,7 +273,7 @@ def _ask(
         others = questions_for(middles(_SEARCH_DEPTHS), [max(seeds) + 1])
         return reference_module("torch_models.settings_search").QuestionsTask(others)
 
-    longest = max(question.length + question.max_answer_tokens() for question in questions)
+    longest = max(question.length for question in questions) + ANSWER_TOKENS
     model = evaluation.model.model
     with evaluation.comparison(longest, settings, search_task) as comparison:
         answers = comparison.ask(questions, books)

@@ -125,6 +125,7 @@ def tune(
         from vllm_longmamba.calibration.settings import CalibrationSettings
         from vllm_longmamba.checkpoint.table_lookup import cached_table_path
         from vllm_longmamba.evaluate.engine import FILTER_EXTENSION, EngineContestant
+        from vllm_longmamba.evaluate.needles import ANSWER_TOKENS
         from vllm_longmamba.evaluate.report import FILES, provenance, write_report
         from vllm_longmamba.evaluate.store import Store, settings_key
         from vllm_longmamba.evaluate.texts import read_books
@@ -176,7 +177,7 @@ def tune(
         with Store(output) as store, progress_bars() as progress:
             store.check_files(FILES)
             tables = make_tables(settings, grid, calibration, text or [], contestant.description, output, progress)
-            longest = max([max(wanted) + 1, *(one.length + one.max_answer_tokens() for one in asked)])
+            longest = max(wanted) + ANSWER_TOKENS
             arguments = settings.with_room(longest).longmamba
             options = {KEY: {**given, "table": str(tables[0].path)}}
             arguments = {**arguments, "additional_config": {**arguments["additional_config"], **options}}

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_longmamba.evaluate.methods import Contestant, Runner
-from vllm_longmamba.evaluate.needles import Question
+from vllm_longmamba.evaluate.needles import ANSWER_TOKENS, Question
 from vllm_longmamba.evaluate.perplexity import Loss, Window
 from vllm_longmamba.evaluate.store import Store, settings_key
 from vllm_longmamba.evaluate.texts import Book, Encoder
@@ -41,7 +41,7 @@ class Run:
         return [one for one in all_of_them if self._identity(one) not in self.store]
 
     def answers(self, questions: Iterable[Question]) -> Answers:
-        """Questions and what became of them: "asked", "depths", "answer" and "found"."""
+        """Questions and what became of them: "asked", "answer" and "found"."""
         return [(question, self.store.result(self._identity(question))) for question in questions]
 
     def losses(self, windows: Iterable[Window]) -> Losses:
@@ -71,15 +71,10 @@ class Run:
 
         def jobs() -> Iterator[tuple[Question, list[int], int]]:
             for question in self.missing(questions):
-                yield question, encoder.prompt(question, haystack), question.max_answer_tokens()
+                yield question, encoder.prompt(question, haystack), ANSWER_TOKENS
 
         for question, answer in runner.complete(jobs()):
-            result = {
-                "asked": [needle.number for needle in question.asked],
-                "depths": [needle.depth for needle in question.asked],
-                "answer": answer,
-                "found": question.found_in(answer),
-            }
+            result = {"asked": question.asked.number, "answer": answer, "found": question.found_in(answer)}
             self.store.add(self._identity(question), result)
             advance()
 

@@ -90,9 +90,8 @@ def summarize_questions(answers: Mapping[str, Iterable[tuple[Question, Mapping[s
     by_depth: dict[tuple[str, int, float], list[float]] = defaultdict(list)
     for method, answered in answers.items():
         for question, result in answered:
-            by_length[method, question.length].append(float(np.mean(result["found"])))
-            for depth, found in zip(result["depths"], result["found"], strict=True):
-                by_depth[method, question.length, depth].append(float(found))
+            for scores in (by_length[method, question.length], by_depth[method, question.length, question.depth]):
+                scores.append(float(result["found"]))
     return {
         "by_length": [
             {"method": method, "length": length, **share_of(scores)} for (method, length), scores in by_length.items()

@@ -142,7 +142,7 @@ class Scorer:
         answers, losses = self._results(setting)
         return Score(
             candidate=setting,
-            found=share_of([float(result["found"][0]) for _, result in answers]) if answers else None,
+            found=share_of([float(result["found"]) for _, result in answers]) if answers else None,
             loss=loss_of(losses) if losses else None,
             difference=difference(losses, self._results(self.plain)[1]) if losses else None,
         )
@@ -225,7 +225,6 @@ def search(
         study_name=settings_key({"key": key, "points": points}),
         storage=f"sqlite:///{folder / STUDY}",
         directions=[direction for *_, direction in kinds],
-        sampler=optuna.samplers.TPESampler(seed=0),
         load_if_exists=True,
     )
     done = [trial.params for trial in study.get_trials(states=[optuna.trial.TrialState.COMPLETE])]
@@ -236,7 +235,9 @@ def search(
     proposed = [parameters for parameters in done if parameters not in points]
     for parameters in proposed:
         values_of(parameters)
-    for _ in range(len(proposed), grid.further or 0):
+    for number in range(len(proposed), grid.further or 0):
+        # An interrupted search draws as one that was not.
+        study.sampler = optuna.samplers.TPESampler(seed=number)
         trial = study.ask(space)
         study.tell(trial, values_of(trial.params))
     return list(scores.values())

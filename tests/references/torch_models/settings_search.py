@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from vllm_longmamba.calibration.text import sample_corpus
 from vllm_longmamba.evaluate.methods import ModelSettings, Runner
-from vllm_longmamba.evaluate.needles import Question
+from vllm_longmamba.evaluate.needles import ANSWER_TOKENS, Question
 from vllm_longmamba.evaluate.perplexity import Window, windows
 from vllm_longmamba.evaluate.store import Store, settings_key
 from vllm_longmamba.evaluate.texts import Encoder
@@ -67,8 +67,8 @@ class QuestionsTask:
         return [asdict(question) for question in self.questions]
 
     def score(self, runner: Runner, encoder: Encoder, text: list[int]) -> float:
-        jobs = ((question, encoder.prompt(question, text), question.max_answer_tokens()) for question in self.questions)
-        found = [mark for question, answer in runner.complete(jobs) for mark in question.found_in(answer)]
+        jobs = ((question, encoder.prompt(question, text), ANSWER_TOKENS) for question in self.questions)
+        found = [question.found_in(answer) for question, answer in runner.complete(jobs)]
         return sum(found) / len(found)
 
 
