@@ -11,7 +11,7 @@ from tiny_models import write_mamba1_original
 from typer.testing import CliRunner
 
 from vllm_longmamba.cli import app
-from vllm_longmamba.evaluate import engine
+from vllm_longmamba.evaluate import engine, methods
 from vllm_longmamba.evaluate.store import FILE_NAME
 from vllm_longmamba.evaluate.terminal import numbers, real_numbers
 from vllm_longmamba.tables import read_metadata
@@ -79,7 +79,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, dict[str, Any]]]:
                 raise ValueError("seen")
             self.encoder = None
 
-    monkeypatch.setattr(engine, "EngineContestant", Seen)
+    for module in (engine, methods):
+        monkeypatch.setattr(module, "EngineContestant", Seen)
     return prepared
 
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vllm_longmamba.evaluate.methods import Contestant, Runner
 from vllm_longmamba.evaluate.needles import ANSWER_TOKENS, Question
 from vllm_longmamba.evaluate.perplexity import Loss, Window
+from vllm_longmamba.evaluate.runner import Contestant, Runner
 from vllm_longmamba.evaluate.store import Store, settings_key
 from vllm_longmamba.evaluate.texts import Book, Encoder
 

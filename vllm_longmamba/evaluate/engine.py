@@ -11,7 +11,7 @@ import numpy as np
 from vllm_longmamba import __version__
 from vllm_longmamba.architectures import MODEL_IMPL
 from vllm_longmamba.compatibility import installed_vllm_version
-from vllm_longmamba.evaluate.methods import Key, Starting
+from vllm_longmamba.evaluate.runner import Key, Starting
 from vllm_longmamba.evaluate.statistics import Floats
 from vllm_longmamba.evaluate.texts import Encoder
 from vllm_longmamba.options import options_from_config
@@ -28,7 +28,8 @@ class EngineContestant:
 
     Args:
         arguments: of vLLM's `LLM`; the options of LongMamba are in their `additional_config`.
-        filters: whether the method is one with the filter. An engine that would do otherwise is refused.
+        filters: False for the plain model; an engine that would filter is then refused. True for LongMamba, whose
+            engine may yet run without the filter, where all prompts are too short for it.
         starting: wraps what vLLM does at the start.
 
     Attributes:
@@ -57,10 +58,9 @@ class EngineContestant:
                 f"evaluation: model_impl must be {MODEL_IMPL!r} for every method, but the engine has "
                 f"{config.model_config.model_impl!r}; leave it out"
             )
-        if options_from_config(config.additional_config).filter != self._filters:
-            wanted, got = ("with", "without") if self._filters else ("without", "with")
+        if options_from_config(config.additional_config).filter and not self._filters:
             raise ValueError(
-                f"evaluation: this method runs {wanted} the filter, but its engine runs {got} it; leave filter out of "
+                "evaluation: the plain model runs without the filter, but its engine runs with it; leave filter out of "
                 "additional_config"
             )
 
@@ -89,7 +89,7 @@ class EngineContestant:
             end = table.unfiltered_end(options.unfiltered_end)
         else:
             # The engine will make the table at its start; the settings determine it.
-            (source,) = from_config(config.additional_config)
+            [source] = from_config(config.additional_config)
             thresholds, end = source.key(), options.unfiltered_end or 0
         return description | {
             "filter": True,
@@ -256,29 +256,16 @@ class FilterWorkerExtension:
     """What `EngineRunner.set_filter` calls in every worker."""
 
     get_model: Any
+    vllm_config: Any
 
     def longmamba_set_filter(
         self, table: str, min_retention: float, unfiltered: Sequence[str], unfiltered_end: int
     ) -> None:
         """See `EngineRunner.set_filter`."""
-        from vllm.distributed.parallel_state import (
-            get_tensor_model_parallel_rank,
-            get_tensor_model_parallel_world_size,
-        )
-
-        from vllm_longmamba.layers.filtered_mixer import filtered_mixers
+        from vllm_longmamba.layers.prompt_filter import PromptFilter
+        from vllm_longmamba.layers.replace_table import replace_table
         from vllm_longmamba.tables import leave_unfiltered, load_table
 
-        mixers = filtered_mixers(self.get_model())
-        if not mixers:
-            return
-        # One object for all layers and for the metadata builders, which must go on to see the same.
-        prompt_filter = mixers[0].prompt_filter
-        assert prompt_filter is not None, "longmamba tune starts the engine with the filter"
         new = leave_unfiltered(load_table(table), unfiltered)
-        if new.row_lengths.tolist() != prompt_filter.table.row_lengths.tolist():
-            raise ValueError(f"{table}: its rows are for other prompt lengths than those of the engine's table")
-        prompt_filter.table, prompt_filter.min_retention = new, min_retention
-        prompt_filter.unfiltered_end = unfiltered_end
-        for mixer in mixers:
-            mixer.set_filter(prompt_filter, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+        filters_generated = options_from_config(self.vllm_config.additional_config).filter_generated
+        replace_table(self.get_model(), PromptFilter(new, min_retention, filters_generated, unfiltered_end))

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from vllm_longmamba.evaluate.methods import Contestant
 from vllm_longmamba.evaluate.needles import Question
 from vllm_longmamba.evaluate.perplexity import Loss, Window
+from vllm_longmamba.evaluate.runner import Contestant
 from vllm_longmamba.evaluate.statistics import ratio_interval, share_interval
 from vllm_longmamba.evaluate.store import Store
 from vllm_longmamba.evaluate.terminal import console

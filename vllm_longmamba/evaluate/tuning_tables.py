@@ -7,11 +7,12 @@ from typing import Any
 
 from blake3 import blake3
 
-from vllm_longmamba.calibration.offline import calibrate
+from vllm_longmamba.calibration.offline import calibrate_all
 from vllm_longmamba.calibration.settings import CalibrationSettings
 from vllm_longmamba.evaluate.comparison import Progress
 from vllm_longmamba.evaluate.methods import ModelSettings
 from vllm_longmamba.evaluate.store import settings_key
+from vllm_longmamba.options import KEY
 from vllm_longmamba.tables import CLOSED_LOOP, PAPER, ThresholdTable, check_unfiltered_end, load_table, save_table
 
 # The grids where none is given. The paper searches theta between 1e-40 and 1e-1. In the closed loop every theta takes a
@@ -24,8 +25,7 @@ CLAMP_PERCENTS = (0.0, 5.0, 10.0, 20.0)
 FURTHER = {PAPER: 2, CLOSED_LOOP: 0}
 # What `calibrate` decides itself.
 _OF_CALIBRATION = (
-    "model", "model_impl", "additional_config", "worker_extension_cls", "max_model_len", "max_num_batched_tokens",
-    "max_num_seqs", "enable_prefix_caching", "enforce_eager",
+    "model", "model_impl", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "enable_prefix_caching"
 )  # fmt: skip
 
 
@@ -151,23 +151,29 @@ def make_tables(
     """
     folder.mkdir(parents=True, exist_ok=True)
     digests = {path.name: blake3(path.read_bytes()).hexdigest() for path in texts}
-    tables = []
+    paths, missing = {}, {}
     for name, (calibration, thetas) in grid.calibrations(settings).items():
         key = settings_key({**description, **asdict(calibration), "texts": digests})
         path = folder / f"table-{name}-{key}.safetensors"
+        paths[path] = thetas
         if not path.exists():
-            advance = progress(f"calibrating, {name}", 1)
-            with model.starting():
-                table = calibrate(model.model, list(texts), calibration, **calibration_arguments(model))
+            missing[path] = replace(calibration, texts=tuple(map(str, texts)))
+    # One engine for all; in the closed loop, where each takes long, an interrupted search keeps those that are made.
+    for batch in [[path] for path in missing] if grid.method == CLOSED_LOOP else [list(missing)] if missing else []:
+        advance = progress(f"calibrating, {', '.join(path.stem.split('-', 1)[1] for path in batch)}", 1)
+        with model.starting():
+            tables = calibrate_all(model.model, [missing[path] for path in batch], **calibration_arguments(model))
+        for path, table in zip(batch, tables, strict=True):
             save_table(table, path)
-            advance()
-        tables.append(TriedTable(path, load_table(path), thetas))
-    return tables
+        advance()
+    return [TriedTable(path, load_table(path), thetas) for path, thetas in paths.items()]
 
 
 def calibration_arguments(model: ModelSettings) -> dict[str, Any]:
     """The arguments of vLLM's `LLM` without those that `calibrate` decides itself."""
-    return {name: value for name, value in model.plain.items() if name not in _OF_CALIBRATION}
+    arguments = {name: value for name, value in model.plain.items() if name not in _OF_CALIBRATION}
+    config = {name: value for name, value in model.plain.get("additional_config", {}).items() if name != KEY}
+    return arguments | {"additional_config": config}
 
 
 def _check(name: str, values: Sequence[float], rule: str, holds: bool) -> None:

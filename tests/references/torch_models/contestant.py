@@ -13,7 +13,8 @@ import torch
 from vllm_longmamba import __version__
 from vllm_longmamba.checkpoint.table_lookup import Weights, find_table
 from vllm_longmamba.evaluate.engine import EngineContestant
-from vllm_longmamba.evaluate.methods import Key, ModelSettings
+from vllm_longmamba.evaluate.methods import ModelSettings
+from vllm_longmamba.evaluate.runner import Key
 from vllm_longmamba.evaluate.statistics import Floats
 from vllm_longmamba.evaluate.texts import Encoder
 from vllm_longmamba.options import options_from_config

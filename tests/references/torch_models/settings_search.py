@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vllm_longmamba.calibration.text import sample_corpus
-from vllm_longmamba.evaluate.methods import ModelSettings, Runner
+from vllm_longmamba.evaluate.methods import ModelSettings
 from vllm_longmamba.evaluate.needles import ANSWER_TOKENS, Question
 from vllm_longmamba.evaluate.perplexity import Window, windows
+from vllm_longmamba.evaluate.runner import Runner
 from vllm_longmamba.evaluate.store import Store, settings_key
 from vllm_longmamba.evaluate.texts import Encoder
 

@@ -11,7 +11,7 @@ from lm_eval import evaluate
 from lm_eval.api.model import LM
 
 from vllm_longmamba.evaluate.harness.tasks import Cell
-from vllm_longmamba.evaluate.methods import Contestant, Runner
+from vllm_longmamba.evaluate.runner import Contestant, Runner
 from vllm_longmamba.evaluate.store import Store, settings_key
 
 Scored = tuple[Cell, dict[str, Any]]
