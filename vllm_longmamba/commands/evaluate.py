@@ -55,7 +55,7 @@ Windows = Annotated[int, typer.Option(min=1, help="Maximum number of windows of 
 ScoredTokens = Annotated[int, typer.Option(min=1, help="Number of tokens scored at the end of each window.")]
 UnfilteredEnd = Annotated[
     int | None,
-    typer.Option(min=0, help="Number of last tokens of a prompt that are not filtered. [default: the table's]"),
+    typer.Option(min=0, help="Number of last tokens of a prompt that are not filtered.", show_default="the table's"),
 ]
 
 

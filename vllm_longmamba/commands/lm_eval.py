@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Tasks = Annotated[
     str | None,
-    typer.Option(help="Names of tasks, separated by commas. [default: all of the paper's table]", show_default=False),
+    typer.Option(help="Names of tasks, separated by commas.", show_default="all of the paper's table"),
 ]
 Copy = Annotated[
     Path | None, typer.Option(exists=True, dir_okay=False, help="Local copy to read instead of a download.")
@@ -70,7 +70,9 @@ def longbench_e(
         Path | None,
         typer.Option(exists=True, file_okay=False, help="Folder of *_e.jsonl (LongBench's data.zip, unpacked)."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Number of prompts of each task. [default: all]")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Number of prompts of each task.", show_default="all")
+    ] = None,
     method: Method = "plain,longmamba",
     unfiltered_end: UnfilteredEnd = None,
 ) -> None:

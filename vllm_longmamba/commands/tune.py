@@ -41,13 +41,14 @@ def tune(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="Text to calibrate on. May be given several times. [default: the package's]",
+            help="Text to calibrate on. May be given several times.",
+            show_default="the package's",
         ),
     ] = None,
     output: Output = Path("out/tune"),
     table: Annotated[
         Path | None,
-        typer.Option(help="Path of the best table. [default: your cache, where vllm serve finds it]"),
+        typer.Option(help="Path of the best table.", show_default="your cache, where vllm serve finds it"),
     ] = None,
     method: Annotated[
         str,
@@ -56,24 +57,27 @@ def tune(
     thetas: Annotated[
         str | None,
         typer.Option(
-            help="Values of min_retention to try, separated by commas; in the closed loop each takes a calibration. "
-            "[default: 1e-40,1e-20,1e-10,1e-5,1e-3,1e-2,0.05,0.2,0.5,0.7; closed loop: the last five from 0.01]"
+            help="Values of min_retention to try, separated by commas; in the closed loop each takes a calibration.",
+            show_default="1e-40,1e-20,1e-10,1e-5,1e-3,1e-2,0.05,0.2,0.5,0.7; closed loop: the last five from 0.01",
         ),
     ] = None,
     clamp_percents: Annotated[
         str | None,
-        typer.Option(help="Paper's method: values of clamp_percent to try, separated by commas. [default: 0,5,10,20]"),
+        typer.Option(
+            help="Paper's method: values of clamp_percent to try, separated by commas.", show_default="0,5,10,20"
+        ),
     ] = None,
     further: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Paper's method: number of further settings to try after these, proposed by optuna. [default: 2]",
+            help="Paper's method: number of further settings to try after these, proposed by optuna.",
+            show_default="2",
         ),
     ] = None,
     budgets: Annotated[
         str | None,
-        typer.Option(help="Closed loop, and C 0: budgets to try, separated by commas. [default: 1]"),
+        typer.Option(help="Closed loop, and C 0: budgets to try, separated by commas.", show_default="1"),
     ] = None,
     combine: Annotated[
         str | None, typer.Option(help="Closed loop: how sequences are combined, as for longmamba calibrate.")
@@ -81,7 +85,9 @@ def tune(
     measure_to: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Closed loop: number of tokens of the longest sequence. [default: the longest of --lengths]"
+            min=2,
+            help="Closed loop: number of tokens of the longest sequence.",
+            show_default="the longest of --lengths",
         ),
     ] = None,
     unfiltered_ends: Annotated[
@@ -91,15 +97,15 @@ def tune(
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="Numbers of tokens in prompts and windows, separated by commas. [default: 8 and 16 times the training "
-            "length]"
+            help="Numbers of tokens in prompts and windows, separated by commas.",
+            show_default="8 and 16 times the training length",
         ),
     ] = None,
     depths: Depths = 8,
     seeds: Seeds = "0",
     needles: Annotated[
         int,
-        typer.Option(min=0, help="Ask also for one of so many named numbers, as often as for the key. [default: none]"),
+        typer.Option(min=0, help="Ask also for one of so many named numbers, as often as for the key."),
     ] = 0,
     search_unfiltered: Annotated[
         bool,

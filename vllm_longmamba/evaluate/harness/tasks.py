@@ -144,6 +144,8 @@ def _replacing(module: str, name: str, replacement: Callable[..., Any], function
                 return getattr(theirs, function)(**settings)
             except (KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"the local copy has another format ({error!r}); see docs/lm_eval.md") from error
+            except IndexError as error:
+                raise ValueError("the local copy must have at least 500 questions, as the original has") from error
 
     return make_data
 
