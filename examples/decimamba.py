@@ -3,13 +3,15 @@
     python examples/decimamba.py --search        finds settings of DeciMamba first (seed 0), then asks with seed 1
     python examples/decimamba.py --settings '{"layers": [3], "L_base": 512}'
 
-Writes what it found as JSON. For models with a byte-level tokenizer.
+Runs in a source checkout only, where the torch reference is. Writes what it found as JSON. For models with a byte-level
+tokenizer.
 """
 
 import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from passkey import KEY_DIGITS, PasskeyTask, passkey_tasks, read_haystack
@@ -17,7 +19,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from vllm_longmamba.torch_reference import DeciMamba, LongMamba, TorchModel, mean_distances, search_decimamba
+from vllm_longmamba.evaluate.reference_models import reference_module
+
+reference = reference_module()
 
 MODEL = Path(__file__).parent / "passkey-mamba2-4m"
 TEXT = Path(__file__).parent / "texts" / "calibration.txt"
@@ -28,7 +32,7 @@ SEARCH_LENGTHS, SEARCH_DEPTHS, SEARCH_SEED = (2048, 4096, 8192), [(number + 0.5)
 L_BASES = (512, 1024, 2048, 4096)
 
 
-def share_found(model: TorchModel, tasks: list[PasskeyTask]) -> float:
+def share_found(model: Any, tasks: list[PasskeyTask]) -> float:
     """How many of the keys a model finds."""
     answers = model.generate([list(task.prompt.encode()) for task in tasks], KEY_DIGITS)
     return sum(
@@ -37,12 +41,12 @@ def share_found(model: TorchModel, tasks: list[PasskeyTask]) -> float:
     ) / len(tasks)
 
 
-def search(model: TorchModel, console: Console) -> list[dict[str, object]]:
+def search(model: Any, console: Console) -> list[dict[str, object]]:
     """Settings of DeciMamba and their scores, the best first."""
     tasks = passkey_tasks(read_haystack(), SEARCH_LENGTHS, SEARCH_DEPTHS, seed=SEARCH_SEED)
-    distances = mean_distances(model, list(TEXT.read_bytes()[: 4 * TRAIN_LENGTH]))
+    distances = reference.mean_distances(model, list(TEXT.read_bytes()[: 4 * TRAIN_LENGTH]))
     with Progress(console=console) as progress:
-        trials = search_decimamba(
+        trials = reference.search_decimamba(
             lambda settings: share_found(model.with_method(settings), tasks), distances, L_BASES, progress=progress
         )
     return [{"settings": trial.settings.to_dict(), "found": trial.score} for trial in trials]
@@ -61,10 +65,10 @@ def main() -> None:
 
     console = Console()
     started = time.perf_counter()
-    model = TorchModel(options.model)
+    model = reference.TorchModel(options.model)
     trials = search(model, console) if options.search else []
-    settings = DeciMamba(**(trials[0]["settings"] if trials else options.settings))  # type: ignore[arg-type]
-    methods = {"plain": model.method, "LongMamba": LongMamba.for_folder(options.model), "DeciMamba": settings}
+    settings = reference.DeciMamba(**(trials[0]["settings"] if trials else options.settings))
+    methods = {"plain": model.method, "LongMamba": reference.LongMamba.for_folder(options.model), "DeciMamba": settings}
     found: dict[str, dict[int, float]] = {name: {} for name in methods}
     for length in options.lengths:
         tasks = passkey_tasks(read_haystack(), [length], DEPTHS, seed=options.seed)

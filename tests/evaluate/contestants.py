@@ -25,7 +25,6 @@ class HalfBlind:
     def __init__(self, name: str, fail_after: int | None = None) -> None:
         self.description: dict[str, Any] = {"name": name}
         self.encoder = Encoder(ByteTokenizer())
-        self.train_length = None
         self.starts = 0
         self.jobs = 0
         self._fail_after = fail_after

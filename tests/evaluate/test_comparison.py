@@ -10,7 +10,7 @@ from vllm_longmamba.evaluate.comparison import Comparison
 from vllm_longmamba.evaluate.methods import METHODS, parse_methods
 from vllm_longmamba.evaluate.needles import passkey_questions
 from vllm_longmamba.evaluate.perplexity import Loss, windows
-from vllm_longmamba.evaluate.records import Records
+from vllm_longmamba.evaluate.store import Store
 from vllm_longmamba.evaluate.texts import Book
 
 QUESTIONS = list(passkey_questions([200, 300], [0.1, 0.9], [0]))
@@ -23,18 +23,18 @@ def no_progress(description: str, total: int) -> Callable[[], None]:
 
 def comparison(folder: Path, *contestants: HalfBlind, **settings: object) -> Comparison:
     named = {str(contestant.description["name"]): contestant for contestant in contestants}
-    return Comparison(named, settings, Records(folder / "records.jsonl"), no_progress)
+    return Comparison(named, settings, Store(folder), no_progress)
 
 
 def test_ask(tmp_path: Path) -> None:
     plain = HalfBlind("plain")
     answers = comparison(tmp_path, plain).ask(QUESTIONS, HAYSTACK)
     assert [(question.depth, result["found"]) for question, result in answers["plain"]] == [
-        (0.1, [True]),
-        (0.9, [False]),
+        (0.1, True),
+        (0.9, False),
     ] * 2
     assert answers["plain"][1][1]["answer"] == "dunno"
-    assert answers["plain"][0][1]["depths"] == [0.1]
+    assert answers["plain"][0][1]["asked"] == QUESTIONS[0].needles[0].number
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """`longmamba eval` and `longmamba tune` from the command line."""
 
 import json
+import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 from example_modules import EXAMPLES
@@ -9,16 +11,17 @@ from tiny_models import write_mamba1_original
 from typer.testing import CliRunner
 
 from vllm_longmamba.cli import app
-from vllm_longmamba.commands import evaluate, lm_eval
-from vllm_longmamba.evaluate import tuning_run
-from vllm_longmamba.evaluate.command_line import engine_arguments, numbers, real_numbers
-from vllm_longmamba.evaluate.methods import ModelSettings
-from vllm_longmamba.evaluate.tuning_settings import TuningSettings
+from vllm_longmamba.evaluate import engine, methods
+from vllm_longmamba.evaluate.store import FILE_NAME
+from vllm_longmamba.evaluate.terminal import numbers, real_numbers
 from vllm_longmamba.tables import read_metadata
 
 MODEL = str(EXAMPLES / "passkey-mamba2-4m")
 HAYSTACK = str(EXAMPLES / "texts" / "haystack.txt")
-ENGINE = ["--dtype", "float32", "--engine-arg", "enforce_eager=true", "--engine-arg", "gpu_memory_utilization=0.3"]
+# Several engines of a test run may share one device.
+SHARED = {"gpu_memory_utilization": 0.3}
+# Tuning starts three engines in turn; what users get, the compiled engine, is in test_passkey.
+EAGER = ["--dtype", "float32", "--engine-args", json.dumps({"enforce_eager": True, **SHARED})]
 
 
 def run(*arguments: str) -> str:
@@ -27,20 +30,10 @@ def run(*arguments: str) -> str:
     return result.output
 
 
-def test_engine_arguments() -> None:
-    further = ["max-num-seqs=64", "load_format=dummy", 'hf_overrides={"a": 1}', "enforce_eager=true", "dtype=half"]
-    assert engine_arguments("auto", "some/tokenizer", 2, 4096, further) == {
-        "dtype": "half",
-        "tokenizer": "some/tokenizer",
-        "tensor_parallel_size": 2,
-        "max_model_len": 4096,
-        "max_num_seqs": 64,
-        "load_format": "dummy",
-        "hf_overrides": {"a": 1},
-        "enforce_eager": True,
-    }
-    with pytest.raises(ValueError, match=r"must be NAME=VALUE, .* got 'max_num_seqs'"):
-        engine_arguments("auto", None, 1, None, ["max_num_seqs"])
+def results_in(folder: Path) -> list[tuple[int, str, str]]:
+    """All results; what is measured a second time gets another number."""
+    with sqlite3.connect(folder / FILE_NAME) as database:
+        return list(database.execute("SELECT rowid, identity, result FROM results ORDER BY rowid"))
 
 
 def test_numbers() -> None:
@@ -56,9 +49,12 @@ def test_numbers() -> None:
     [
         (["passkey", MODEL, "--haystack", HAYSTACK, "--method", "magic"], "known are plain, longmamba"),
         (["passkey", MODEL, "--haystack", HAYSTACK, "--method", "plain,decimamba"], "needs settings: --decimamba"),
-        (["passkey", MODEL, "--haystack", HAYSTACK, "--decimamba", "[3]"], "--decimamba must be JSON, a file of it"),
+        (["passkey", MODEL, "--haystack", HAYSTACK, "--decimamba", "[3]"], "with --method decimamba only, got plain"),
+        (
+            ["passkey", MODEL, "--haystack", HAYSTACK, "--method", "decimamba", "--decimamba", "[3]"],
+            "--decimamba must be JSON, a file of it",
+        ),
         (["passkey", MODEL, "--haystack", HAYSTACK, "--lengths", "long"], "whole numbers separated by commas"),
-        (["needles", MODEL, "--haystack", HAYSTACK, "--ask", "some"], "--ask must be one or all, got 'some'"),
         (["needles", MODEL, "--haystack", HAYSTACK, "--needles", "99"], "must lie between 1 and"),
         (["perplexity", MODEL, "--text", str(EXAMPLES / "passkey-mamba2-4m")], "no .txt file"),
     ],
@@ -71,52 +67,133 @@ def test_mistakes_are_said_without_a_traceback(arguments: list[str], message: st
     assert "Traceback" not in result.output
 
 
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, dict[str, Any]]]:
+    """Whether each engine that a command prepares filters, and its arguments; nothing is started."""
+    prepared: list[tuple[bool, dict[str, Any]]] = []
+
+    class Seen:
+        def __init__(self, arguments: dict[str, Any], filters: bool = True, starting: object = None) -> None:
+            prepared.append((filters, arguments))
+            if len(prepared) == 2:
+                raise ValueError("seen")
+            self.encoder = None
+
+    for module in (engine, methods):
+        monkeypatch.setattr(module, "EngineContestant", Seen)
+    return prepared
+
+
+def text_of(task: str) -> list[str]:
+    return {"perplexity": ["--text", HAYSTACK], "ruler": [], "longbench-e": []}.get(task, ["--haystack", HAYSTACK])
+
+
 @pytest.mark.parametrize("task", ["passkey", "needles", "perplexity", "ruler", "longbench-e"])
 @pytest.mark.parametrize(
     ("given", "options"), [([], {}), (["0"], {"unfiltered_end": 0}), (["64"], {"unfiltered_end": 64})]
 )
-def test_the_unfiltered_end_is_handed_on(
-    task: str, given: list[str], options: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_options_reach_the_engine_of_longmamba_only(
+    task: str, given: list[str], options: dict[str, int], seen: list[tuple[bool, dict[str, Any]]], tmp_path: Path
 ) -> None:
-    seen = []
-
-    def compared(model: str, method: str, options: dict[str, int], *_: object) -> None:
-        seen.append(options)
-        raise ValueError("seen")
-
-    def run_benchmark(benchmark: object, model: ModelSettings, *_: object) -> None:
-        compared(model.model, "", dict(model.options))
-
-    monkeypatch.setattr(evaluate, "_compared", compared)
-    monkeypatch.setattr(lm_eval, "_run", run_benchmark)
-    text = {
-        "passkey": ["--haystack", HAYSTACK],
-        "needles": ["--haystack", HAYSTACK],
-        "perplexity": ["--text", HAYSTACK],
-    }
-    arguments = [*text.get(task, []), *(f"--unfiltered-end={end}" for end in given), "-o", str(tmp_path)]
-    result = CliRunner().invoke(app, ["eval", task, MODEL, *arguments])
-    assert (result.exit_code, seen) == (1, [options]), result.output
+    arguments = [*text_of(task), *(f"--unfiltered-end={end}" for end in given), "-o", str(tmp_path)]
+    arguments += ["--table", "t.safetensors", "--min-retention", "0.5", "--train-length", "512"]
+    further = {"max_num_seqs": 7, "additional_config": {"other": 1, "longmamba": {"calibrate": False}}}
+    result = CliRunner().invoke(app, ["eval", task, MODEL, *arguments, "--engine-args", json.dumps(further)])
+    assert result.exit_code == 1, result.output
+    (plain, of_plain), (longmamba, of_longmamba) = seen
+    assert (plain, longmamba) == (False, True)
+    both = {"calibrate": False, "train_length": 512}
+    assert of_plain["additional_config"] == {"other": 1, "longmamba": {**both, "filter": False}}
+    own = {"filter": True, "table": "t.safetensors", "min_retention": 0.5, **options}
+    assert of_longmamba["additional_config"] == {"other": 1, "longmamba": {**both, **own}}
+    for one in (of_plain, of_longmamba):
+        assert (one["model"], one["model_impl"], one["max_num_seqs"]) == (MODEL, "longmamba", 7)
 
 
-@pytest.mark.parametrize(("given", "expected"), [([], [0]), (["--unfiltered-ends", "0,64"], [0, 64])])
-def test_tune_tries_the_unfiltered_ends(
-    given: list[str], expected: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("further", "message"),
+    [
+        ({"additional_config": {"longmamba": {"filter": True}}}, "additional_config says filter True"),
+        ({"additional_config": {"longmamba": {"filter": False}}}, "additional_config says filter False"),
+        ({"additional_config": {"longmamba": {"unfiltered_end": 9}}}, "additional_config says unfiltered_end 9"),
+        ({"model": "another"}, "--engine-args: model is set by the model that the command names"),
+        ({"model-impl": "auto"}, "model_impl must be longmamba here, got 'auto'"),
+        ({"worker_extension_cls": "mine"}, "worker_extension_cls is set by this command itself"),
+        ({"max_model_len": 4096}, "max_model_len is set by --max-model-len"),
+        ({"no_such_argument": 1}, "has no argument 'no_such_argument'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_command_sets_itself_is_refused_by_name(
+    further: dict[str, Any], message: str, seen: list[object], tmp_path: Path
 ) -> None:
-    seen = []
+    command = ["tune", MODEL, "--held-out", HAYSTACK, "--train-length", "512", "--lengths", "2048"]
+    if "worker_extension_cls" not in further:
+        command = ["eval", "passkey", MODEL, "--haystack", HAYSTACK, "--unfiltered-end", "64"]
+    result = CliRunner().invoke(app, [*command, "--engine-args", json.dumps(further), "-o", str(tmp_path)])
+    assert (result.exit_code, seen) == (1, []), result.output
+    assert message in result.output.replace("\n", " ")
 
-    def tune_model(model: str, settings: TuningSettings, *_: object) -> None:
-        seen.append(list(settings.grid.unfiltered_ends))
-        raise ValueError("seen")
 
-    monkeypatch.setattr(tuning_run, "tune_model", tune_model)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--score", "keys"], "--score must be passkey, perplexity or both, got 'keys'"),
+        (["--needles", "4", "--score", "perplexity"], "--needles asks for more than the pass key"),
+        (["--search-unfiltered", "--score", "passkey"], "--search-unfiltered goes by the loss of text"),
+        (["--measure-to", "1024"], "--measure-to has a part in the method closed-loop only"),
+        (["--method", "closed-loop", "--clamp-percents", "5"], "C has no part in the method closed-loop"),
+        (["--unfiltered-ends", "0,0"], "--unfiltered-ends must be different numbers"),
+    ],
+)
+def test_tune_refuses(given: list[str], message: str, seen: list[object], tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["tune", MODEL, "--held-out", HAYSTACK, *given, "-o", str(tmp_path)])
-    assert (result.exit_code, seen) == (1, [expected]), result.output
+    assert (result.exit_code, seen) == (1, []), result.output
+    assert message in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", ["table", "min_retention", "unfiltered_end"])
+def test_tune_refuses_what_it_searches(name: str, seen: list[object], tmp_path: Path) -> None:
+    further = {"additional_config": {"longmamba": {name: 1}}}
+    command = ["tune", MODEL, "--held-out", HAYSTACK, "--engine-args", json.dumps(further), "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, command)
+    assert (result.exit_code, seen) == (1, []), result.output
+    assert f"additional_config names {name}, which this command searches" in result.output.replace("\n", " ")
+
+
+def test_tune_does_not_write_its_table_over_another_file(seen: list[object], tmp_path: Path) -> None:
+    (tmp_path / "precious.safetensors").write_bytes(b"weights")
+    command = ["tune", MODEL, "--held-out", HAYSTACK, "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*command, "--table", str(tmp_path / "precious.safetensors")])
+    assert (result.exit_code, seen) == (1, []), result.output
+    assert "is there, and no threshold table" in result.output.replace("\n", " ")
+    assert (tmp_path / "precious.safetensors").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("name", ["results.sqlite", "report.json", "heat-map.png"])
+@pytest.mark.parametrize("task", ["passkey", "perplexity"])
+def test_a_foreign_file_is_refused_before_anything_starts(
+    task: str, name: str, seen: list[object], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(b'{"precious":1}')
+    result = CliRunner().invoke(app, ["eval", task, MODEL, *text_of(task), "-o", str(tmp_path)])
+    assert (result.exit_code, seen) == (1, []), result.output
+    assert f"{name}: " in result.output.replace("\n", "")
+    assert (tmp_path / name).read_bytes() == b'{"precious":1}'
+
+
+def test_no_name_is_read_as_markup(tmp_path: Path) -> None:
+    """Neither in messages nor, where it is a path of a file, anywhere else."""
+    command = ["eval", "passkey", MODEL, "--haystack", HAYSTACK, "--method", "[/red][bold]magic", "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "unknown are [/red][bold]magic; known are" in result.output.replace("\n", " ")
 
 
 @pytest.mark.engine
 def test_passkey(tmp_path: Path) -> None:
-    arguments = ["eval", "passkey", MODEL, "--haystack", HAYSTACK, "--depths", "4", "--seeds", "2", *ENGINE]
+    arguments = ["eval", "passkey", MODEL, "--haystack", HAYSTACK, "--depths", "4", "--seeds", "2"]
+    arguments += ["--engine-args", json.dumps(SHARED)]
     arguments += ["--method", "plain,decimamba,longmamba", "--decimamba", '{"layers": [6], "L_base": 1024}']
     arguments += ["-o", str(tmp_path)]
     shown = run(*arguments, "--lengths", "512,2048")
@@ -131,11 +208,11 @@ def test_passkey(tmp_path: Path) -> None:
     assert report["methods"]["decimamba"]["decimamba"]["layers"] == [6]
     assert report["settings"]["seeds"] == [2]
     assert (tmp_path / "report.md").read_text().count("![") == 2
-    records = (tmp_path / "records.jsonl").read_text()
-    assert records.count("\n") == 24
+    results = results_in(tmp_path)
+    assert len(results) == 24
     # Nothing is left to do, so that this starts no engine.
     run(*arguments, "--lengths", "2048")
-    assert (tmp_path / "records.jsonl").read_text() == records
+    assert results_in(tmp_path) == results
     again = json.loads((tmp_path / "report.json").read_text())
     assert again["by_length"] == [row for row in report["by_length"] if row["length"] == 2048]
 
@@ -154,10 +231,10 @@ def test_searching_for_decimamba(task: str, tmp_path: Path) -> None:
     assert report["methods"]["decimamba"]["decimamba"] == found["settings"]
     assert [row["method"] for row in report["by_length"]] == ["torch-plain", "decimamba"]
     # Given as a file, the settings are the same, and nothing has to be computed again.
-    records = (tmp_path / "out" / "records.jsonl").read_text()
+    results = results_in(tmp_path / "out")
     arguments[arguments.index("search")] = str(tmp_path / "out" / "decimamba.json")
     run(*arguments, *of_task[task], "-o", str(tmp_path / "out"))
-    assert (tmp_path / "out" / "records.jsonl").read_text() == records
+    assert results_in(tmp_path / "out") == results
 
 
 @pytest.mark.slow
@@ -165,7 +242,7 @@ def test_searching_for_decimamba(task: str, tmp_path: Path) -> None:
 def test_tune(tmp_path: Path) -> None:
     arguments = ["tune", MODEL, "--text", str(EXAMPLES / "texts" / "calibration.txt"), "--held-out", HAYSTACK]
     arguments += ["--train-length", "512", "--max-length", "4096", "--clamp-percents", "5", "--thetas", "1e-30,1e-2"]
-    arguments += ["--refine", "0", "--lengths", "2048", "--depths", "3", "--windows", "2", *ENGINE]
+    arguments += ["--further", "0", "--lengths", "2048", "--depths", "3", "--windows", "2", *EAGER]
     arguments += ["-o", str(tmp_path / "out"), "--table", str(tmp_path / "best.safetensors"), "--search-unfiltered"]
     assert "keys found" in run(*arguments)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -185,9 +262,9 @@ def test_tune(tmp_path: Path) -> None:
     assert (metadata.min_retention, metadata.clamp_percent, metadata.train_length) == (1e-2, 5.0, 512)
     assert sorted(metadata.unfiltered) == sorted(report["best"]["unfiltered"])
     # Nothing is calibrated or scored a second time.
-    records = (tmp_path / "out" / "records.jsonl").read_bytes()
+    results = results_in(tmp_path / "out")
     run(*arguments)
-    assert (tmp_path / "out" / "records.jsonl").read_bytes() == records
+    assert results_in(tmp_path / "out") == results
     assert len(list((tmp_path / "out").glob("table-*.safetensors"))) == 1
 
 
@@ -196,15 +273,15 @@ def test_tune(tmp_path: Path) -> None:
 def test_tune_closed_loop(tmp_path: Path) -> None:
     arguments = ["tune", MODEL, "--method", "closed-loop", "--held-out", HAYSTACK, "--train-length", "512"]
     arguments += ["--max-length", "4096", "--thetas", "1e-3,0.05", "--sequences", "3", "--lengths", "2048"]
-    arguments += ["--depths", "4", "--windows", "2", "--needles", "2", *ENGINE]
+    arguments += ["--depths", "4", "--windows", "2", "--needles", "2", *EAGER]
     arguments += ["-o", str(tmp_path / "out"), "--table", str(tmp_path / "best.safetensors")]
-    assert "Tuning of the closed loop" in run(*arguments)
+    assert "Tuning: passkey-mamba2-4m" in run(*arguments)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     many, few = report["tried"]
     assert [one["candidate"]["min_retention"] for one in (many, few)] == [1e-3, 0.05]
     assert 0 < few["candidate"]["global_channels"] < many["candidate"]["global_channels"]
     assert few["found"]["share"] > report["plain"]["found"]["share"]
-    assert report["best"] in [{"budget": 1.0, "min_retention": theta} for theta in (1e-3, 0.05)]
+    assert report["best"] in [one["candidate"] for one in (many, few)]
     assert report["settings"]["method"] == "closed-loop"
     assert report["settings"]["needles"] == 2
     assert few["found"]["questions"] == 8  # a key and a needle at each depth
@@ -215,7 +292,7 @@ def test_tune_closed_loop(tmp_path: Path) -> None:
     # Each theta has a table of its own; nothing is calibrated or scored a second time.
     tables = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("table-*.safetensors")}
     assert set(tables) == {one["candidate"]["table"] for one in (few, many)}
-    records = (tmp_path / "out" / "records.jsonl").read_bytes()
+    results = results_in(tmp_path / "out")
     run(*arguments)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("table-*.safetensors")} == tables
-    assert (tmp_path / "out" / "records.jsonl").read_bytes() == records
+    assert results_in(tmp_path / "out") == results

@@ -1,7 +1,9 @@
 """The tasks through the real engine: log-probabilities against the reference, tuning against a fresh engine."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,13 +13,14 @@ from engine.harness import LOGPROB_TOLERANCE, ROW_LENGTHS, TRAIN_LENGTH, Filters
 from references.reference_lm import reference_logprobs
 from tiny_models import random_token_ids, write_mamba2_original
 
-from vllm_longmamba.evaluate.engine import EngineContestant, EngineRunner
-from vllm_longmamba.evaluate.tuning import EXTENSION
+from vllm_longmamba.commands.engine_errors import EngineStartError, explained_start
+from vllm_longmamba.evaluate.engine import FILTER_EXTENSION, EngineContestant, EngineRunner
 from vllm_longmamba.tables import ThresholdTable, filtered_channels, leave_unfiltered, load_table
 
 pytestmark = pytest.mark.engine
 
-# Prompts are cut into many chunks; the scored tokens lie in the last ones.
+# Prompts are cut into many chunks; the scored tokens lie in the last ones. Eager and float32, to be compared with the
+# reference; tests/evaluate/test_eval_commands.py has the engine as users start it.
 ENGINE_ARGS: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -51,13 +54,13 @@ def tables(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def runner(model: Path, tables: list[Path]) -> Iterator[EngineRunner]:
     """One engine for all tests, started as `longmamba tune` starts it."""
-    contestant = EngineContestant(str(model), {"table": str(tables[0])}, ENGINE_ARGS)
-    with contestant.start(worker_extension_cls=EXTENSION) as running:
+    arguments = arguments_of(model, {"table": str(tables[0])}, worker_extension_cls=FILTER_EXTENSION)
+    with EngineContestant(arguments).start() as running:
         yield running
 
 
-def set_filter(runner: EngineRunner, table: Path, min_retention: float, unfiltered: Sequence[str] = ()) -> None:
-    runner.llm.collective_rpc("longmamba_set_filter", args=(str(table), min_retention, list(unfiltered)))
+def arguments_of(model: Path, options: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {"model": str(model), "additional_config": {"longmamba": options}, **ENGINE_ARGS, **changes}
 
 
 def assert_filtered_by(
@@ -82,7 +85,7 @@ def assert_filtered_by(
 def test_tail_logprobs_under_changing_filters(
     number: int, min_retention: float, runner: EngineRunner, model: Path, tables: list[Path]
 ) -> None:
-    set_filter(runner, tables[number], min_retention)
+    runner.set_filter(tables[number], min_retention)
     table = load_table(tables[number])
     assert any(bool(table.is_global(layer, min_retention).any()) for layer in table.layers) or min_retention == 1.0
     results = dict(runner.tail_logprobs(((i, prompt) for i, prompt in enumerate(PROMPTS)), SCORED))
@@ -96,7 +99,7 @@ def test_tail_logprobs_with_channels_left_unfiltered(runner: EngineRunner, model
     last, rest = max(whole.layers), [f"0.{channel}" for channel in filtered_channels(whole)[0][::2]]
     results = {}
     for unfiltered in ([str(last), *rest], []):
-        set_filter(runner, tables[0], 1e-2, unfiltered)
+        runner.set_filter(tables[0], 1e-2, unfiltered)
         results[len(unfiltered)] = dict(runner.tail_logprobs(enumerate(PROMPTS), SCORED))
     table = leave_unfiltered(whole, [str(last), *rest])
     for i, prompt in enumerate(PROMPTS):
@@ -107,7 +110,7 @@ def test_tail_logprobs_with_channels_left_unfiltered(runner: EngineRunner, model
 def test_complete_continues_greedily(runner: EngineRunner, tables: list[Path]) -> None:
     from vllm import SamplingParams
 
-    set_filter(runner, tables[0], 1e-2)
+    runner.set_filter(tables[0], 1e-2)
     inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     outputs = runner.llm.generate(inputs, SamplingParams(temperature=0.0, max_tokens=3), use_tqdm=False)
     generated = [list(output.outputs[0].token_ids) for output in outputs]
@@ -134,12 +137,13 @@ def test_a_table_of_other_rows_is_refused(runner: EngineRunner, tables: list[Pat
 
     write_small_table(tmp_path / "other.safetensors")
     with pytest.raises(Exception, match="its rows are for other prompt lengths"):
-        set_filter(runner, tmp_path / "other.safetensors", 0.1)
+        runner.set_filter(tmp_path / "other.safetensors", 0.1)
 
 
 def test_description(runner: EngineRunner, model: Path, tables: list[Path]) -> None:
     def describe(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
-        return EngineContestant(str(model), options, ENGINE_ARGS | changes).description
+        arguments = arguments_of(model, options, **changes)
+        return EngineContestant(arguments, filters=options.get("filter", True)).description
 
     first = describe({"table": str(tables[0])})
     assert first["train_length"] == TRAIN_LENGTH
@@ -152,9 +156,52 @@ def test_description(runner: EngineRunner, model: Path, tables: list[Path]) -> N
         describe({"table": str(tables[1])}),
         describe({"table": str(tables[0]), "min_retention": 0.5}),
         describe({"table": str(tables[0]), "unfiltered_end": 20}),
+        describe({"table": str(tables[0]), "filter_generated": True}),
+        describe({"table": str(tables[0])}, mamba_ssm_cache_dtype="float32"),
         describe({"table": str(tables[0])}, dtype="bfloat16"),
         plain,
     ]
     assert all(other != first for other in others)
     assert others[2] == first | {"unfiltered_end": 20}
     assert describe({"table": str(tables[0]), "unfiltered_end": 0}) == first
+
+
+def test_a_plain_model_that_filters_is_refused(
+    runner: EngineRunner, model: Path, tables: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever led there: what its arguments say, and what it runs with in the end."""
+    wrong = "the plain model runs without the filter, but its engine runs with it"
+    with pytest.raises(ValueError, match=wrong):
+        EngineContestant(arguments_of(model, {"table": str(tables[0])}), filters=False)
+    with pytest.raises(ValueError, match="model_impl must be 'longmamba' for every method"):
+        EngineContestant(arguments_of(model, {}, model_impl="auto"))
+
+    stopped = []
+
+    class Filtering:
+        """An engine of these arguments that filters all the same."""
+
+        def __init__(self, **arguments: Any) -> None:
+            assert not arguments["additional_config"]["longmamba"]["filter"]
+            core = SimpleNamespace(shutdown=lambda: stopped.append(True))
+            self.llm_engine = SimpleNamespace(vllm_config=runner.llm.llm_engine.vllm_config, engine_core=core)
+
+    contestant = EngineContestant(arguments_of(model, {"filter": False}), filters=False)
+    monkeypatch.setattr("vllm.LLM", Filtering)
+    with pytest.raises(ValueError, match=wrong), contestant.start():
+        pass
+    assert stopped == [True]
+
+
+def test_a_failed_start_is_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = arguments_of(model, {"filter": False}, gpu_memory_utilization=0.1)
+    starting = partial(explained_start, False)
+    contestant = EngineContestant(arguments, filters=False, starting=starting)
+
+    def fail(**_: Any) -> None:
+        raise RuntimeError("Available memory on node 0 (1/2 GiB) on startup is less than desired")
+
+    monkeypatch.setattr("vllm.LLM", fail)
+    with pytest.raises(EngineStartError, match="export VLLM_CPU_KVCACHE_SPACE=1") as error, contestant.start():
+        pass
+    assert "\n" not in str(error.value)

@@ -32,10 +32,10 @@ def test_middles() -> None:
 def test_passkey_questions_do_not_depend_on_the_rest_of_the_grid() -> None:
     grid = list(passkey_questions([512, 700], middles(3), [0, 1]))
     assert len(grid) == 12
-    assert len({question.asked[0].number for question in grid}) == 12
+    assert len({question.asked.number for question in grid}) == 12
     assert set(passkey_questions([700], [middles(3)[2]], [1])) <= set(grid)
     question = grid[0]
-    assert question.needles == question.asked
+    assert question.needles == (question.asked,)
     assert question.text() == "\nWhat is the pass key? The pass key is "
     assert question.needles[0].text() == passkey_needle(question.needles[0].number)
 
@@ -47,22 +47,12 @@ def test_needle_questions_ask_for_one() -> None:
         assert len({needle.name for needle in question.needles}) == 4
         assert len({needle.number for needle in question.needles}) == 4
         assert all(needle.number.isdigit() and len(needle.number) == KEY_DIGITS for needle in question.needles)
-        assert question.asked == question.needles[:1]
-        assert question.asked[0].depth == question.depth
+        assert question.asked == question.needles[0]
+        assert question.asked.depth == question.depth
     # The others stand anywhere, not at the depth asked for.
     assert len({needle.depth for question in questions for needle in question.needles[1:]}) == 45
-    name = questions[0].asked[0].name
+    name = questions[0].asked.name
     assert questions[0].text() == f"\nWhat is the magic number of the {name}? The magic number of the {name} is "
-
-
-def test_needle_questions_ask_for_all() -> None:
-    (question,) = needle_questions([512], middles(5), [3], needles=3, ask_all=True)
-    assert question.depth is None
-    assert [needle.depth for needle in question.needles] == middles(3)
-    assert set(question.asked) == set(question.needles)
-    first, second, third = (needle.name for needle in question.asked)
-    assert question.text().startswith(f"\nWhat are the magic numbers of the {first}, the {second} and the {third}? ")
-    assert question.max_answer_tokens() > 3 * (KEY_DIGITS + len(" and "))
 
 
 @pytest.mark.parametrize("needles", [0, len(NAMES) + 1])
@@ -71,20 +61,10 @@ def test_needle_questions_refuse(needles: int) -> None:
         list(needle_questions([512], [0.5], [0], needles))
 
 
-def question_for(*numbers: str) -> Question:
-    needles = tuple(Needle(name, number, 0.5) for name, number in zip(NAMES, numbers, strict=False))
-    return Question("needles", 512, 0.5, 0, needles, needles, 0.0)
-
-
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [("48213", True), (" 48213.", True), ("48214", False), ("It is 48213", False), ("4821", False), ("", False)],
 )
-def test_one_number_is_found_at_the_beginning_of_the_answer(answer: str, expected: bool) -> None:
-    assert question_for("48213").found_in(answer) == [expected]
-
-
-def test_several_numbers_are_found_anywhere_in_the_answer() -> None:
-    question = question_for("48213", "50000", "77777")
-    assert question.found_in("77777, 150000 and 48213.\n") == [True, False, True]
-    assert question.found_in("") == [False] * 3
+def test_a_number_is_found_at_the_beginning_of_the_answer(answer: str, expected: bool) -> None:
+    needles = (Needle("river", "48213", 0.5), Needle("castle", "50000", 0.1))
+    assert Question("needles", 512, 0.5, 0, needles, 0.0).found_in(answer) is expected

@@ -1,18 +1,28 @@
 """Reports: the numbers, and that every one of them reaches the Markdown and the pictures."""
 
+import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+from rich.markdown import Markdown
 
 from vllm_longmamba.evaluate.markdown import perplexity_markdown, questions_markdown
-from vllm_longmamba.evaluate.needles import needle_questions, passkey_questions
+from vllm_longmamba.evaluate.needles import passkey_questions
 from vllm_longmamba.evaluate.perplexity import Loss, Window
 from vllm_longmamba.evaluate.pictures import draw_perplexity, draw_questions
-from vllm_longmamba.evaluate.report import summarize_perplexity, summarize_questions
-from vllm_longmamba.evaluate.statistics import wilson_interval
+from vllm_longmamba.evaluate.report import (
+    FILES,
+    PICTURES,
+    summarize_perplexity,
+    summarize_questions,
+    write_report,
+)
+from vllm_longmamba.evaluate.statistics import share_interval
+from vllm_longmamba.evaluate.store import FILE_NAME, Store
 
 HEAD = {
     "model": "a model",
@@ -26,8 +36,8 @@ HEAD = {
 def passkey_report() -> dict[str, Any]:
     questions = list(passkey_questions([512, 1024], [0.25, 0.75], [0, 1, 2]))
     answers = {
-        "plain": [(one, {"found": [one.length == 512], "depths": [one.depth]}) for one in questions],
-        "longmamba": [(one, {"found": [one.depth == 0.25], "depths": [one.depth]}) for one in questions],
+        "plain": [(one, {"found": one.length == 512}) for one in questions],
+        "longmamba": [(one, {"found": one.depth == 0.25}) for one in questions],
     }
     return {**HEAD, **summarize_questions(answers)}
 
@@ -53,24 +63,12 @@ def row_of(rows: list[dict[str, Any]], **values: Any) -> dict[str, Any]:
 def test_summarize_questions() -> None:
     report = passkey_report()
     row = row_of(report["by_length"], method="longmamba", length=1024)
-    low, high = wilson_interval(0.5, 6)
+    low, high = share_interval([1.0, 0.0] * 3)
     assert row == {"method": "longmamba", "length": 1024, "questions": 6, "share": 0.5, "low": low, "high": high}
     assert row_of(report["by_length"], method="plain", length=1024)["share"] == 0.0
     assert len(report["by_depth"]) == 8
     assert row_of(report["by_depth"], method="longmamba", length=512, depth=0.25)["share"] == 1.0
     assert row_of(report["by_depth"], method="longmamba", length=512, depth=0.75)["questions"] == 3
-
-
-def test_a_question_for_several_numbers_is_one_question() -> None:
-    questions = list(needle_questions([512], [0.5], [0, 1], 4, ask_all=True))
-    depths = [[needle.depth for needle in one.asked] for one in questions]
-    found = [[depth < 0.5 for depth in own] for own in depths]
-    answers = [(one, {"found": flags, "depths": own}) for one, flags, own in zip(questions, found, depths, strict=True)]
-    report = summarize_questions({"plain": answers})
-    (row,) = report["by_length"]
-    assert (row["questions"], row["share"]) == (2, 0.5)
-    assert row_of(report["by_depth"], depth=0.125)["share"] == 1.0
-    assert row_of(report["by_depth"], depth=0.875) == {**row_of(report["by_depth"], depth=0.875), "share": 0.0}
 
 
 def test_summarize_perplexity() -> None:
@@ -87,36 +85,66 @@ def test_summarize_perplexity() -> None:
 
 
 def test_questions_markdown() -> None:
-    text = questions_markdown(passkey_report(), "Passkey", ["heat-map.png"])
+    text = questions_markdown(passkey_report(), "Passkey", ["heat-map.png", "heat-map.svg"])
     assert text.startswith("# Passkey\n")
     assert "| prompt (tokens) | questions | plain | LongMamba |" in text
     assert "| 1024 | 6 | 0.00 (0.00 to 0.39) | 0.50 (0.19 to 0.81) |" in text
-    assert "![heat-map.png](heat-map.png)" in text
+    assert "![heat-map.png](heat-map.png)\n\n## Conditions" in text
     assert "- LongMamba: filter True, train_length 512, table 000000000000\n" in text
 
 
 def test_perplexity_markdown() -> None:
-    text = perplexity_markdown(perplexity_report(), [])
+    text = perplexity_markdown(perplexity_report(), "Perplexity", [])
     expected = "| 512 | 2 | 4 | 1.500 (1.000 to 2.000) | 4.48 | 0.541 | 0.750 (0.500 to 1.000) | 2.12 | 0.271 |"
     assert f"{expected} -0.750 (-1.000 to -0.500) |" in text
 
 
-def test_pictures(tmp_path: Path) -> None:
-    names = draw_questions(passkey_report(), tmp_path, "Passkey") + draw_perplexity(perplexity_report(), tmp_path, "P")
-    assert names == ["heat-map.png", "by-length.png", "perplexity.png"]
-    for name in names:
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    heat_map = (tmp_path / "heat-map.svg").read_text()
+def test_names_that_are_not_ours_are_text() -> None:
+    """In the report, and where it is shown on the terminal."""
+    report = {**passkey_report(), "model": "a[bold]*b*_c_|`d`", "command": "eval `x` [/red]"}
+    report["settings"] = {"texts": {"book_*one*[/]": "0" * 32}}
+    text = questions_markdown(report, "Passkey: a[bold]*b*_c_|`d`", [])
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(Markdown(text))
+    for name in ("Passkey: a[bold]*b*_c_|`d`", "Model: a[bold]*b*_c_|`d`", "eval `x` [/red]", "book_*one*[/]"):
+        assert name in shown.getvalue()
+
+
+def test_pictures() -> None:
+    # A model's name may look like a formula.
+    passkey = draw_questions(passkey_report(), "Passkey: $a_b")
+    pictures = passkey | draw_perplexity(perplexity_report(), "P")
+    assert sorted(pictures) == sorted(f"{one}.{kind}" for one in PICTURES if one != "tuning" for kind in ("png", "svg"))
+    assert all(content.startswith(b"\x89PNG") for name, content in pictures.items() if name.endswith(".png"))
+    heat_map = pictures["heat-map.svg"].decode()
+    assert "Passkey: $a_b" in heat_map
     # Every cell has its number: plain finds all of 512 and none of 1024, LongMamba all of one depth.
     assert heat_map.count(">100</text>") == 4
     assert heat_map.count(">0</text>") == 4
-    assert "LongMamba" in (tmp_path / "by-length.svg").read_text()
-    assert "trained on" in (tmp_path / "perplexity.svg").read_text()
-    first = (tmp_path / "heat-map.svg").read_bytes()
-    draw_questions(passkey_report(), tmp_path, "Passkey")
-    assert (tmp_path / "heat-map.svg").read_bytes() == first
+    assert "LongMamba" in pictures["by-length.svg"].decode()
+    assert "trained on" in pictures["perplexity.svg"].decode()
+    assert draw_questions(passkey_report(), "Passkey: $a_b") == passkey
 
 
 def test_reports_are_plain_values() -> None:
     for report in (passkey_report(), perplexity_report()):
         assert json.loads(json.dumps(report)) == report
+
+
+def test_a_report_replaces_its_own_files_only(tmp_path: Path) -> None:
+    report = passkey_report()
+
+    def write(title: str) -> None:
+        with Store(tmp_path) as store:
+            draw = lambda: draw_questions(report, title)  # noqa: E731
+            write_report(store, report, lambda pictures: questions_markdown(report, title, pictures), draw)
+
+    write("first")
+    write("second")
+    assert (tmp_path / "report.md").read_text().startswith("# second\n")
+    assert {path.name for path in tmp_path.iterdir()} - {FILE_NAME} < set(FILES)
+    (tmp_path / "heat-map.svg").write_text("precious")
+    with pytest.raises(ValueError, match=r"heat-map\.svg: was not written by this evaluation"):
+        write("third")
+    assert (tmp_path / "report.md").read_text().startswith("# second\n")
+    assert (tmp_path / "heat-map.svg").read_text() == "precious"

@@ -49,10 +49,10 @@ def test_prompt(make: Callable[[], Encoder]) -> None:
         assert len(prompt) == question.length
         text = encoder.decode(prompt).removeprefix("<s>")
         assert text.endswith(question.text().rstrip(" ")) or text.endswith(question.text())
-        before = text.index(question.asked[0].text())
+        before = text.index(question.asked.text())
         assert all(needle.text() in text for needle in question.needles)
-        assert abs(before / (len(text) - len(question.text())) - question.asked[0].depth) < 0.35
-        piece = text[:before] or text[before + len(question.asked[0].text()) :]
+        assert abs(before / (len(text) - len(question.text())) - question.asked.depth) < 0.35
+        piece = text[:before] or text[before + len(question.asked.text()) :]
         assert piece[:40] in HAYSTACK or question.task == "needles"
 
 

@@ -11,11 +11,10 @@ import torch
 from engine.harness import LOGPROB_TOLERANCE, Filters, assert_agrees, write_table
 from example_modules import EXAMPLES
 from tiny_models import random_token_ids, write_mamba1_original
+from torch_models import LongMamba, TorchModel
 
-from vllm_longmamba.evaluate.engine import EngineContestant, EngineRunner
-from vllm_longmamba.evaluate.tuning import EXTENSION
+from vllm_longmamba.evaluate.engine import FILTER_EXTENSION, EngineContestant, EngineRunner
 from vllm_longmamba.tables import load_table
-from vllm_longmamba.torch_reference import LongMamba, TorchModel
 
 pytestmark = pytest.mark.engine
 
@@ -51,15 +50,16 @@ def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         folder = write_mamba1_original(tmp_path_factory.mktemp("models") / "mamba1")
         table = tmp_path_factory.mktemp("tables") / "table.safetensors"
         write_table(folder, table)
-    contestant = EngineContestant(str(folder), {"table": str(table)}, ENGINE_ARGS)
-    with contestant.start(worker_extension_cls=EXTENSION) as runner:
+    options = {"model": str(folder), "additional_config": {"longmamba": {"table": str(table)}}}
+    contestant = EngineContestant({**ENGINE_ARGS, **options, "worker_extension_cls": FILTER_EXTENSION})
+    with contestant.start() as runner:
         yield Sides(runner, TorchModel(folder), table)
 
 
 # No channel keeps more than all of its state: 1 filters nothing.
 @pytest.mark.parametrize("min_retention", [1.0, 1e-2], ids=["plain", "longmamba"])
 def test_logprobs_agree(min_retention: float, sides: Sides) -> None:
-    sides.engine.llm.collective_rpc("longmamba_set_filter", args=(str(sides.table), min_retention))
+    sides.engine.set_filter(sides.table, min_retention)
     of_engine = dict(sides.engine.tail_logprobs(enumerate(PROMPTS), SCORED))
     plain, table = sides.reference, load_table(sides.table)
     filtered = plain.with_method(LongMamba.from_table(table, 1e-2))

@@ -12,21 +12,16 @@ from contestants import ByteTokenizer
 from engine.harness import TRAIN_LENGTH, write_table
 from rich.console import Console
 from tiny_models import random_token_ids, write_mamba1_original, write_zamba2
+from torch_models import DeciMamba, TorchModel, settings_search
+from torch_models.contestant import TorchRunner
+from torch_models.settings import decimamba_from, read_decimamba
+from torch_models.settings_search import QuestionsTask, WindowsTask, search_settings
 
-from vllm_longmamba.evaluate import decimamba_settings
-from vllm_longmamba.evaluate.decimamba_settings import (
-    QuestionsTask,
-    WindowsTask,
-    decimamba_from,
-    read_decimamba,
-    search_settings,
-)
 from vllm_longmamba.evaluate.methods import METHODS, Contestant, ModelSettings
 from vllm_longmamba.evaluate.needles import passkey_questions
+from vllm_longmamba.evaluate.store import Store
 from vllm_longmamba.evaluate.texts import Encoder
-from vllm_longmamba.evaluate.torch_contestant import TorchRunner
 from vllm_longmamba.tables import load_table
-from vllm_longmamba.torch_reference import DeciMamba, TorchModel
 
 # Two of the three layers; few enough tokens to change every prompt here.
 SETTINGS = {"layers": [0, 2], "L_base": 40}
@@ -46,7 +41,13 @@ def table(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepare(folder: Path, method: str, decimamba: Mapping[str, Any] | None = None, **options: Any) -> Contestant:
-    return METHODS[method](ModelSettings(str(folder), options, {"max_model_len": 512}, decimamba))
+    return METHODS[method](settings_of(folder, decimamba, **options))
+
+
+def settings_of(folder: Path, decimamba: Mapping[str, Any] | None = None, **options: Any) -> ModelSettings:
+    model = {"model": str(folder), "max_model_len": 512}
+    plain = model | {"additional_config": {"longmamba": {"filter": False}}}
+    return ModelSettings(plain, model | {"additional_config": {"longmamba": options}}, decimamba=decimamba)
 
 
 def test_runner_completes_in_any_order_of_lengths(folder: Path) -> None:
@@ -74,7 +75,7 @@ def test_runner_scores_the_tail(folder: Path) -> None:
 def test_descriptions_tell_what_determines_the_output(folder: Path, table: Path) -> None:
     plain = prepare(folder, "torch-plain").description
     longmamba = prepare(folder, "torch-longmamba", table=str(table))
-    assert longmamba.train_length == TRAIN_LENGTH
+    assert longmamba.description["train_length"] == TRAIN_LENGTH
     assert longmamba.description["table"] == load_table(table).digest()
     assert longmamba.description["min_retention"] == 1e-2
     other_theta = prepare(folder, "torch-longmamba", table=str(table), min_retention=0.5).description
@@ -110,7 +111,7 @@ def test_started_contestants_run_their_methods(folder: Path, table: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (None, "needs settings: .* or --decimamba search"),
+        (None, "the first two are needed; got None"),
         ({"layers": [1]}, "layers, L_base, beta, min_tokens, score, the first two are needed"),
         ({"layers": [1], "L_base": 50, "base": 4}, "the first two are needed; got .*'base': 4"),
         ({"layers": [3], "L_base": 50}, r"the model has the layers \[0, 1, 2\], but not \[3\]"),
@@ -133,8 +134,8 @@ def test_other_families_are_refused(tmp_path: Path) -> None:
 
 
 def test_reading_settings(tmp_path: Path) -> None:
-    assert read_decimamba(None) is None
-    assert read_decimamba("search") is None
+    with pytest.raises(ValueError, match=r"needs settings: .* or --decimamba search"):
+        read_decimamba(None)
     assert read_decimamba(json.dumps(SETTINGS)) == DeciMamba(**SETTINGS).to_dict()
     file = tmp_path / "found.json"
     for content in (SETTINGS, {"settings": SETTINGS, "trials": []}):
@@ -146,9 +147,10 @@ def test_reading_settings(tmp_path: Path) -> None:
 
 
 def test_search(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = ModelSettings(str(folder), {}, {"max_model_len": 512})
+    settings = settings_of(folder)
     task, console = WindowsTask([96, 128], number=1, scored=10), Console(quiet=True)
-    found = search_settings(settings, task, tmp_path, console)
+    store = Store(tmp_path)
+    found = search_settings(settings, task, store, console)
     report = json.loads((tmp_path / "decimamba.json").read_text())
     scores = [trial["score"] for trial in report["trials"]]
     assert scores == sorted(scores, reverse=True)
@@ -160,7 +162,7 @@ def test_search(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     # The score is that of the settings.
     encoder = prepare(folder, "torch-plain").encoder
-    text = encoder.encode("".join(decimamba_settings.sample_corpus().texts))
+    text = encoder.encode("".join(settings_search.sample_corpus().texts))
     model = TorchModel(folder, decimamba_from(found), device="cpu")
     # One window of each length, which ends where the longest does.
     means = [model.last_logprobs(window, 10).mean() for window in (text[32:128], text[:128])]
@@ -169,12 +171,12 @@ def test_search(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def no_search(*arguments: Any, **options: Any) -> None:
         raise AssertionError("searched a second time")
 
-    monkeypatch.setattr("vllm_longmamba.torch_reference.search_decimamba", no_search)
-    assert search_settings(settings, task, tmp_path, console) == found
+    monkeypatch.setattr("torch_models.settings_search.search_decimamba", no_search)
+    assert search_settings(settings, task, store, console) == found
     with pytest.raises(AssertionError, match="searched a second time"):
-        search_settings(settings, WindowsTask([96], number=1, scored=10), tmp_path, console)
+        search_settings(settings, WindowsTask([96], number=1, scored=10), store, console)
     with pytest.raises(ValueError, match=r"has .* tokens, but the longest prompt 9999999"):
-        search_settings(settings, WindowsTask([9_999_999], number=1, scored=10), tmp_path, console)
+        search_settings(settings, WindowsTask([9_999_999], number=1, scored=10), store, console)
 
 
 def test_questions_are_scored_by_numbers_found() -> None:

@@ -1,25 +1,27 @@
-"""The search: which settings are the same, which is the best, where the finer grid lies."""
+"""The search: which settings are the same, which is the best, what optuna proposes, and that a second one goes on."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from small_tables import small_table
 
 from vllm_longmamba.evaluate.tuning import (
+    STUDY,
     Candidate,
     Score,
-    TriedTable,
-    between_neighbours,
     candidate,
     choose,
+    parts_of,
     plain,
     search,
+    search_unfiltered,
 )
 from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
-from vllm_longmamba.evaluate.tuning_unfiltered import parts_of, search_unfiltered
+from vllm_longmamba.evaluate.tuning_tables import Grid, TriedTable
 from vllm_longmamba.tables import ClosedLoop
 
 THETAS = (1e-9, 1e-4, 1e-1)
@@ -45,7 +47,6 @@ def scored(setting: Candidate, share: float | None, loss: float | None) -> Score
         found=None if share is None else {"share": share, "low": share - 0.1, "high": share + 0.1},
         loss=None if loss is None else {"loss": loss, "low": loss - 0.1, "high": loss + 0.1, "perplexity": np.e**loss},
         difference=None if loss is None else {"loss": loss - 2.0, "low": loss - 2.1, "high": loss - 1.9},
-        by_length={},
     )
 
 
@@ -54,18 +55,17 @@ def test_candidate() -> None:
     assert [candidate(TABLES[0], theta).global_channels for theta in (1e-9, 1e-4, 1e-2, 1.0)] == [6, 4, 2, 0]
     assert candidate(TABLES[0], 1e-4).thresholds == candidate(TABLES[0], 1e-5).thresholds
     assert candidate(TABLES[0], 1e-4).thresholds != candidate(TABLES[0], 1e-2).thresholds
-    assert plain(TABLES[0]).is_plain
-    assert plain(TABLES[0]).global_channels == 0
-    assert not candidate(TABLES[0], 0.1).is_plain
-    with_end = TriedTable(Path("end"), small_table(clamp_percent=5.0, unfiltered_end=64), THETAS)
-    assert candidate(with_end, 1e-4).thresholds != candidate(TABLES[0], 1e-4).thresholds
-    assert [candidate(one, 1e-4).unfiltered_end for one in (TABLES[0], with_end)] == [0, 64]
+    assert (plain(TABLES).min_retention, plain(TABLES).global_channels) == (1.0, 0)
+    assert plain(TABLES).thresholds == plain(TABLES[1:]).thresholds
+    assert candidate(TABLES[0], 1e-4, 64).thresholds != candidate(TABLES[0], 1e-4).thresholds
+    assert candidate(TABLES[0], 1e-4, 64).unfiltered_end == 64
 
 
 def test_label() -> None:
     assert candidate(TABLES[1], 1e-4).label() == "C 20, theta 0.0001"
     assert candidate(CLOSED[0], 0.05).label() == "budget 0.5, theta 0.05"
-    assert plain(CLOSED[0]).label() == "plain"
+    assert candidate(CLOSED[0], 0.05, 4).label() == "budget 0.5, unfiltered end 4, theta 0.05"
+    assert plain(CLOSED).label() == "plain"
 
 
 @pytest.mark.parametrize(
@@ -86,27 +86,74 @@ def test_choose(scores: list[tuple[float, float | None, float | None]], best: fl
     )
 
 
-def test_between_neighbours() -> None:
-    assert between_neighbours(1e-4, [1e-8, 1e-4, 1e-2]) == pytest.approx([1e-6, 1e-3])
-    assert between_neighbours(1e-2, [1e-8, 1e-4, 1e-2]) == pytest.approx([1e-3])
-    assert between_neighbours(1e-2, [1e-2]) == []
+class Best:
+    """Best at C = 20, theta = 1e-3 and an end of 4 tokens; keeps what it was asked, and stops where it is told to."""
+
+    def __init__(self, fail_after: int | None = None) -> None:
+        self.asked: list[tuple[float | None, float, int]] = []
+        self._fail_after = fail_after
+
+    def __call__(self, setting: Candidate) -> Score:
+        if len(self.asked) == self._fail_after:
+            raise KeyboardInterrupt
+        self.asked.append((setting.clamp_percent, setting.min_retention, setting.unfiltered_end))
+        far = abs(np.log10(setting.min_retention) + 3) + (setting.clamp_percent == 5.0) + (setting.unfiltered_end != 4)
+        return scored(setting, 1.0, float(far))
 
 
-def test_search() -> None:
-    asked = []
+def grid(further: int, ends: tuple[int, ...] = (0,)) -> Grid:
+    return Grid("paper", thetas=THETAS, clamp_percents=[5.0, 20.0], further=further, unfiltered_ends=ends)
 
-    def score(setting: Candidate) -> Score:
-        asked.append((setting.clamp_percent, setting.min_retention))
-        # Best at C = 20 and theta = 1e-3.
-        return scored(setting, 1.0, abs(np.log10(setting.min_retention) + 3) + (setting.clamp_percent == 5.0))
 
-    scores = search(score, TABLES, refine=2)
-    assert asked[0][1] == 1.0
-    assert asked[1:7] == [(clamp, theta) for clamp in (5.0, 20.0) for theta in THETAS]
-    finer = [theta for clamp, theta in asked[7:]]
-    assert {clamp for clamp, _ in asked[7:]} == {20.0}
-    assert finer == pytest.approx([10**-6.5, 10**-2.5, 10**-3.25, 10**-1.75])
-    assert choose(scores[1:]).candidate.min_retention == pytest.approx(10**-3.25)
+def test_search(tmp_path: Path) -> None:
+    score = Best()
+    scores = search(score, TABLES, grid(5, (0, 4)), tmp_path, "key")
+    assert score.asked[0][1] == 1.0
+    of_grid = [(clamp, theta, end) for clamp in (5.0, 20.0) for end in (0, 4) for theta in THETAS]
+    assert score.asked[1:13] == of_grid
+    # Each of its proposals is new, within the grid's range, and one of the tables and ends.
+    proposed = score.asked[13:]
+    assert len(set(score.asked)) == len(scores) == len(score.asked) == 18
+    assert all(min(THETAS) <= theta <= max(THETAS) for _, theta, _ in proposed)
+    assert {clamp for clamp, *_ in proposed} <= {5.0, 20.0}
+    assert [one.candidate.label() for one in scores[:2]] == ["plain", "C 5, theta 1e-09"]
+    best = choose(scores[1:])
+    assert (best.candidate.clamp_percent, best.candidate.unfiltered_end) == (20.0, 4)
+    assert best.loss["loss"] <= 1.0
+
+
+@pytest.mark.parametrize("fail_after", [4, 9])
+def test_a_second_search_goes_on(fail_after: int, tmp_path: Path) -> None:
+    """Interrupted in the grid, or in what optuna proposes: as many settings in the end, and no study is begun anew."""
+    with pytest.raises(KeyboardInterrupt):
+        search(Best(fail_after), TABLES, grid(4), tmp_path, "key")
+    first = search(Best(), TABLES, grid(4), tmp_path, "key")
+    assert len(first) == 1 + 2 * len(THETAS) + 4
+    (tmp_path / "whole").mkdir()
+    assert search(Best(), TABLES, grid(4), tmp_path / "whole", "key") == first
+    assert [one.candidate for one in search(Best(), TABLES, grid(4), tmp_path, "key")] == [
+        one.candidate for one in first
+    ]
+    more = search(Best(), TABLES, grid(6), tmp_path, "key")
+    assert [one.candidate for one in more[: len(first)]] == [one.candidate for one in first]
+    assert len(more) == len(first) + 2
+    assert len(optuna.get_all_study_names(f"sqlite:///{tmp_path / STUDY}")) == 1
+    # Other texts are another study.
+    search(Best(), TABLES, grid(0), tmp_path, "another key")
+    assert len(optuna.get_all_study_names(f"sqlite:///{tmp_path / STUDY}")) == 2
+
+
+def test_a_foreign_file_in_the_place_of_the_study_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / STUDY).write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"tuning\.sqlite: not written by longmamba"):
+        search(Best(), TABLES, grid(0), tmp_path, "key")
+    assert (tmp_path / STUDY).read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(("share", "loss"), [(0.5, None), (None, 1.5)], ids=["keys only", "text only"])
+def test_search_by_one_score(share: float | None, loss: float | None, tmp_path: Path) -> None:
+    scores = search(lambda setting: scored(setting, share, loss), TABLES, grid(2), tmp_path, "key")
+    assert len(scores) == 1 + 2 * len(THETAS) + 2
 
 
 def test_search_unfiltered() -> None:
@@ -130,25 +177,12 @@ def test_search_unfiltered() -> None:
     chosen = choose([best, *scores])
     assert chosen.candidate.unfiltered == ("0.2", "1.2")
     assert chosen.candidate.label() == "C 5, theta 0.0001, without 0.2, 1.2"
-    report = {**HEAD, **summarize_tuning([scored(plain(TABLES[0]), 0.1, 2.0), best, *scores], chosen)}
-    assert json.loads(json.dumps(report)) == report
-    text = tuning_markdown(report, [])
-    assert "Best: clamp_percent 5, min_retention 0.0001, without 0.2, 1.2. " in text
-    assert "| C (%) | theta | unfiltered | global channels |" in text
-    assert "| **5** | **0.0001** | **0.2, 1.2** | 2 | 1.00 " in text
-    assert "| 5 | 0.0001 | - | 4 | 1.00 " in text
-
-
-def test_search_unfiltered_goes_on_from_what_is_left_out() -> None:
-    given = candidate(TABLES[0], 1e-4, ["1"])
-    tried = []
-
-    def score_text(setting: Candidate) -> Score:
-        tried.append(setting.unfiltered)
-        return scored(setting, None, 2.0)
-
-    assert search_unfiltered(score_text, score_text, TABLES[0], scored(given, 1.0, 2.0)) == []
-    assert tried == [("1", "0.1"), ("1", "0.2")]
+    report = {**HEAD, **summarize_tuning([scored(plain(TABLES), 0.1, 2.0), best, *scores], chosen)}
+    text = tuning_markdown(report, "T", [])
+    assert "Best: C 5, theta 0.0001, without 0.2, 1.2. " in text
+    assert "| theta | unfiltered | global channels |" in text
+    assert "| **0.0001** | **0.2, 1.2** | 2 | 1.00 " in text
+    assert "| 0.0001 | - | 4 | 1.00 " in text
 
 
 def test_parts_are_channels_or_layers() -> None:
@@ -157,8 +191,9 @@ def test_parts_are_channels_or_layers() -> None:
     assert parts_of(many, 1e-4) == ["0", "3"]
 
 
-def test_search_of_the_closed_loop() -> None:
-    scores = search(lambda setting: scored(setting, 1.0, 2.0), CLOSED, refine=0)
+def test_search_of_the_closed_loop(tmp_path: Path) -> None:
+    of_loop = Grid("closed-loop", thetas=[0.05, 0.5], budgets=[0.5, 1.0])
+    scores = search(lambda setting: scored(setting, 1.0, 2.0), CLOSED, of_loop, tmp_path, "key")
     tried = [(one.candidate.table, one.candidate.budget, one.candidate.min_retention) for one in scores[1:]]
     assert tried == [
         ("budget0.5-theta0.05", 0.5, 0.05),
@@ -172,88 +207,83 @@ def test_search_of_the_closed_loop() -> None:
 HEAD = {"model": "m", "command": "c", "hardware": "h", "methods": {"model": {"weights": "w"}}, "settings": {}}
 
 
-def test_tuning_report(tmp_path: Path) -> None:
-    settings = [candidate(table, theta) for table in TABLES for theta in (1e-4, 1e-2)]
-    scores = [
-        scored(plain(TABLES[0]), 0.1, 2.0),
-        *(scored(setting, 0.9, 1.5 - n / 10) for n, setting in enumerate(settings)),
-    ]
+def report_of(scores: list[Score]) -> dict[str, Any]:
     report = {**HEAD, **summarize_tuning(scores, choose(scores[1:]))}
     assert json.loads(json.dumps(report)) == report
-    assert report["best"] == {"clamp_percent": 20.0, "min_retention": 0.01}
-    text = tuning_markdown(report, draw_tuning(report, tmp_path))
-    assert text.startswith("# Tuning\n\nBest: clamp_percent 20, min_retention 0.01. ")
+    return report
+
+
+def rows_of(text: str, cells: int) -> list[list[str]]:
+    return [[cell.strip(" |") for cell in line.split(" | ")[:cells]] for line in text.splitlines() if line[:2] == "| "]
+
+
+def test_tuning_report() -> None:
+    settings = [candidate(table, theta) for table in TABLES for theta in (1e-4, 1e-2)]
+    tried = [scored(setting, 0.9, 1.5 - number / 10) for number, setting in enumerate(settings)]
+    report = report_of([scored(plain(TABLES), 0.1, 2.0), *reversed(tried)])
+    assert (report["best"]["clamp_percent"], report["best"]["min_retention"]) == (20.0, 0.01)
+    pictures = draw_tuning(report)
+    text = tuning_markdown(report, "Tuning: m", pictures)
+    assert text.startswith("# Tuning: m\n\nBest: C 20, theta 0.01. ")
     assert "| plain |  | 0 | 0.10 (0.00 to 0.20) | 2.000 (1.900 to 2.100) | 7.39 | +0.000 (-0.100 to +0.100) |" in text
     assert "| 5 | 0.0001 | 4 | 0.90 (0.80 to 1.00) | 1.500 " in text
     assert "| **20** | **0.01** | 2 | 0.90 (0.80 to 1.00) | 1.200 " in text
     assert "![tuning.png](tuning.png)" in text
-    assert "C = 20 %" in (tmp_path / "tuning.svg").read_text()
-    # Reports that were written before the closed loop know neither budgets nor names of tables.
-    before = json.loads(json.dumps(report))
-    for score in [before["plain"], *before["tried"]]:
-        del score["candidate"]["budget"], score["candidate"]["table"]
-    assert tuning_markdown(before, draw_tuning(before, tmp_path)) == text
+    assert sorted(pictures) == ["tuning.png", "tuning.svg"]
+    assert "C = 20 %" in pictures["tuning.svg"].decode()
 
 
-def one_theta(clamp: float, budget: float, unfiltered_end: int = 0) -> TriedTable:
+def one_theta(clamp: float, budget: float) -> TriedTable:
     of_table: dict[str, Any] = {"method": "paper"} if clamp else {"method": "unclamped", "budget": budget}
-    table = small_table(clamp_percent=clamp, unfiltered_end=unfiltered_end, **of_table)
-    return TriedTable(Path(f"C{clamp}-{budget}-{unfiltered_end}"), table, [0.1])
+    return TriedTable(Path(f"C{clamp}-{budget}"), small_table(clamp_percent=clamp, **of_table), [0.1])
 
 
-def test_tuning_report_of_unfiltered_ends(tmp_path: Path) -> None:
-    tables = [one_theta(0.0, budget, end) for budget in (0.25, 1.0) for end in (0, 4)]
+def test_tuning_report_of_unfiltered_ends() -> None:
+    tables = [one_theta(0.0, budget) for budget in (0.25, 1.0)]
+    settings = [candidate(one, 0.1, end) for one in tables for end in (0, 4)]
     losses = [1.6, 1.4, 1.5, 1.45]
-    scores = [scored(candidate(one, 0.1), 0.9, loss) for one, loss in zip(tables, losses, strict=True)]
-    report = {**HEAD, **summarize_tuning([scored(plain(tables[0]), 0.1, 1.9), *scores], choose(scores))}
-    assert report["best"] == {"clamp_percent": 0.0, "budget": 0.25, "unfiltered_end": 4, "min_retention": 0.1}
-    text = tuning_markdown(report, draw_tuning(report, tmp_path))
-    assert "Best: clamp_percent 0, budget 0.25, unfiltered_end 4, min_retention 0.1. " in text
-    header, _, *rows = [line.split(" | ")[:4] for line in text.splitlines() if line.startswith("| ")]
-    assert header == ["| C (%)", "budget", "unfiltered end", "theta"]
-    assert [row[1:3] for row in rows] == [["", ""], ["0.25", "0"], ["**0.25**", "**4**"], ["1", "0"], ["1", "4"]]
-    assert "C = 0 %, budget 0.25, unfiltered end 4" in (tmp_path / "tuning.svg").read_text()
+    tried = [scored(setting, 0.9, loss) for setting, loss in zip(settings, losses, strict=True)]
+    report = report_of([scored(plain(tables), 0.1, 1.9), *tried])
+    text = tuning_markdown(report, "T", [])
+    assert "Best: C 0, budget 0.25, unfiltered end 4, theta 0.1. " in text
+    header, _, *rows = rows_of(text, 3)
+    assert header == ["budget", "unfiltered end", "theta"]
+    assert [row[:2] for row in rows] == [["plain", ""], ["0.25", "0"], ["**0.25**", "**4**"], ["1", "0"], ["1", "4"]]
+    assert "budget 0.25, unfiltered end 4" in draw_tuning(report)["tuning.svg"].decode()
 
 
-def test_tuning_report_of_budgets_without_a_clamp(tmp_path: Path) -> None:
+def test_tuning_report_of_budgets_without_a_clamp() -> None:
     tables = [one_theta(5.0, 1.0), one_theta(0.0, 1.0), one_theta(0.0, 2.0)]
     found = [0.5, 0.8, 0.9]
-    scores = [scored(candidate(one, 0.1), share, 1.5) for one, share in zip(tables, found, strict=True)]
-    report = {**HEAD, **summarize_tuning([scored(plain(tables[0]), 0.1, 1.4), *scores], choose(scores))}
-    assert report["best"] == {"clamp_percent": 0.0, "budget": 2.0, "min_retention": 0.1}
-    text = tuning_markdown(report, draw_tuning(report, tmp_path))
-    assert text.startswith("# Tuning\n\nBest: clamp_percent 0, budget 2, min_retention 0.1. ")
-    header, _, *rows = [line.split(" | ")[:4] for line in text.splitlines() if line.startswith("| ")]
-    assert header == ["| C (%)", "budget", "theta", "global channels"]
+    tried = [scored(candidate(one, 0.1), share, 1.5) for one, share in zip(tables, found, strict=True)]
+    report = report_of([scored(plain(tables), 0.1, 1.4), *tried])
+    text = tuning_markdown(report, "T", [])
+    assert "Best: C 0, budget 2, theta 0.1. " in text
+    header, _, *rows = rows_of(text, 4)
+    assert header == ["C (%)", "budget", "theta", "global channels"]
     assert rows == [
-        ["| plain", "", "", "0"],
-        ["| 0", "1", "0.1", "2"],
-        ["| **0**", "**2**", "**0.1**", "2"],
-        ["| 5", "1", "0.1", "2"],
+        ["plain", "", "", "0"],
+        ["0", "1", "0.1", "2"],
+        ["**0**", "**2**", "**0.1**", "2"],
+        ["5", "1", "0.1", "2"],
     ]
-    assert "C = 0 %, budget 2" in (tmp_path / "tuning.svg").read_text()
+    assert "C = 0 %, budget 2" in draw_tuning(report)["tuning.svg"].decode()
 
 
-def test_tuning_report_of_the_closed_loop(tmp_path: Path) -> None:
+def test_tuning_report_of_the_closed_loop() -> None:
     # A smaller loss with the larger theta, and a key less with the largest budget.
-    scores = [scored(plain(CLOSED[0]), 0.1, 1.4)]
+    scores = [scored(plain(CLOSED), 0.1, 1.4)]
     for one in reversed(CLOSED):
         setting = candidate(one, one.thetas[0])
         scores.append(scored(setting, 1.0 - 0.1 * (setting.budget == 1.0), 1.6 - 0.1 * setting.min_retention))
-    report = {**HEAD, **summarize_tuning(scores, choose(scores[1:]))}
-    assert json.loads(json.dumps(report)) == report
-    assert report["best"] == {"budget": 0.5, "min_retention": 0.5}
-    text = tuning_markdown(report, draw_tuning(report, tmp_path))
-    assert text.startswith(
-        "# Tuning of the closed loop\n\nClosed-loop calibration, for every theta a table of its own. "
-    )
-    assert "Best: budget 0.5, min_retention 0.5." in text
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[:2] for row in rows[2:]] == [
-        ["| plain", ""],
-        ["| 0.5", "0.05"],
-        ["| **0.5**", "**0.5**"],
-        ["| 1", "0.05"],
-        ["| 1", "0.5"],
+    report = report_of(scores)
+    text = tuning_markdown(report, "T", [])
+    assert "Best: budget 0.5, theta 0.5." in text
+    assert [row for row in rows_of(text, 2)[2:]] == [
+        ["plain", ""],
+        ["0.5", "0.05"],
+        ["**0.5**", "**0.5**"],
+        ["1", "0.05"],
+        ["1", "0.5"],
     ]
-    assert "closed loop, budget 0.5" in (tmp_path / "tuning.svg").read_text()
+    assert "budget 0.5" in draw_tuning(report)["tuning.svg"].decode()

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from vllm_longmamba.evaluate.perplexity import Window, bits_per_byte, nats_per_token, windows
+from vllm_longmamba.evaluate.perplexity import Window, windows
 
 
 def test_windows_of_all_lengths_end_at_the_same_places() -> None:
@@ -43,10 +43,5 @@ def test_windows_refuse(lengths: list[int], message: str) -> None:
         list(windows({"book": 5000}, lengths))
 
 
-def test_rates() -> None:
-    import numpy as np
-
-    samples = np.array([[200.0, 100, 400], [100.0, 100, 100]])
-    assert nats_per_token(samples) == 1.5
-    assert bits_per_byte(samples) == pytest.approx(300 / 500 / np.log(2))
+def test_tokens_of_a_window() -> None:
     assert Window("book", 3, 5).tokens([0, 1, 2, 3, 4, 5], []) == [2, 3, 4]

@@ -7,6 +7,10 @@ import pytest
 import torch
 from tiny_models import write_falcon_mamba, write_hf_twin, write_mamba1_original, write_mamba2_original
 
+from vllm_longmamba.evaluate.reference_models import reference_module
+
+reference_module()
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:

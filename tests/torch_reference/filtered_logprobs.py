@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 from references.reference_lm import reference_dt
-
-from vllm_longmamba.torch_reference import TorchModel
+from torch_models import TorchModel
 
 
 def logprobs(model: TorchModel, tokens: Sequence[int], prompt_length: int) -> torch.Tensor:

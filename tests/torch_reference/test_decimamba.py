@@ -8,9 +8,8 @@ import pytest
 import torch
 from references.reference_lm import NORM_EPS, TimeSteps, mamba1_mixer, mamba2_mixer, rms_norm
 from tiny_models import random_token_ids
-
-from vllm_longmamba.torch_reference import DeciMamba, LayerPlan, LayerView, Prompt, TorchModel
-from vllm_longmamba.torch_reference.methods.decimamba import keep_largest
+from torch_models import DeciMamba, LayerPlan, LayerView, Prompt, TorchModel
+from torch_models.methods.decimamba import keep_largest
 
 TOLERANCE = 1e-3
 MANY = 1 << 40

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import random_token_ids
-
-from vllm_longmamba.torch_reference import (
+from torch_models import (
     LayerPlan,
     LayerView,
     LongMamba,
@@ -16,7 +15,7 @@ from vllm_longmamba.torch_reference import (
     choose_layers,
     mean_distances,
 )
-from vllm_longmamba.torch_reference.mixers import Projection
+from torch_models.mixers import Projection
 
 Tiny = Callable[[str], Path]
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 from rich.progress import Progress
-
-from vllm_longmamba.torch_reference import DeciMamba, search_decimamba
+from torch_models import DeciMamba, search_decimamba
 
 # Behind layer 2, layers 4 and 5 look furthest back.
 DISTANCES = {layer: torch.tensor([distance]) for layer, distance in enumerate([1.0, 1.0, 9.0, 2.0, 7.0, 6.0])}

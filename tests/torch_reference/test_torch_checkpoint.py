@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import write_zamba2
-
-from vllm_longmamba.torch_reference.checkpoint import read_checkpoint
+from torch_models.checkpoint import read_checkpoint
 
 Tiny = Callable[[str], Path]
 

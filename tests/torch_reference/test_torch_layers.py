@@ -3,16 +3,16 @@
 import pytest
 import torch
 from torch.nn import functional
-
-from vllm_longmamba.kernels.reference import ssd_reference
-from vllm_longmamba.torch_reference.layers import (
+from torch_models.layers import (
     causal_conv1d,
     gated_rms_norm,
     inverse_softplus,
     rms_norm,
     softplus,
 )
-from vllm_longmamba.torch_reference.ssd import ssd
+from torch_models.ssd import ssd
+
+from vllm_longmamba.kernels.reference import ssd_reference
 
 ATOL = 2e-5
 

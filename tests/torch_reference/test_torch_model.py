@@ -10,8 +10,7 @@ from filtered_logprobs import logprobs, quantile_thresholds
 from references.reference_lm import reference_logprobs
 from small_tables import small_table
 from tiny_models import random_token_ids
-
-from vllm_longmamba.torch_reference import LongMamba, Plain, TorchModel
+from torch_models import LongMamba, Plain, TorchModel
 
 # Rounding of float32 through a whole model, against float64.
 TOLERANCE = 1e-3

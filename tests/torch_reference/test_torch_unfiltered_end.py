@@ -10,11 +10,11 @@ from filtered_logprobs import logprobs, quantile_thresholds
 from references.reference_lm import reference_logprobs
 from small_tables import small_table
 from tiny_models import random_token_ids
+from torch_models import LongMamba, TorchModel
 
 from vllm_longmamba.checkpoint.fingerprint import weights_fingerprint
 from vllm_longmamba.options import LongMambaOptions
 from vllm_longmamba.tables import ThresholdTable, save_table
-from vllm_longmamba.torch_reference import LongMamba, TorchModel
 
 # Rounding of float32 through a whole model, against float64, and in another order of summation.
 TOLERANCE = 1e-3

@@ -1,122 +1,93 @@
 """The commands `longmamba eval ruler` and `longmamba eval longbench-e`: lm-eval's tasks, plain and LongMamba."""
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_longmamba.commands.evaluate import (
-    Dtype,
-    EngineArg,
-    Method,
-    MinRetention,
-    Model,
-    Output,
-    TableFile,
-    TensorParallel,
-    Tokenizer,
-    UnfilteredEnd,
-)
-from vllm_longmamba.evaluate.command_line import (
-    console,
-    drawn,
-    engine_arguments,
-    longmamba_options,
-    numbers,
-    user_errors,
-    write_report,
-)
+from vllm_longmamba.commands.engine_options import EngineOptions, with_engine_options
+from vllm_longmamba.commands.evaluate import Method, Model, Output, UnfilteredEnd, model_settings
+from vllm_longmamba.evaluate.terminal import numbers, progress_bars, user_errors
 
 if TYPE_CHECKING:
     from vllm_longmamba.evaluate.harness.benchmarks import Benchmark
+    from vllm_longmamba.evaluate.harness.tasks import Overrides
     from vllm_longmamba.evaluate.methods import ModelSettings
 
 Tasks = Annotated[
-    str | None, typer.Option(help="Tasks, separated by commas. [default: all of the paper's table]", show_default=False)
+    str | None,
+    typer.Option(help="Names of tasks, separated by commas.", show_default="all of the paper's table"),
 ]
-Printed = Annotated[
-    Path | None,
-    typer.Option(
-        exists=True, dir_okay=False, help="Figures to lay beside (JSON, see docs). [default: the paper's, where known]"
-    ),
+Copy = Annotated[
+    Path | None, typer.Option(exists=True, dir_okay=False, help="Local copy to read instead of a download.")
 ]
-MaxModelLen = Annotated[
-    int | None,
-    typer.Option(help="As for vllm serve; no prompt is ever cut. [default: the longest prompt's]", show_default=False),
-]
-Copy = Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Local copy, instead of a download.")]
 
 
+@with_engine_options()
 def ruler(
     model: Model,
+    engine: EngineOptions,
     output: Output = Path("out/ruler"),
     lengths: Annotated[
-        str, typer.Option(help="Tokens of prompt and answer together, separated by commas.")
+        str, typer.Option(help="Numbers of tokens in a prompt and its answer together, separated by commas.")
     ] = "16384,24576,32768",
     tasks: Tasks = None,
-    limit: Annotated[int, typer.Option(min=1, max=500, help="Prompts of each task and length.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, max=500, help="Number of prompts of each task and length.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
     essays: Annotated[
         list[Path] | None,
-        typer.Option(exists=True, help="Text for the haystack instead of a download, file or folder; repeatable."),
+        typer.Option(
+            exists=True,
+            help="Text for the haystack instead of a download, a file or a folder. May be given several times.",
+        ),
     ] = None,
     squad: Copy = None,
     hotpot: Copy = None,
-    printed: Printed = None,
     method: Method = "plain,longmamba",
-    table: TableFile = None,
-    min_retention: MinRetention = None,
     unfiltered_end: UnfilteredEnd = None,
-    dtype: Dtype = "auto",
-    tokenizer: Tokenizer = None,
-    tensor_parallel_size: TensorParallel = 1,
-    max_model_len: MaxModelLen = None,
-    engine_arg: EngineArg = None,
 ) -> None:
     """RULER through lm-eval: needles, variables, frequent words and questions in long synthetic text."""
     with user_errors("eval ruler"):
         from vllm_longmamba.evaluate.harness.benchmarks import RULER
-        from vllm_longmamba.evaluate.harness.local_data import ruler_overrides
-        from vllm_longmamba.evaluate.methods import ModelSettings
+        from vllm_longmamba.evaluate.harness.tasks import ruler_overrides
 
         chosen, wanted = RULER.chosen(tasks), numbers(lengths)
-        engine_args = engine_arguments(dtype, tokenizer, tensor_parallel_size, max_model_len, engine_arg)
-        settings = ModelSettings(model, longmamba_options(table, min_retention, unfiltered_end), engine_args)
-        changes = ruler_overrides(essays, squad, hotpot)
-        _run(RULER, settings, method, chosen, wanted, limit, seed, changes, printed, output)
+        settings = model_settings(model, engine, unfiltered_end)
+        _run(
+            RULER, settings, method, chosen, wanted, limit, seed, lambda: ruler_overrides(essays, squad, hotpot), output
+        )
 
 
+@with_engine_options()
 def longbench_e(
     model: Model,
+    engine: EngineOptions,
     output: Output = Path("out/longbench-e"),
     tasks: Tasks = None,
     data: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False, help="Folder of *_e.jsonl (LongBench's data.zip, unpacked)."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each task. [default: all]")] = None,
-    printed: Printed = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Number of prompts of each task.", show_default="all")
+    ] = None,
     method: Method = "plain,longmamba",
-    table: TableFile = None,
-    min_retention: MinRetention = None,
     unfiltered_end: UnfilteredEnd = None,
-    dtype: Dtype = "auto",
-    tokenizer: Tokenizer = None,
-    tensor_parallel_size: TensorParallel = 1,
-    max_model_len: MaxModelLen = None,
-    engine_arg: EngineArg = None,
 ) -> None:
     """LongBench-E through lm-eval: 13 sets of questions, summaries, classification, retrieval and code."""
     with user_errors("eval longbench-e"):
         from vllm_longmamba.evaluate.harness.benchmarks import LONGBENCH_E
-        from vllm_longmamba.evaluate.harness.local_data import longbench_overrides
-        from vllm_longmamba.evaluate.methods import ModelSettings
+        from vllm_longmamba.evaluate.harness.tasks import longbench_overrides
 
         chosen = LONGBENCH_E.chosen(tasks)
-        engine_args = engine_arguments(dtype, tokenizer, tensor_parallel_size, max_model_len, engine_arg)
-        settings = ModelSettings(model, longmamba_options(table, min_retention, unfiltered_end), engine_args)
-        changes = longbench_overrides(data, {task: LONGBENCH_E.tasks[task] for task in chosen}) if data else {}
-        _run(LONGBENCH_E, settings, method, chosen, [], limit, 0, changes, printed, output)
+        names = {task: LONGBENCH_E.tasks[task] for task in chosen}
+        settings = model_settings(model, engine, unfiltered_end)
+        _run(
+            LONGBENCH_E, settings, method, chosen, [], limit, 0,
+            lambda: longbench_overrides(data, names) if data is not None else {}, output,
+        )  # fmt: skip
 
 
 def _run(
@@ -127,48 +98,59 @@ def _run(
     lengths: list[int],
     limit: int | None,
     seed: int,
-    changes: dict[str, dict[str, Any]],
-    printed: Path | None,
+    overrides: "Callable[[], Overrides]",
     output: Path,
 ) -> None:
-    from vllm_longmamba.evaluate.harness.loading import load_cells, longest, require
-    from vllm_longmamba.evaluate.harness.printed import printed_figures
+    missing = [name for name in ("lm_eval", *benchmark.modules) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not installed; run pip install 'vllm-longmamba[lm-eval]'")
 
-    require(benchmark)
-    figures = printed_figures(benchmark, model.model, printed)
-
-    from vllm_longmamba.evaluate.harness.model import harness_contestants
-    from vllm_longmamba.evaluate.harness.pictures import draw_harness
-    from vllm_longmamba.evaluate.harness.reporting import harness_markdown, summarize_harness
-    from vllm_longmamba.evaluate.harness.running import run_cells
+    from vllm_longmamba.evaluate.engine import EngineContestant
+    from vllm_longmamba.evaluate.harness.lm import run_cells
+    from vllm_longmamba.evaluate.harness.reporting import (
+        draw_harness,
+        harness_markdown,
+        printed_figures,
+        summarize_harness,
+    )
+    from vllm_longmamba.evaluate.harness.tasks import load_cells
     from vllm_longmamba.evaluate.methods import parse_methods
-    from vllm_longmamba.evaluate.records import Records
-    from vllm_longmamba.evaluate.report import provenance
+    from vllm_longmamba.evaluate.report import FILES, provenance, write_report
+    from vllm_longmamba.evaluate.store import Store
 
-    contestants = harness_contestants(parse_methods(method), model)
-    tokenizer = next(iter(contestants.values())).tokenizer
-    cells = load_cells(benchmark, tasks, lengths, tokenizer, seed, limit, changes)
-    needed = longest(cells, tokenizer, bool(model.engine_args.get("trust_remote_code", False)))
-    room = model.engine_args.get("max_model_len", needed)
-    if room < needed:
-        raise ValueError(
-            f"the longest prompt and its answer are {needed} tokens, but --max-model-len is {room}, and prompts are "
-            "not cut here; raise it, or leave it out"
+    methods = parse_methods(method, ["plain", "longmamba"])
+    changes = overrides()
+    with Store(output) as store, progress_bars() as progress:
+        store.check_files(FILES)
+        contestants = {
+            name: EngineContestant(getattr(model, name), filters=name != "plain", starting=model.starting)
+            for name in methods
+        }
+        encoder = contestants[methods[0]].encoder
+        cells = load_cells(benchmark, tasks, [*lengths] or [None], encoder.name, seed, limit, changes)
+        needed = max(cell.longest(encoder) for cell in cells)
+        room = model.plain.get("max_model_len", needed)
+        if room < needed:
+            raise ValueError(
+                f"the longest prompt and its answer are {needed} tokens, but --max-model-len is {room}, and prompts "
+                "are not cut here; raise it, or leave it out"
+            )
+        for contestant in contestants.values():
+            contestant.make_room(needed)
+        results = run_cells(contestants, cells, limit, store, progress)
+        settings: dict[str, Any] = {"tasks": {cell.loaded.task_name: cell.loaded.VERSION for cell in cells}}
+        settings |= {"limit": limit, "longest prompt and answer": needed, "local data": sorted(changes)}
+        if lengths:
+            settings |= {"lengths": lengths, "seed": seed}
+        report = {
+            "task": benchmark.name,
+            **provenance(model.model, contestants, settings),
+            **summarize_harness(results, printed_figures(benchmark, model.model)),
+        }
+        title = f"{benchmark.title}: {Path(model.model).name}"
+        write_report(
+            store,
+            report,
+            lambda pictures: harness_markdown(report, title, pictures),
+            lambda: draw_harness(report, title),
         )
-    records = Records(output / "records.jsonl")
-    try:
-        results = run_cells(contestants, cells, room, records, lambda text: console.print(text, markup=False))
-    finally:
-        records.close()
-    settings: dict[str, Any] = {"tasks": {cell.full_name: cell.loaded.VERSION for cell in cells}, "limit": limit}
-    settings |= {"longest prompt and answer": needed, "local data": sorted(changes)}
-    if benchmark.has_lengths:
-        settings |= {"lengths": lengths, "seed": seed}
-    report = {
-        "task": benchmark.name,
-        **provenance(model.model, contestants, settings),
-        **summarize_harness(results, figures),
-    }
-    title = f"{benchmark.title}: {Path(model.model).name}"
-    pictures = drawn(lambda: draw_harness(report, output, title))
-    write_report(output, report, harness_markdown(report, title, pictures))

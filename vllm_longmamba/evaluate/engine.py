@@ -1,8 +1,9 @@
 """Runs the tasks through vLLM's offline engine."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import numpy as np
 from vllm_longmamba import __version__
 from vllm_longmamba.architectures import MODEL_IMPL
 from vllm_longmamba.compatibility import installed_vllm_version
-from vllm_longmamba.evaluate.methods import Key
+from vllm_longmamba.evaluate.runner import Key, Starting
 from vllm_longmamba.evaluate.statistics import Floats
 from vllm_longmamba.evaluate.texts import Encoder
-from vllm_longmamba.options import KEY, options_from_config
+from vllm_longmamba.options import options_from_config
 
+# vLLM's `worker_extension_cls` where the filter is to be changed while the engine runs.
+FILTER_EXTENSION = "vllm_longmamba.evaluate.engine.FilterWorkerExtension"
 # Prompts handed to the engine at a time, as a multiple of those it runs at once.
 _AHEAD = 2
 _DEFAULTS = {"max_num_seqs": 32, "enable_prefix_caching": False}
@@ -24,31 +27,42 @@ class EngineContestant:
     """A model in vLLM, with LongMamba or plain.
 
     Args:
-        model: name or folder, as for `vllm serve`.
-        options: options of LongMamba.
-        engine_args: further arguments of vLLM's `LLM`.
+        arguments: of vLLM's `LLM`; the options of LongMamba are in their `additional_config`.
+        filters: False for the plain model; an engine that would filter is then refused. True for LongMamba, whose
+            engine may yet run without the filter, where all prompts are too short for it.
+        starting: wraps what vLLM does at the start.
 
     Attributes:
         description: weights, table and options, data type and versions.
         encoder: the model's tokenizer.
-        train_length: from the table, None for the plain model.
 
     Raises:
-        ValueError: what the engine's start would raise before it loads weights, such as a missing table.
+        ValueError: what the engine's start would raise before it loads weights, such as a missing table; arguments
+            that do not fit the method.
     """
 
-    def __init__(self, model: str, options: Mapping[str, Any], engine_args: Mapping[str, Any]) -> None:
-        self._arguments: dict[str, Any] = {
-            **_DEFAULTS,
-            "model": model,
-            "model_impl": MODEL_IMPL,
-            "additional_config": {KEY: dict(options)},
-            **engine_args,
-        }
-        config = _engine_config(self._arguments)
-        self.encoder = Encoder(_tokenizer(config))
-        self.train_length: int | None = None
+    def __init__(self, arguments: Mapping[str, Any], filters: bool = True, starting: Starting = nullcontext) -> None:
+        self._arguments = {**_DEFAULTS, "model_impl": MODEL_IMPL, **arguments}
+        self._filters = filters
+        self._starting = starting
+        with starting():
+            config = _engine_config(self._arguments)
+        self._check(config)
+        self.encoder = Encoder(_tokenizer(config), config.model_config.tokenizer)
         self.description = self._describe(config)
+
+    def _check(self, config: Any) -> None:
+        """Refuse an engine that is not what the report will call it, whatever led there."""
+        if config.model_config.model_impl != MODEL_IMPL:
+            raise ValueError(
+                f"evaluation: model_impl must be {MODEL_IMPL!r} for every method, but the engine has "
+                f"{config.model_config.model_impl!r}; leave it out"
+            )
+        if options_from_config(config.additional_config).filter and not self._filters:
+            raise ValueError(
+                "evaluation: the plain model runs without the filter, but its engine runs with it; leave filter out of "
+                "additional_config"
+            )
 
     def _describe(self, config: Any) -> dict[str, Any]:
         from vllm_longmamba.calibration.settings import from_config
@@ -63,6 +77,8 @@ class EngineContestant:
             "vllm_longmamba": __version__,
             "filter": False,
         }
+        if config.cache_config.mamba_ssm_cache_dtype != "auto":
+            description["state_dtype"] = config.cache_config.mamba_ssm_cache_dtype
         options = options_from_config(config.additional_config)
         if not options.filter:
             return description
@@ -73,9 +89,8 @@ class EngineContestant:
             end = table.unfiltered_end(options.unfiltered_end)
         else:
             # The engine will make the table at its start; the settings determine it.
-            (source,) = from_config(config.additional_config)
+            [source] = from_config(config.additional_config)
             thresholds, end = source.key(), options.unfiltered_end or 0
-        self.train_length = source.train_length
         return description | {
             "filter": True,
             "table": thresholds,
@@ -83,15 +98,26 @@ class EngineContestant:
             "min_retention": options.min_retention if options.min_retention is not None else source.min_retention,
             "clamp_percent": source.clamp_percent,
             **({"unfiltered_end": end} if end else {}),
+            **({"filter_generated": True} if options.filter_generated else {}),
         }
 
+    def make_room(self, tokens: int) -> None:
+        """Let prompts and answers have so many tokens, unless the arguments say how many."""
+        self._arguments.setdefault("max_model_len", tokens)
+
     @contextmanager
-    def start(self, **engine_args: Any) -> Iterator["EngineRunner"]:
-        """Start the engine, with further arguments of `LLM`; it is shut down at the end."""
+    def start(self) -> Iterator["EngineRunner"]:
+        """Start the engine; it is shut down at the end.
+
+        Raises:
+            ValueError: the running engine is not what the method says.
+        """
         from vllm import LLM
 
-        llm = LLM(**(self._arguments | engine_args))
+        with self._starting():
+            llm = LLM(**self._arguments)
         try:
+            self._check(llm.llm_engine.vllm_config)
             yield EngineRunner(llm, self.encoder)
         finally:
             llm.llm_engine.engine_core.shutdown()
@@ -107,6 +133,23 @@ class EngineRunner:
     def __init__(self, llm: Any, encoder: Encoder) -> None:
         self.llm = llm
         self._encoder = encoder
+
+    def set_filter(
+        self, table: Path, min_retention: float, unfiltered: Sequence[str] = (), unfiltered_end: int = 0
+    ) -> None:
+        """Filter by another table or another theta from now on, in an engine with `FILTER_EXTENSION`.
+
+        Args:
+            table: a table of the same rows as the present one.
+            min_retention: theta; 1 filters nothing, as no channel has a retention above it.
+            unfiltered: what else is not filtered, see `leave_unfiltered`.
+            unfiltered_end: as many of a prompt's last tokens are not filtered.
+
+        Raises:
+            ValueError: a table of other rows, layers or channels.
+        """
+        given = (str(table), min_retention, list(unfiltered), unfiltered_end)
+        self.llm.collective_rpc("longmamba_set_filter", args=given)
 
     def complete(self, jobs: Iterable[tuple[Key, list[int], int]]) -> Iterator[tuple[Key, str]]:
         """See `Runner`."""
@@ -207,3 +250,22 @@ def _tokenizer(config: Any) -> Any:
     from vllm.tokenizers import cached_tokenizer_from_config
 
     return cached_tokenizer_from_config(config.model_config)
+
+
+class FilterWorkerExtension:
+    """What `EngineRunner.set_filter` calls in every worker."""
+
+    get_model: Any
+    vllm_config: Any
+
+    def longmamba_set_filter(
+        self, table: str, min_retention: float, unfiltered: Sequence[str], unfiltered_end: int
+    ) -> None:
+        """See `EngineRunner.set_filter`."""
+        from vllm_longmamba.layers.prompt_filter import PromptFilter
+        from vllm_longmamba.layers.replace_table import replace_table
+        from vllm_longmamba.tables import leave_unfiltered, load_table
+
+        new = leave_unfiltered(load_table(table), unfiltered)
+        filters_generated = options_from_config(self.vllm_config.additional_config).filter_generated
+        replace_table(self.get_model(), PromptFilter(new, min_retention, filters_generated, unfiltered_end))

@@ -4,7 +4,6 @@ Texts are hidden in and cut as sequences of anything: tokens here, characters in
 """
 
 import random
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,15 +13,13 @@ PASSKEY_NEEDLE = "\nThe pass key is {number}. Remember it.\n"
 PASSKEY_QUESTION = "\nWhat is the pass key? The pass key is "
 NEEDLE = "\nThe magic number of the {name} is {number}.\n"
 ONE_QUESTION = "\nWhat is the magic number of the {names}? The magic number of the {names} is "
-ALL_QUESTION = "\nWhat are the magic numbers of the {names}? The magic numbers of the {names} are "
 NAMES = (
     "river", "castle", "forest", "garden", "harbour", "mountain", "bridge", "island", "meadow", "lantern", "anchor",
     "orchard", "tower", "valley", "mirror", "wagon", "candle", "desert", "compass", "temple", "saddle", "window",
     "hammer", "violin",
 )  # fmt: skip
-# Tokens to leave for an answer: the digits and a space; of several, also what stands between them.
-_ANSWER_TOKENS = KEY_DIGITS + 2
-_ANSWER_TOKENS_OF_SEVERAL = 16
+# Tokens to generate, for any tokenizer that takes a digit for at most a token: the digits and a space.
+ANSWER_TOKENS = KEY_DIGITS + 2
 
 Text = TypeVar("Text", str, list[int])
 
@@ -53,40 +50,31 @@ class Question:
     Attributes:
         task: "passkey" or "needles".
         length: tokens of the prompt.
-        depth: depth of the needle asked for; None where all are asked for.
+        depth: of the needle asked for.
         seed: seed of everything random about it.
-        needles: the numbers in the text.
-        asked: those asked for.
+        needles: the numbers in the text, that asked for first.
         start: where in the haystack the text begins, as a share of the places where it can begin.
     """
 
     task: str
     length: int
-    depth: float | None
+    depth: float
     seed: int
     needles: tuple[Needle, ...]
-    asked: tuple[Needle, ...]
     start: float
+
+    @property
+    def asked(self) -> Needle:
+        """The needle asked for."""
+        return self.needles[0]
 
     def text(self) -> str:
         """The question at the end of the prompt."""
-        if not self.asked[0].name:
-            return PASSKEY_QUESTION
-        names = [needle.name for needle in self.asked]
-        if len(names) == 1:
-            return ONE_QUESTION.format(names=names[0])
-        return ALL_QUESTION.format(names=", the ".join(names[:-1]) + " and the " + names[-1])
+        return ONE_QUESTION.format(names=self.asked.name) if self.asked.name else PASSKEY_QUESTION
 
-    def max_answer_tokens(self) -> int:
-        """Tokens to generate, for any tokenizer that takes a digit for at most a token."""
-        return _ANSWER_TOKENS if len(self.asked) == 1 else _ANSWER_TOKENS_OF_SEVERAL * len(self.asked)
-
-    def found_in(self, answer: str) -> list[bool]:
-        """Which of the numbers asked for an answer gives: a single one at its beginning, several anywhere in it."""
-        if len(self.asked) == 1:
-            return [answer.lstrip().startswith(self.asked[0].number)]
-        given = re.findall(r"\d+", answer)
-        return [needle.number in given for needle in self.asked]
+    def found_in(self, answer: str) -> bool:
+        """Whether an answer begins with the number asked for."""
+        return answer.lstrip().startswith(self.asked.number)
 
 
 def passkey_needle(number: str) -> str:
@@ -104,35 +92,32 @@ def passkey_questions(lengths: Iterable[int], depths: Sequence[float], seeds: Se
     for length, depth, seed in _grid(lengths, depths, seeds):
         rng = random.Random(f"passkey {length} {depth:.6f} {seed}")
         key = Needle("", _number(rng), depth)
-        yield Question("passkey", length, depth, seed, (key,), (key,), rng.random())
+        yield Question("passkey", length, depth, seed, (key,), rng.random())
 
 
 def needle_questions(
-    lengths: Iterable[int], depths: Sequence[float], seeds: Sequence[int], needles: int, ask_all: bool = False
+    lengths: Iterable[int], depths: Sequence[float], seeds: Sequence[int], needles: int
 ) -> Iterator[Question]:
-    """Questions of the needles task, several numbers of different names in one text.
+    """Questions of the needles task, several numbers of different names in one text, of which one is asked for.
 
     Args:
         lengths: tokens of the prompts.
-        depths: where the needle asked for stands; the others stand anywhere. With `ask_all` the needles stand at
-            equal distances, and `depths` is not used.
+        depths: where the needle asked for stands; the others stand anywhere.
         seeds: one question for each, of every length and depth.
         needles: numbers in each text, at most the number of `NAMES`.
-        ask_all: ask for all numbers in one question instead of for one.
 
     Raises:
         ValueError: too many needles, or fewer than one.
     """
     if not 1 <= needles <= len(NAMES):
         raise ValueError(f"needles: their number must lie between 1 and {len(NAMES)}, got {needles}")
-    for length, depth, seed in _grid(lengths, [0.0] if ask_all else depths, seeds):
-        rng = random.Random(f"needles {length} {'all' if ask_all else f'{depth:.6f}'} {needles} {seed}")
+    for length, depth, seed in _grid(lengths, depths, seeds):
+        rng = random.Random(f"needles {length} {depth:.6f} {needles} {seed}")
         names = rng.sample(NAMES, needles)
         numbers = rng.sample(range(10 ** (KEY_DIGITS - 1), 10**KEY_DIGITS), needles)
-        places = middles(needles) if ask_all else [depth, *(rng.random() for _ in names[1:])]
+        places = [depth, *(rng.random() for _ in names[1:])]
         hidden = [Needle(*parts) for parts in zip(names, map(str, numbers), places, strict=True)]
-        asked = rng.sample(hidden, needles) if ask_all else hidden[:1]
-        yield Question("needles", length, None if ask_all else depth, seed, tuple(hidden), tuple(asked), rng.random())
+        yield Question("needles", length, depth, seed, tuple(hidden), rng.random())
 
 
 def hide(text: Text, needles: Iterable[tuple[float, Text]]) -> Text:

@@ -5,13 +5,10 @@ last 100 tokens only, so that every length is judged on tokens that have that mu
 all lengths end at the same places of a book, so that every length is judged on the same tokens.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from vllm_longmamba.evaluate.statistics import Floats
 
 SCORED_TOKENS = 100
 WINDOWS = 10
@@ -83,13 +80,3 @@ class Loss:
     nats: float
     tokens: int
     bytes: int
-
-
-def nats_per_token(samples: Floats) -> float:
-    """Mean loss of samples (n, 3) of nats, tokens, bytes."""
-    return float(samples[:, 0].sum() / samples[:, 1].sum())
-
-
-def bits_per_byte(samples: Floats) -> float:
-    """Bits of loss for each byte of text, which compares tokenizers; samples as above."""
-    return float(samples[:, 0].sum() / samples[:, 2].sum() / math.log(2))

@@ -1,21 +1,63 @@
 """From records to a report: the numbers with their intervals, as plain values for a JSON file."""
 
+import importlib.util
+import json
 import math
 import os
 import platform
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vllm_longmamba.evaluate.methods import Contestant
 from vllm_longmamba.evaluate.needles import Question
-from vllm_longmamba.evaluate.perplexity import Loss, Window, bits_per_byte, nats_per_token
-from vllm_longmamba.evaluate.statistics import bootstrap_interval, wilson_interval
+from vllm_longmamba.evaluate.perplexity import Loss, Window
+from vllm_longmamba.evaluate.runner import Contestant
+from vllm_longmamba.evaluate.statistics import ratio_interval, share_interval
+from vllm_longmamba.evaluate.store import Store
+from vllm_longmamba.evaluate.terminal import console
+
+PICTURES = ("heat-map", "by-length", "perplexity", "tuning")
+# All that a report may consist of.
+FILES = ("report.json", "report.md", *(f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg")))
+
+
+def write_report(
+    store: Store,
+    report: Mapping[str, Any],
+    markdown: Callable[[Iterable[str]], str],
+    draw: Callable[[], Mapping[str, bytes]],
+) -> None:
+    """Write report.json, report.md and pictures, and show the second up to its conditions.
+
+    Args:
+        store: of the folder.
+        report: as it goes into the JSON file.
+        markdown: makes the text of the pictures' names.
+        draw: makes the pictures' files; they are left out where matplotlib is missing.
+
+    Raises:
+        ValueError: another file is in the way.
+    """
+    from rich.markdown import Markdown
+
+    pictures: Mapping[str, bytes] = {}
+    if importlib.util.find_spec("matplotlib") is not None:
+        pictures = draw()
+    else:
+        console.print("no pictures: they need matplotlib (pip install 'vllm-longmamba[plot]')")
+    text = markdown(pictures)
+    files = {"report.json": (json.dumps(report, indent=1) + "\n").encode(), "report.md": text.encode(), **pictures}
+    store.check_files(files)
+    for name, content in files.items():
+        store.write(name, content)
+    shown = text.partition("## Conditions")[0]
+    console.print(Markdown("\n".join(line for line in shown.splitlines() if not line.startswith("!["))))
+    console.print(f"written: {store.folder}/report.md, report.json, pictures", soft_wrap=True)
 
 
 def provenance(model: str, methods: Mapping[str, Contestant], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,9 +90,8 @@ def summarize_questions(answers: Mapping[str, Iterable[tuple[Question, Mapping[s
     by_depth: dict[tuple[str, int, float], list[float]] = defaultdict(list)
     for method, answered in answers.items():
         for question, result in answered:
-            by_length[method, question.length].append(float(np.mean(result["found"])))
-            for depth, found in zip(result["depths"], result["found"], strict=True):
-                by_depth[method, question.length, depth].append(float(found))
+            for scores in (by_length[method, question.length], by_depth[method, question.length, question.depth]):
+                scores.append(float(result["found"]))
     return {
         "by_length": [
             {"method": method, "length": length, **share_of(scores)} for (method, length), scores in by_length.items()
@@ -89,40 +130,40 @@ def summarize_perplexity(losses: Mapping[str, Iterable[tuple[Window, Loss]]]) ->
 
 def share_of(scores: Sequence[float]) -> dict[str, Any]:
     """Mean of scores between 0 and 1: questions, share, low, high (95 %)."""
-    share = float(np.mean(scores))
-    low, high = wilson_interval(share, len(scores))
-    return {"questions": len(scores), "share": share, "low": low, "high": high}
+    low, high = share_interval(scores)
+    return {"questions": len(scores), "share": float(np.mean(scores)), "low": low, "high": high}
 
 
-def loss_of(scored: Iterable[tuple[Window, Loss]]) -> dict[str, Any]:
+def loss_of(scored: Sequence[tuple[Window, Loss]]) -> dict[str, Any]:
     """Loss of windows together: books, windows, tokens, loss, low, high, perplexity, bits_per_byte."""
-    clusters: dict[str, list[list[float]]] = defaultdict(list)
-    for window, loss in scored:
-        clusters[window.book].append([loss.nats, loss.tokens, loss.bytes])
-    everything = np.array([sample for samples in clusters.values() for sample in samples])
-    mean = nats_per_token(everything)
-    low, high = bootstrap_interval(clusters, nats_per_token)
+    losses = [loss for _, loss in scored]
+    nats, tokens = sum(loss.nats for loss in losses), sum(loss.tokens for loss in losses)
+    low, high = ratio_interval(_by_book((window, loss.nats, loss.tokens) for window, loss in scored))
     return {
-        "books": len(clusters),
-        "windows": len(everything),
-        "tokens": int(everything[:, 1].sum()),
-        "loss": mean,
+        "books": len({window.book for window, _ in scored}),
+        "windows": len(losses),
+        "tokens": tokens,
+        "loss": nats / tokens,
         "low": low,
         "high": high,
-        "perplexity": math.exp(mean),
-        "bits_per_byte": bits_per_byte(everything),
+        "perplexity": math.exp(nats / tokens),
+        "bits_per_byte": nats / sum(loss.bytes for loss in losses) / math.log(2),
     }
 
 
 def difference(scored: Iterable[tuple[Window, Loss]], others: Iterable[tuple[Window, Loss]]) -> dict[str, float]:
     """Loss less the loss of others on the same windows: loss, low, high (95 %), in nats per token."""
     of_others = dict(others)
-    clusters: dict[str, list[list[float]]] = defaultdict(list)
-    for window, loss in scored:
-        clusters[window.book].append([loss.nats - of_others[window].nats, loss.tokens])
-    everything = np.array([sample for samples in clusters.values() for sample in samples])
-    low, high = bootstrap_interval(clusters, nats_per_token)
-    return {"loss": nats_per_token(everything), "low": low, "high": high}
+    gaps = [(window, loss.nats - of_others[window].nats, loss.tokens) for window, loss in scored]
+    low, high = ratio_interval(_by_book(gaps))
+    return {"loss": sum(nats for _, nats, _ in gaps) / sum(tokens for *_, tokens in gaps), "low": low, "high": high}
+
+
+def _by_book(samples: Iterable[tuple[Window, float, int]]) -> dict[str, list[tuple[float, int]]]:
+    books: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for window, nats, tokens in samples:
+        books[window.book].append((nats, tokens))
+    return books
 
 
 def _hardware() -> str:

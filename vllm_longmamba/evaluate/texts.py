@@ -62,11 +62,13 @@ class Encoder:
     """A tokenizer as the tasks need it.
 
     Attributes:
+        name: name or folder.
         prefix: tokens that the tokenizer puts in front of every text: the one of its beginning, or none.
         end_of_text: the token that ends a text, None where there is none.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, name: str = "") -> None:
+        self.name = name
         self._tokenizer = tokenizer
         of_nothing = list(tokenizer.encode(""))
         self.prefix: list[int] = of_nothing if of_nothing == [getattr(tokenizer, "bos_token_id", None)] else []
@@ -75,6 +77,15 @@ class Encoder:
     def encode(self, text: str) -> list[int]:
         """Tokens of a text alone, without any that the tokenizer adds."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of a whole prompt, with the tokenizer's own prefix."""
+        return self.prefix + self.encode(text)
+
+    @property
+    def end_text(self) -> str:
+        """What the token that ends a text is decoded to; "" where there is none."""
+        return self.decode([self.end_of_text]) if self.end_of_text is not None else ""
 
     def decode(self, tokens: list[int]) -> str:
         """The text of some tokens."""

@@ -15,7 +15,6 @@ class Benchmark:
         tasks: short name -> lm-eval's name; the first `in_tables` of them are those of the paper's tables.
         in_tables: how many.
         modules: what its tasks import, besides lm-eval itself.
-        has_lengths: whether its prompts are made for a length in tokens.
     """
 
     name: str
@@ -24,7 +23,6 @@ class Benchmark:
     tasks: Mapping[str, str]
     in_tables: int
     modules: tuple[str, ...]
-    has_lengths: bool
 
     def chosen(self, names: str | None) -> list[str]:
         """Short names of the tasks the user asked for; those of the paper's tables where nothing was asked.
@@ -45,10 +43,6 @@ class Benchmark:
         if len(set(wanted)) < len(wanted):
             raise ValueError(f"--tasks: every task may be named once, got {names}")
         return wanted
-
-    def metric(self, length: int | None) -> str:
-        """The metric of a task for prompts of a length: RULER names it after the length."""
-        return str(length) if self.has_lengths else "score"
 
 
 # Names as in the paper's table; MK2 and MK3 are RULER's, but not in that table.
@@ -73,7 +67,6 @@ RULER = Benchmark(
     },
     in_tables=11,
     modules=("nltk", "wonderwords", "scipy"),
-    has_lengths=True,
 )
 
 # The 13 sets of the E split. lm-eval's own group longbench_e leaves out summarization and the synthetic tasks.
@@ -99,5 +92,4 @@ LONGBENCH_E = Benchmark(
     tasks={name: f"longbench_{name}_e" for name in _LONGBENCH_E},
     in_tables=len(_LONGBENCH_E),
     modules=("jieba", "fuzzywuzzy", "rouge"),
-    has_lengths=False,
 )

@@ -6,42 +6,42 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
+
+import torch
 
 from vllm_longmamba import __version__
+from vllm_longmamba.checkpoint.table_lookup import Weights, find_table
 from vllm_longmamba.evaluate.engine import EngineContestant
-from vllm_longmamba.evaluate.methods import Key, ModelSettings
+from vllm_longmamba.evaluate.methods import ModelSettings
+from vllm_longmamba.evaluate.runner import Key
 from vllm_longmamba.evaluate.statistics import Floats
 from vllm_longmamba.evaluate.texts import Encoder
-from vllm_longmamba.options import KEY, options_from_config
+from vllm_longmamba.options import options_from_config
+from vllm_longmamba.tables import load_table
 
-if TYPE_CHECKING:
-    import torch
-
-    from vllm_longmamba.torch_reference import ReadingMethod, TorchModel
+from .checkpoint import read_config, weight_files
+from .methods import LongMamba, ReadingMethod
+from .model import TorchModel
+from .settings import decimamba_from
 
 
 class TorchContestant:
     """A model in the torch reference.
 
     Args:
-        settings: the model must be a folder. Of the engine's arguments the tokenizer counts only.
-        method: what acts on it.
+        settings: the model must be a folder. Of the engine's arguments the tokenizer and LongMamba's options count.
+        method: what acts on it: "plain", "longmamba" or "decimamba".
 
     Attributes:
         description: weights, method and its settings, versions.
         encoder: the model's tokenizer, the same as in the engine.
-        train_length: from the table, None for other methods.
 
     Raises:
         ValueError: no folder of a family that the reference runs, no table, no or wrong settings of DeciMamba.
     """
 
-    def __init__(self, settings: ModelSettings, method: Literal["plain", "longmamba", "decimamba"]) -> None:
-        import torch
-
-        from vllm_longmamba.torch_reference.checkpoint import read_config
-
+    def __init__(self, settings: ModelSettings, method: str) -> None:
         self._folder = Path(settings.model)
         if not self._folder.is_dir():
             raise ValueError(
@@ -52,9 +52,8 @@ class TorchContestant:
             config = read_config(self._folder)
         except ValueError as error:
             raise ValueError(f"--method: {method} runs in the torch reference: {error}") from error
-        engine = EngineContestant(settings.model, {"filter": False}, settings.engine_args)
+        engine = EngineContestant(settings.plain, filters=False, starting=settings.starting)
         self.encoder: Encoder = engine.encoder
-        self.train_length: int | None = None
         self.description: dict[str, Any] = {
             "weights": engine.description["weights"],
             "dtype": "float32",
@@ -64,22 +63,16 @@ class TorchContestant:
         }
         self._method: ReadingMethod | None = None
         if method == "longmamba":
-            self._use_table(settings.options)
+            self._use_table(settings.longmamba)
         elif method == "decimamba":
             self._use_decimamba(settings.decimamba, config["num_hidden_layers"])
 
-    def _use_table(self, given: Mapping[str, Any]) -> None:
-        from vllm_longmamba.checkpoint.table_lookup import Weights, find_table
-        from vllm_longmamba.tables import load_table
-        from vllm_longmamba.torch_reference import LongMamba
-        from vllm_longmamba.torch_reference.checkpoint import weight_files
-
-        options = options_from_config({KEY: given})
+    def _use_table(self, arguments: Mapping[str, Any]) -> None:
+        options = options_from_config(arguments.get("additional_config"))
         weights = Weights(self._folder, [str(file) for file in weight_files(self._folder)])
         table = load_table(find_table(str(self._folder), weights, options))
         self._method = LongMamba.from_table(table, options.min_retention, options.unfiltered_end)
         end = table.unfiltered_end(options.unfiltered_end)
-        self.train_length = table.metadata.train_length
         self.description |= {
             "table": table.digest(),
             "train_length": table.metadata.train_length,
@@ -91,8 +84,6 @@ class TorchContestant:
         }
 
     def _use_decimamba(self, given: Mapping[str, Any] | None, layers: int) -> None:
-        from vllm_longmamba.evaluate.decimamba_settings import decimamba_from
-
         method = decimamba_from(given)
         method.check(dict.fromkeys(range(layers), 0))
         self._method = method
@@ -103,10 +94,6 @@ class TorchContestant:
         """Load the model, on the GPU where there is one; its memory is given back at the end."""
         # An engine that is forked from a process whose torch has run on several threads hangs.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        import torch
-
-        from vllm_longmamba.torch_reference import TorchModel
-
         runner = TorchRunner(TorchModel(self._folder, self._method or "plain"), self.encoder)
         try:
             yield runner
@@ -124,7 +111,7 @@ class TorchRunner:
         model: the reference, with its method.
     """
 
-    def __init__(self, model: "TorchModel", encoder: Encoder) -> None:
+    def __init__(self, model: TorchModel, encoder: Encoder) -> None:
         self.model = model
         self._encoder = encoder
 
@@ -155,7 +142,7 @@ class TorchRunner:
         del self.model
 
 
-def tail_logprobs(logits: "torch.Tensor", texts: Sequence[Sequence[int]]) -> list[Floats]:
+def tail_logprobs(logits: torch.Tensor, texts: Sequence[Sequence[int]]) -> list[Floats]:
     """Log-probabilities of texts' last tokens.
 
     Args:
@@ -165,7 +152,5 @@ def tail_logprobs(logits: "torch.Tensor", texts: Sequence[Sequence[int]]) -> lis
     Returns:
         (scored,) float64 of each text.
     """
-    import torch
-
     ids = torch.tensor([list(text[-logits.shape[1] :]) for text in texts], device=logits.device)
     return list(logits.log_softmax(-1).gather(2, ids[..., None])[..., 0].double().cpu().numpy())

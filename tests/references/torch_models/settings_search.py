@@ -1,76 +1,32 @@
-"""Settings of DeciMamba as a user gives them, and the search for them where the user asks for one."""
+"""The search for DeciMamba's settings by the tasks of `longmamba eval`, where the user asks for one."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import Progress
 
 from vllm_longmamba.calibration.text import sample_corpus
-from vllm_longmamba.evaluate.methods import ModelSettings, Runner
-from vllm_longmamba.evaluate.needles import Question
+from vllm_longmamba.evaluate.methods import ModelSettings
+from vllm_longmamba.evaluate.needles import ANSWER_TOKENS, Question
 from vllm_longmamba.evaluate.perplexity import Window, windows
-from vllm_longmamba.evaluate.records import settings_key
+from vllm_longmamba.evaluate.runner import Runner
+from vllm_longmamba.evaluate.store import Store, settings_key
 from vllm_longmamba.evaluate.texts import Encoder
 
-if TYPE_CHECKING:
-    from vllm_longmamba.torch_reference import DeciMamba
+from .contestant import TorchContestant, TorchRunner
+from .mean_distance import mean_distances
+from .methods import DeciMamba
+from .search import search_decimamba
+from .settings import SEARCH
 
-SEARCH = "search"
 FILE_NAME = "decimamba.json"
-_EXAMPLE = """--decimamba '{"layers": [6], "L_base": 2048}'"""
 # Tokens for the first decimating layer to keep, as shares of the longest prompt.
 _BASE_SHARES = (16, 8, 4, 2)
 # Mean distances are measured on a text of at most so many tokens.
 _DISTANCE_TOKENS = 4096
-
-
-def read_decimamba(given: str | None) -> dict[str, Any] | None:
-    """The option --decimamba: JSON, or a file of it, such as a search left.
-
-    Returns:
-        The settings; None where nothing is given, or a search is asked for.
-
-    Raises:
-        ValueError: neither.
-    """
-    if given is None or given == SEARCH:
-        return None
-    text = given
-    if not given.lstrip().startswith("{"):
-        if not Path(given).is_file():
-            raise ValueError(f"--decimamba must be JSON, a file of it, or {SEARCH}, got {given!r}; such as {_EXAMPLE}")
-        text = Path(given).read_text(encoding="utf-8")
-    try:
-        settings = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"--decimamba: no JSON: {error}; such as {_EXAMPLE}") from None
-    settings = settings.get("settings", settings) if isinstance(settings, dict) else settings
-    return decimamba_from(settings).to_dict()
-
-
-def decimamba_from(settings: Mapping[str, Any] | None) -> "DeciMamba":
-    """DeciMamba with these settings.
-
-    Raises:
-        ValueError: None, a name that it does not know, layers or L_base missing, or a value out of range.
-    """
-    from vllm_longmamba.torch_reference import DeciMamba
-
-    if settings is None:
-        raise ValueError(f"--method decimamba needs settings: {_EXAMPLE}, or --decimamba {SEARCH} to find some")
-    names = [field.name for field in fields(DeciMamba)]
-    if not isinstance(settings, Mapping) or not {"layers", "L_base"} <= set(settings) <= set(names):
-        raise ValueError(
-            f"--decimamba: the settings are {', '.join(names)}, the first two are needed; got {settings!r}"
-        )
-    try:
-        return DeciMamba(**settings)
-    except TypeError as error:
-        raise ValueError(f"--decimamba: {error}, in {dict(settings)!r}; such as {_EXAMPLE}") from None
 
 
 class SearchTask(Protocol):
@@ -112,8 +68,8 @@ class QuestionsTask:
         return [asdict(question) for question in self.questions]
 
     def score(self, runner: Runner, encoder: Encoder, text: list[int]) -> float:
-        jobs = ((question, encoder.prompt(question, text), question.max_answer_tokens()) for question in self.questions)
-        found = [mark for question, answer in runner.complete(jobs) for mark in question.found_in(answer)]
+        jobs = ((question, encoder.prompt(question, text), ANSWER_TOKENS) for question in self.questions)
+        found = [question.found_in(answer) for question, answer in runner.complete(jobs)]
         return sum(found) / len(found)
 
 
@@ -148,13 +104,13 @@ class WindowsTask:
         return sum(means) / len(means)
 
 
-def search_settings(settings: ModelSettings, task: SearchTask, folder: Path, console: Console) -> dict[str, Any]:
-    """Search DeciMamba's settings on the text that comes with the package, as torch_reference/search.py does it.
+def search_settings(settings: ModelSettings, task: SearchTask, store: Store, console: Console) -> dict[str, Any]:
+    """Search DeciMamba's settings on the text that comes with the package, as search.py does it.
 
     Args:
         settings: the model.
         task: what they are to be good at.
-        folder: keeps them with all that was tried, in decimamba.json; a second search of the same finds them there.
+        store: keeps them with all that was tried, also in decimamba.json; a second search of the same finds them there.
         console: shows the progress.
 
     Returns:
@@ -163,23 +119,19 @@ def search_settings(settings: ModelSettings, task: SearchTask, folder: Path, con
     Raises:
         ValueError: as from `TorchContestant`, or prompts longer than the text.
     """
-    from vllm_longmamba.evaluate.torch_contestant import TorchContestant, TorchRunner
-    from vllm_longmamba.torch_reference import DeciMamba, mean_distances, search_decimamba
-
     contestant = TorchContestant(settings, "plain")
     corpus, encoder = sample_corpus(), contestant.encoder
     key = settings_key({**contestant.description, "task": task.identity, "text": corpus.name})
-    file = folder / FILE_NAME
-    if file.exists():
-        stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if stored["key"] == key:
-            return dict(stored["settings"])
+    identity = {"task": "search for DeciMamba", "settings": key}
+    if identity in store:
+        return dict(store.result(identity)["settings"])
     text = encoder.encode("".join(corpus.texts))
     if len(text) < task.longest:
         raise ValueError(
             f"--decimamba {SEARCH}: the text that comes with the package has {len(text)} tokens, but the longest "
             f"prompt {task.longest}; search with shorter --lengths into another folder, and give its {FILE_NAME} here"
         )
+    store.check_files([FILE_NAME])
     with contestant.start() as runner, Progress(console=console) as progress:
         distances = mean_distances(runner.model, text[: min(task.longest, _DISTANCE_TOKENS)])
 
@@ -188,12 +140,10 @@ def search_settings(settings: ModelSettings, task: SearchTask, folder: Path, con
 
         bases = sorted({max(1, task.longest // share) for share in _BASE_SHARES})
         trials = search_decimamba(score, distances, bases, progress=progress)
-    best = trials[0].settings.to_dict()
-    report = {
-        "key": key,
-        "settings": best,
+    found = {
+        "settings": trials[0].settings.to_dict(),
         "trials": [{"settings": trial.settings.to_dict(), "score": trial.score} for trial in trials],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return best
+    store.write(FILE_NAME, (json.dumps(found, indent=1) + "\n").encode())
+    store.add(identity, found)
+    return dict(found["settings"])
