@@ -1,4 +1,4 @@
-"""One vLLM engine in a process of its own, which runs prompts when it is told to and returns the times."""
+"""One vLLM engine in a process of its own, which runs prompts when it is told to and returns times."""
 
 import os
 import time
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .shapes import CACHE_GIB, GIB, MAX_LENGTH
+from .step_recorder import PROFILED, SKIPPED, start_recording, stop_recording
 
 # A start, with everything to be compiled, takes 1 to 2 minutes.
 LONGEST_SECONDS = 300
@@ -67,17 +68,16 @@ class _Engine:
         os.environ["OMP_NUM_THREADS"] = "1"
         from vllm import LLM
 
+        # What a user's engine has, but for room for two engines on one GPU and few CUDA graphs to capture.
         arguments: dict[str, Any] = {
-            "load_format": "dummy", "skip_tokenizer_init": True, "enable_prefix_caching": False,
-            "mamba_ssm_cache_dtype": options["state_dtype"], "max_num_seqs": 256, "seed": 0,
-            # several engines share the GPU
-            "gpu_memory_utilization": 0.05,
+            "load_format": "dummy", "skip_tokenizer_init": True, "enable_prefix_caching": False, "seed": 0,
+            "max_num_seqs": max(options["batches"]), "gpu_memory_utilization": 0.05,
         }  # fmt: skip
         if options["tiny"]:
             arguments |= {"max_model_len": 4096, "dtype": "float32", "enforce_eager": True}
         else:
             arguments |= {
-                "dtype": "bfloat16", "max_model_len": MAX_LENGTH, "max_num_batched_tokens": options["budget"],
+                "dtype": "bfloat16", "max_model_len": MAX_LENGTH,
                 "kv_cache_memory_bytes": CACHE_GIB[name] * GIB,
                 "compilation_config": {"cudagraph_capture_sizes": options["batches"]},
             }  # fmt: skip
@@ -99,10 +99,12 @@ class _Engine:
         self.llm.generate(inputs, sampling, use_tqdm=False)
         return time.perf_counter() - begin
 
-    def decode(self, batch: int, steps: int) -> float:
-        """Seconds of one decode step: what `steps` more tokens take."""
-        few = self.generate(batch, 16, 8)
-        return (self.generate(batch, 16, 8 + steps) - few) / steps
+    def decode(self, batch: int, steps: int) -> dict[str, Any]:
+        """A decode step, see `stop_recording`; `steps` of them are timed."""
+        self.on_worker(start_recording, batch, steps)
+        self.generate(batch, 16, SKIPPED + steps + PROFILED + 6)
+        recorded: dict[str, Any] = self.on_worker(stop_recording)
+        return recorded
 
     def on_worker(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function in the process of the model."""
@@ -140,42 +142,3 @@ def filtered_share(worker: Any) -> dict[str, float]:
     mixers = filtered_mixers(worker.model_runner.model)
     is_global = [(mixer.dt_threshold[1] > 0).float().mean().item() for mixer in mixers]
     return {"global_channels": sum(is_global) / len(is_global)}
-
-
-def start_profile(worker: Any) -> None:
-    """On the worker: record the kernels from now on."""
-    import torch
-
-    worker.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-    worker.profile.__enter__()
-
-
-def stop_profile(worker: Any, rows: int) -> str:
-    """On the worker: the kernels with the most time, as text."""
-    worker.profile.__exit__(None, None, None)
-    events = sorted(worker.profile.key_averages(), key=lambda event: -event.self_device_time_total)
-    total = sum(event.self_device_time_total for event in events)
-    lines = [f"{total / 1e3:10.2f} ms in all"]
-    for event in events[:rows]:
-        share = event.self_device_time_total / total
-        lines.append(f"{event.self_device_time_total / 1e3:10.2f} ms {share:6.1%} {event.count:6} x {event.key[:90]}")
-    return "\n".join(lines)
-
-
-def start_host_profile(worker: Any) -> None:
-    """On the worker: record the Python functions of its thread from now on."""
-    import cProfile
-
-    worker.host_profile = cProfile.Profile()
-    worker.host_profile.enable()
-
-
-def stop_host_profile(worker: Any, rows: int) -> str:
-    """On the worker: the functions with the most time, callees included, as text."""
-    import io
-    import pstats
-
-    worker.host_profile.disable()
-    text = io.StringIO()
-    pstats.Stats(worker.host_profile, stream=text).sort_stats("cumulative").print_stats(rows)
-    return text.getvalue()

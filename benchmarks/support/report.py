@@ -30,16 +30,16 @@ def markdown(document: dict[str, Any]) -> str:
         "",
         environment_line(document["environment"]),
         "",
-        f"Dummy weights, bfloat16, published shapes; SSM state {settings['state_dtype']} in both engines, "
-        f"max_num_batched_tokens {settings['max_num_batched_tokens']}, no prefix cache, CUDA graphs for decode. "
-        "Medians; both engines took turns. `on`: 35 % of the channels are global and about half of their tokens are "
-        "filtered (a table for dummy weights, support/shapes.py). `off`: the same engine, whose layers run the kernels "
-        "without the filter.",
+        "Dummy weights, bfloat16, published shapes; vLLM's defaults in both engines, that of the state's type "
+        "included; no prefix cache. Medians; both engines took turns. `on`: 35 % of the channels are global and about "
+        "half of their tokens are filtered (a table for dummy weights, support/shapes.py). `off`: the same engine, "
+        "whose layers run the kernels without the filter.",
         *(["", settings["note"]] if "note" in settings else []),
     ]
     for name, result in document["models"].items():
         lines += ["", f"## {name}", ""]
-        lines += ["| | stock ms | on ms | x | off ms | x | on / off |", "|---|---|---|---|---|---|---|"]
+        if "prefill" in result:
+            lines += ["| | stock ms | on ms | x | off ms | x | on / off |", "|---|---|---|---|---|---|---|"]
         prefill = {f"prefill {int(length):,}": figure for length, figure in result.get("prefill", {}).items()}
         if "batch" in result:
             prefill["prefill 32 x 8,192"] = result["batch"]
@@ -52,21 +52,47 @@ def markdown(document: dict[str, Any]) -> str:
             else:
                 row += " | | |"
             lines.append(row)
-        for batch, figure in result.get("decode", {}).items():
-            stock, on = (figure[mode]["median"] for mode in ("stock", "on"))
-            lines.append(
-                f"| decode step, batch {batch} | {1e3 * stock:.3f} | {1e3 * on:.3f} | {stock / on:.3f} | | | |"
-            )
         if "peak_gib" in result:
             peak = result["peak_gib"]
             lines.append(f"| peak memory, 65,536 tokens, GiB | {peak['stock']:.2f} | {peak['on']:.2f} | | | | |")
+        lines += ["", *decode_lines(result.get("decode", {}))]
     return "\n".join(lines) + "\n"
+
+
+def decode_lines(decode: dict[str, Any], most_kernels: int = 14) -> list[str]:
+    """A table of the steps of all batches, and for each the kernels that take longest, of both engines."""
+    if not decode:
+        return []
+    lines = ["| decode step, batch | clock: stock ms | ours ms | x | GPU: stock ms | ours ms | x |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for batch, figure in decode.items():
+        line = f"| {batch} |"
+        for what in ("clock", "gpu"):
+            stock, ours = (1e3 * figure[mode][what] for mode in ("stock", "on"))
+            line += f" {stock:.3f} | {ours:.3f} | {stock / ours if ours else float('nan'):.3f} |"
+        lines.append(line)
+    for batch, figure in decode.items():
+        stock, ours = figure["stock"]["kernels"], figure["on"]["kernels"]
+        both = {name: (stock.get(name, (0.0, 0.0)), ours.get(name, (0.0, 0.0))) for name in {**stock, **ours}}
+        ordered = sorted(both.items(), key=lambda item: -max(item[1][0][0], item[1][1][0]))
+        lines += [
+            "",
+            f"| kernels of a step, batch {batch} | stock us | calls | ours us | calls |",
+            "|---|---|---|---|---|",
+        ]
+        for name, (first, second) in ordered[:most_kernels]:
+            lines.append(f"| {name[:70]} | {first[0]:.1f} | {first[1]:.0f} | {second[0]:.1f} | {second[1]:.0f} |")
+        totals = [sum(one[side][place] for one in both.values()) for side in (0, 1) for place in (0, 1)]
+        lines.append("| all {} | {:.1f} | {:.0f} | {:.1f} | {:.0f} |".format(len(both), *totals))
+    return lines
 
 
 def plot(document: dict[str, Any], file: Path) -> None:
     """Speed-up over stock vLLM against the length of the prompt."""
     from matplotlib import pyplot
 
+    if not any(result.get("prefill") for result in document["models"].values()):
+        return
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for name, result in document["models"].items():
         lengths = [int(length) for length in result.get("prefill", {})]
