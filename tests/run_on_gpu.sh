@@ -38,6 +38,12 @@ wanted calibrate_at_start && tests calibrate_at_start engine/test_calibrate_at_s
 wanted evaluate && tests evaluate evaluate/test_eval_engine.py
 wanted inspect && tests inspect engine/test_inspect.py
 wanted kernels && tests kernels kernels tables
+# Engines of all defaults take what memory they find: alone on a GPU, and only where they are asked for.
+if [ "$only" != all ]; then
+  for family in mamba1 mamba2 zamba2 falcon_mamba jamba granite_hybrid falcon_h1 nemotron_h; do
+    wanted "defaults_$family" && tests "defaults_$family" engine/test_defaults.py -k "[$family]"
+  done
+fi
 export VLLM_USE_V2_MODEL_RUNNER=0
 wanted runner_v1 && tests runner_v1 engine/test_gpu.py engine/test_preemption.py -k "cuda_graphs or resumed"
 
