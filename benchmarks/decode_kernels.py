@@ -16,144 +16,25 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from support.decode_case import SHAPES, Case, conv_module, update_module
 from support.environment import environment, environment_line
 
 from vllm_longmamba.kernels import PER_DECODE_TOKEN, compile_ahead
-from vllm_longmamba.kernels import causal_conv1d_update_triton as conv_module
-from vllm_longmamba.kernels import selective_state_update_triton as update_module
 
-# H200: bytes/s measured by a copy, in bytes a microsecond
-BYTES_PER_US = 4.3e6
-CACHE_BYTES = 200e6
-MOST_CALLS = 800
-BATCHES = (1, 8, 64, 256, 512)
-
-
-class Shape(NamedTuple):
-    """Of a Mamba layer; headdim 0: Mamba-1."""
-
-    d_inner: int
-    d_state: int
-    headdim: int = 0
-    ngroups: int = 1
-
-
-SHAPES = {
-    "mamba2-1.3b": Shape(4096, 128, 64),
-    "mamba-1.4b": Shape(4096, 16),
-    "zamba2-1.2b": Shape(4096, 64, 64),
-    "falcon-mamba-7b": Shape(8192, 16),
-    "nemotron-h-8b": Shape(8192, 128, 64, 8),
-}
-
-
-class Case:
-    """The arguments of a layer's decode kernels for one batch, in the layout that the mixers hand them over.
-
-    Attributes:
-        slots: (calls, batch): the slots of each call.
-    """
-
-    def __init__(self, shape: Shape, batch: int, state_dtype: torch.dtype) -> None:
-        self.shape, self.batch = shape, batch
-        d_inner, d_state, headdim, ngroups = shape
-        self.nheads = d_inner // headdim if headdim else 1
-        self.per_token = self.nheads if headdim else d_inner
-        self.conv_channels = d_inner + 2 * ngroups * d_state if headdim else d_inner
-        bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
-        conv_bytes = 6 * self.conv_channels
-        page = conv_bytes + d_inner * d_state * state_dtype.itemsize
-        pages = max(batch, int(CACHE_BYTES / page) // batch * batch)
-        cache = torch.zeros(pages + 1, page, dtype=torch.uint8, device="cuda")
-        self.conv_state = cache[:, :conv_bytes].view(torch.bfloat16).unflatten(1, (3, -1)).transpose(1, 2)
-        self.state = cache[:, conv_bytes:].view(state_dtype).unflatten(1, (d_inner, d_state))
-        order = torch.randperm(pages, device="cuda", dtype=torch.int32) + 1
-        self.slots = order.view(-1, batch)[:MOST_CALLS].contiguous()
-        projection = torch.randn(batch, d_inner + self.conv_channels + self.per_token, **bf16)
-        self.z, self.x, dt = projection.split([d_inner, self.conv_channels, self.per_token], 1)
-        # Mamba-1's dt comes out of a projection of its own
-        self.dt = dt if headdim else dt.contiguous()
-        self.convolved = torch.randn(batch, self.conv_channels, **bf16)
-        wide = self.convolved if headdim else torch.randn(batch, 128 + 2 * d_state, **bf16)
-        self.B, self.C = wide[:, -2 * ngroups * d_state :].chunk(2, 1)
-        self.A = -torch.rand(self.per_token, *([] if headdim else [d_state]), device="cuda")
-        self.D, self.dt_bias = torch.ones(2, self.per_token, device="cuda")
-        self.weight, self.bias = torch.randn(self.conv_channels, 4, **bf16), torch.randn(self.conv_channels, **bf16)
-        self.dt_threshold = torch.full((8, self.per_token), -1.0, device="cuda")
-        self.token_rows = torch.zeros(batch, dtype=torch.int32, device="cuda")
-        self.out = torch.empty(batch, d_inner, **bf16)
-
-    def update_arguments(self, call: int) -> dict[str, Any]:
-        return {
-            "state": self.state, "x": self.convolved[:, : self.shape.d_inner], "dt": self.dt, "A": self.A, "B": self.B,
-            "C": self.C, "D": self.D, "z": None if self.shape.headdim else self.z, "dt_bias": self.dt_bias,
-            "state_indices": self.slots[call], "dt_threshold": self.dt_threshold, "token_rows": self.token_rows,
-            "out": self.out,
-        }  # fmt: skip
-
-    def conv_arguments(self, call: int) -> dict[str, Any]:
-        return {
-            "x": self.x, "weight": self.weight, "bias": self.bias, "conv_state": self.conv_state,
-            "state_indices": self.slots[call], "silu": True, "out": self.convolved,
-        }  # fmt: skip
-
-    def stock_update(self, call: int) -> None:
-        from vllm.model_executor.layers.mamba.ops.mamba_ssm import selective_state_update
-
-        _, d_state, headdim, ngroups = self.shape
-        given = self.update_arguments(call)
-        options = {"z": given["z"], "dt_softplus": True, "state_batch_indices": given["state_indices"]}
-        names = ("state", "x", "dt", "A", "B", "C", "D", "dt_bias", "out")
-        state, x, dt, A, B, C, D, dt_bias, out = (given[name] for name in names)
-        if headdim:
-            heads = (self.nheads, headdim)
-            state, x, out = state.unflatten(1, heads), x.unflatten(1, heads), out.unflatten(1, heads)
-            B, C = (tensor.unflatten(1, (ngroups, d_state)) for tensor in (B, C))
-            A, dt = A[:, None, None].expand(*heads, d_state), dt[..., None].expand(-1, *heads)
-            D, dt_bias = (tensor[:, None].expand(heads) for tensor in (D, dt_bias))
-        selective_state_update(state, x, dt, A, B, C, D, dt_bias, out=out, **options)
-
-    def stock_conv(self, call: int) -> None:
-        from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update
-
-        causal_conv1d_update(
-            self.x, self.conv_state, self.weight, self.bias, "silu", conv_state_indices=self.slots[call, :, None]
-        )
-
-    def update(self, call: int, sizes: Any = None) -> None:
-        update_module.selective_state_update_triton(**self.update_arguments(call), sizes=sizes)
-
-    def conv(self, call: int, sizes: Any = None) -> None:
-        conv_module.causal_conv1d_update_triton(**self.conv_arguments(call), sizes=sizes)
-
-    def update_sizes(self) -> list[tuple[int, int]]:
-        """Channels a program and warps: 4 to 64 numbers of the state a thread."""
-        d_inner, d_state, headdim, _ = self.shape
-        tried = itertools.product((4, 8, 16, 32, 64, 128, 256), (1, 2, 4))
-        return [
-            (channels, warps)
-            for channels, warps in tried
-            if channels <= (headdim or d_inner) and 8 <= channels * d_state // (32 * warps) <= 64
-        ]
-
-    def floor(self) -> float:
-        """Microseconds that the states' bytes take, read and written."""
-        return 2 * self.batch * self.state[0].numel() * self.state.element_size() / BYTES_PER_US
-
-    def conv_floor(self) -> float:
-        return 2 * 2 * (3 + 1) * self.batch * self.conv_channels / BYTES_PER_US
-
-
+BATCHES = (1, 4, 16, 64, 256, 512)
 CONV_SIZES = [
     (1, 64, 1), (1, 128, 1), (1, 256, 2), (2, 128, 1), (4, 128, 1), (4, 256, 2), (8, 128, 1), (8, 128, 2), (8, 256, 4),
     (16, 128, 4),
 ]  # fmt: skip
+# of an update that projects dt itself, and the batches for which that may pay
+PROJECTION_SIZES = [(8, 2), (16, 2), (16, 4), (32, 4), (32, 8)]
+PROJECTED_BATCHES = (1, 2, 4, 8, 16)
 
 
 def compile_all(shapes: list[str], dtypes: list[torch.dtype]) -> None:
@@ -165,6 +46,10 @@ def compile_all(shapes: list[str], dtypes: list[torch.dtype]) -> None:
         for call in compile_ahead_module.meta_calls(case.update_arguments(0), 8, PER_DECODE_TOKEN):
             for sizes in case.update_sizes():
                 update_module.selective_state_update_triton(**call, sizes=sizes)
+            if case.rank:
+                given = call | {"dt": case.low_rank_dt.to("meta"), "dt_weight": case.dt_weight.to("meta")}
+                for sizes in PROJECTION_SIZES:
+                    update_module.selective_state_update_triton(**given, sizes=sizes)
         for call in compile_ahead_module.meta_calls(case.conv_arguments(0), 8, PER_DECODE_TOKEN):
             for sizes in CONV_SIZES:
                 conv_module.causal_conv1d_update_triton(**call, sizes=sizes)
@@ -222,6 +107,11 @@ def measure(case: Case, without_pdl: bool) -> dict[str, Any]:
         "stock_conv": pair(case.stock_conv, ours),
         "best": pair(lambda call: case.conv(call, best_conv), ours),
     }
+    if case.rank and case.batch in PROJECTED_BATCHES:
+        times = {f"{a}/{b}": microseconds(lambda call, s=(a, b): case.update_with_projection(call, s), calls)
+                 for a, b in PROJECTION_SIZES}  # fmt: skip
+        apart = microseconds(lambda call: case.project_and_update(call, best_update), calls)
+        result["dt_proj"] = {"apart": apart, "together": times}
     if not without_pdl:
         return result
     has_dependent_launch = update_module.supports_dependent_launch
@@ -302,6 +192,8 @@ def main() -> None:
         document["results"].append({"shape": name, "state": state, "batch": batch, **result})
         print(markdown({**document, "results": document["results"][-1:]}).splitlines()[-1], flush=True)
         print(f"    update {result['updates']}\n    conv {result['convs']}", flush=True)
+        if "dt_proj" in result:
+            print(f"    dt_proj {result['dt_proj']}", flush=True)
         (given.out / "decode_kernels.json").write_text(json.dumps(document, indent=1) + "\n")
         (given.out / "decode_kernels.md").write_text(markdown(document))
     print(markdown(document) + launch_sizes(document["results"]))

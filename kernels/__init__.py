@@ -17,10 +17,11 @@ from .reference import (
     ssd_reference,
 )
 from .selective_scan import selective_scan
-from .selective_state_update import selective_state_update
+from .selective_state_update import MOST_PROJECTED, selective_state_update
 from .ssd import ssd, ssd_supports
 
 __all__ = [
+    "MOST_PROJECTED",
     "PER_DECODE_TOKEN",
     "causal_conv1d",
     "causal_conv1d_reference",

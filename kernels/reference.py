@@ -216,6 +216,7 @@ def selective_state_update_reference(
     dt_threshold: torch.Tensor | None = None,
     token_rows: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    dt_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See :func:`kernels.selective_state_update.selective_state_update`: a batch of sequences of one token each.
 
@@ -224,6 +225,8 @@ def selective_state_update_reference(
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     out.zero_()
+    if dt_weight is not None:
+        dt = dt.to(x.dtype) @ dt_weight.to(x.dtype).T
     batch, d_state = x.shape[0], state.shape[2]
     one_each = torch.arange(batch + 1, dtype=torch.int32, device=x.device)
     filters = (dt_threshold, token_rows, torch.ones_like(state_indices))

@@ -5,6 +5,9 @@ import torch
 from .dispatch import check_tensor, uses_triton
 from .reference import selective_state_update_reference
 
+# Up to so many sequences `dt_weight` saves more than it costs, on an H200: benchmarks/decode_kernels.py.
+MOST_PROJECTED = 4
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -22,6 +25,7 @@ def selective_state_update(
     dt_threshold: torch.Tensor | None = None,
     token_rows: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    dt_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run ``h = exp(dt A) h + dt B x; out = (C h + D x) * silu(z)`` for one token of each sequence of a batch.
 
@@ -43,6 +47,8 @@ def selective_state_update(
             -1. None switches the filter off.
         token_rows: (batch,) int32: each token's row, 0 for generated tokens; needed with ``dt_threshold``.
         out: (batch, d_inner) in ``x.dtype`` to write to. None allocates it.
+        dt_weight: (d_inner, dt_rank) contiguous, for Mamba-1: dt is (batch, dt_rank), and ``dt @ dt_weight.T`` is what
+            the rest of this text calls dt. It saves the launch of that product.
 
     Returns:
         ``out``, (batch, d_inner) in ``x.dtype``.
@@ -51,7 +57,7 @@ def selective_state_update(
         ValueError: for a wrong shape, dtype, stride or device.
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    arguments = (state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_threshold, token_rows, out)
+    arguments = (state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_threshold, token_rows, out, dt_weight)
     _check(*arguments)
     if x.numel() == 0:
         return out
@@ -61,7 +67,7 @@ def selective_state_update(
         selective_state_update_triton(*arguments)
     else:
         # in float32, as on a GPU
-        out.copy_(selective_state_update_reference(state, x.float(), *arguments[2:-1]))
+        out.copy_(selective_state_update_reference(state, x.float(), *arguments[2:-2], dt_weight=dt_weight))
     return out
 
 
@@ -69,6 +75,7 @@ def _check(
     state: torch.Tensor, x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
     D: torch.Tensor, z: torch.Tensor | None, dt_bias: torch.Tensor, state_indices: torch.Tensor,
     dt_threshold: torch.Tensor | None, token_rows: torch.Tensor | None, out: torch.Tensor,
+    dt_weight: torch.Tensor | None,
 ) -> None:  # fmt: skip
     if x.dim() != 2 or state.dim() != 3 or A.dim() not in (1, 2):
         raise ValueError(
@@ -82,7 +89,14 @@ def _check(
     for name, tensor in (("x", x), ("z", z), ("out", out)):
         if tensor is not None:
             check_tensor(name, tensor, (batch, d_inner), FLOATS, device, contiguous=False)
-    check_tensor("dt", dt, (batch, channels), FLOATS, device, contiguous=False)
+    if dt_weight is None:
+        check_tensor("dt", dt, (batch, channels), FLOATS, device, contiguous=False)
+    else:
+        rank = dt.shape[-1]
+        if A.dim() == 1:
+            raise ValueError("dt_weight is for Mamba-1, whose A is (d_inner, d_state); leave it out for Mamba-2")
+        check_tensor("dt", dt, (batch, rank), FLOATS, device, contiguous=False)
+        check_tensor("dt_weight", dt_weight, (d_inner, rank), FLOATS, device)
     check_tensor("A", A, (d_inner, d_state) if A.dim() == 2 else (channels,), float32, device)
     if B.dim() != 2 or B.shape[1] % d_state or (A.dim() == 2 and B.shape[1] != d_state):
         raise ValueError(f"B must be (batch, ngroups * {d_state}), one group for Mamba-1, got {tuple(B.shape)}")

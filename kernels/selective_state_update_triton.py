@@ -15,13 +15,15 @@ from .triton_helpers import filtered_dt, silu
 @triton.jit(do_not_specialize=["index_stride"], do_not_specialize_on_alignment=UNALIGNED)
 def _selective_state_update_kernel(
     state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bias_ptr, out_ptr,
-    state_indices_ptr, dt_threshold_ptr, token_rows_ptr,
+    state_indices_ptr, dt_threshold_ptr, token_rows_ptr, dt_weight_ptr,
     slot_stride, x_stride, dt_stride, B_stride, C_stride, z_stride, out_stride, index_stride,
     nheads: tl.constexpr, headdim: tl.constexpr, ngroups: tl.constexpr, d_state: tl.constexpr, NULL: tl.constexpr,
     PER_HEAD: tl.constexpr, HAS_Z: tl.constexpr, FILTER: tl.constexpr,
+    DT_RANK: tl.constexpr, BLOCK_RANK: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_STATES: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """One sequence and a block of channels of one head; Mamba-1 has a single head. PER_HEAD: A, D and dt are its.
+    DT_RANK > 0: dt is projected here.
 
     launch_pdl: the kernel may start before the one in front of it ends (programmatic dependent launch). What it reads
     until it waits was written long before: slot and row, the state, weights, thresholds.
@@ -58,6 +60,10 @@ def _selective_state_update_kernel(
             # row 0 filters nothing: it is not even read
             is_filtered_channel = within < tl.where(row > 0, headdim, 0)
             threshold = tl.load(dt_threshold_ptr + row * headdim + channel, mask=is_filtered_channel, other=-1.0)
+    rank = tl.arange(0, BLOCK_RANK)
+    if DT_RANK > 0:
+        weight_ptrs = dt_weight_ptr + channel[:, None] * DT_RANK + rank[None, :]
+        dt_weight = tl.load(weight_ptrs, mask=is_channel[:, None] & (rank < DT_RANK)[None, :], other=0.0)
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -70,7 +76,11 @@ def _selective_state_update_kernel(
         dt = filtered_dt(tl.load(dt_ptr + b * dt_stride + head), dt_bias, threshold, row > 0, FILTER)
         h = h * tl.exp2(dt * A) + (dt * x)[:, None] * B[None, :]
     else:
-        raw_dt = tl.load(dt_ptr + b * dt_stride + channel, mask=is_channel, other=0.0)
+        if DT_RANK > 0:
+            low_rank_dt = tl.load(dt_ptr + b * dt_stride + rank, mask=rank < DT_RANK, other=0.0)
+            raw_dt = tl.sum(dt_weight.to(tl.float32) * low_rank_dt.to(tl.float32)[None, :], 1)
+        else:
+            raw_dt = tl.load(dt_ptr + b * dt_stride + channel, mask=is_channel, other=0.0)
         dt = filtered_dt(raw_dt, dt_bias, threshold, row > 0, FILTER)
         h = h * tl.exp2(dt[:, None] * A) + (dt * x)[:, None] * B[None, :]
     tl.store(state_ptrs, h.to(state_ptr.dtype.element_ty), mask=is_own)
@@ -90,6 +100,8 @@ LAUNCH_SIZES = {
     (4, 64): ((2**22, (16, 1)),),
     (4, 128): ((2**22, (8, 1)),),
 }
+# the same where dt is projected, which is for a few sequences
+PROJECTION_SIZES = (16, 4)
 
 
 def _launch_sizes(batch: int, d_inner: int, headdim: int, d_state: int, itemsize: int) -> tuple[int, int]:
@@ -104,7 +116,7 @@ def _launch_sizes(batch: int, d_inner: int, headdim: int, d_state: int, itemsize
 
 
 def selective_state_update_triton(
-    state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_threshold, token_rows, out, sizes=None
+    state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_threshold, token_rows, out, dt_weight=None, sizes=None
 ) -> None:
     """Launch for checked arguments; see :func:`kernels.selective_state_update.selective_state_update`.
 
@@ -114,18 +126,22 @@ def selective_state_update_triton(
     (batch, d_inner), d_state = x.shape, state.shape[2]
     nheads = 1 if A.dim() == 2 else A.shape[0]
     headdim = d_inner // nheads
-    if sizes is None:
+    if sizes is None and dt_weight is not None:
+        sizes = PROJECTION_SIZES
+    elif sizes is None:
         sizes = _launch_sizes(batch, d_inner, headdim, d_state, state.element_size())
     channels, warps = sizes
     # an unused pointer argument still needs a tensor
     gate = x if z is None else z
     filters = (A, state_indices) if dt_threshold is None else (dt_threshold, token_rows)
+    rank = 0 if dt_weight is None else dt.shape[1]
     launch(_selective_state_update_kernel, (triton.cdiv(headdim, channels), nheads, batch), x)(
-        state, x, dt, A, B, C, D, gate, dt_bias, out, state_indices, *filters,
+        state, x, dt, A, B, C, D, gate, dt_bias, out, state_indices, *filters, x if dt_weight is None else dt_weight,
         state.stride(0), x.stride(0), dt.stride(0), B.stride(0), C.stride(0), gate.stride(0), out.stride(0),
         state_indices.stride(0),
         nheads=nheads, headdim=headdim, ngroups=B.shape[1] // d_state, d_state=d_state, NULL=NULL_SLOT,
         PER_HEAD=A.dim() == 1, HAS_Z=z is not None, FILTER=dt_threshold is not None,
+        DT_RANK=rank, BLOCK_RANK=triton.next_power_of_2(max(rank, 1)),
         BLOCK_CHANNELS=channels, BLOCK_STATES=triton.next_power_of_2(d_state), num_warps=warps,
         launch_pdl=supports_dependent_launch(x.device),
     )  # fmt: skip

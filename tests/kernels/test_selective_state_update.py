@@ -84,6 +84,17 @@ def test_selective_state_update_half_precision(dtype: torch.dtype, state_dtype: 
     check(update_inputs(4, nheads, dtype=dtype, state_dtype=state_dtype), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("headdim", "rank"), [(13, 5), (70, 16)], ids=["odd", "blocks"])
+def test_selective_state_update_projects_dt(headdim: int, rank: int, dtype: torch.dtype):
+    inputs = update_inputs(5, headdim=headdim, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    projection = torch.randn(5, rank + 32, generator=generator).to(dtype).to(DEVICE)
+    inputs["dt"], inputs["dt_weight"] = projection[:, :rank], torch.randn(headdim, rank, generator=generator)
+    inputs["dt_weight"] = inputs["dt_weight"].to(dtype).to(DEVICE)
+    check(inputs, dtype)
+
+
 @pytest.mark.parametrize("nheads", [None, 3], ids=["mamba1", "mamba2"])
 def test_selective_state_update_leaves_null_block_alone(nheads: int | None):
     inputs = update_inputs(4, nheads)
@@ -118,6 +129,7 @@ def test_selective_state_update_of_an_empty_batch():
         ("state_indices", torch.zeros(2, dtype=torch.int64), "state_indices must be"),
         ("token_rows", None, "token_rows"),
         ("dt_threshold", torch.zeros(3, 12), "dt_threshold must have shape"),
+        ("dt_weight", torch.zeros(12, 13), "dt_weight must have shape"),
     ],
 )
 def test_selective_state_update_rejects(name: str, wrong: torch.Tensor | None, message: str):

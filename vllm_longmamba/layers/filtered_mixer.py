@@ -131,16 +131,20 @@ class FilteredMixer:
         kernel(**arguments)
 
     def _run_decode(self, token_rows: torch.Tensor | None, **arguments: Any) -> None:
-        """Call `selective_state_update`; the first time also compile it for any batch, with a filter and without."""
+        """Call `selective_state_update`; the first time, which is vLLM's warm-up, also compile it for any batch."""
         if self._most_decodes is not None:
-            compile_ahead(selective_state_update, arguments, self._most_decodes, PER_DECODE_TOKEN)
-            if self.prompt_filter is not None:
-                some_rows = torch.empty(len(arguments["x"]), dtype=torch.int32, device="meta")
-                filters = {"dt_threshold": self.dt_threshold, "token_rows": some_rows}
-                compile_ahead(selective_state_update, arguments | filters, self._most_decodes, PER_DECODE_TOKEN)
+            self._compile_decode(arguments, self._most_decodes)
             self._most_decodes = None
         threshold = self.dt_threshold if token_rows is not None else None
         selective_state_update(**arguments, dt_threshold=threshold, token_rows=token_rows)
+
+    def _compile_decode(self, arguments: dict[str, Any], most_decodes: int) -> None:
+        """With a filter and without: steps without a CUDA graph have one or the other."""
+        compile_ahead(selective_state_update, arguments, most_decodes, PER_DECODE_TOKEN)
+        if self.prompt_filter is not None:
+            some_rows = torch.empty(len(arguments["x"]), dtype=torch.int32, device="meta")
+            filters = {"dt_threshold": self.dt_threshold, "token_rows": some_rows}
+            compile_ahead(selective_state_update, arguments | filters, most_decodes, PER_DECODE_TOKEN)
 
     def _convolve_prompts(self, x: torch.Tensor, metadata: Any, **filter_arguments: Any) -> torch.Tensor:
         convolved: torch.Tensor = causal_conv1d(

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn
 from vllm.model_executor.layers.mamba.ops.ssu_dispatch import selective_state_update as vllm_selective_state_update
 
-from vllm_longmamba.kernels import filter_dt_, selective_scan
+from vllm_longmamba.kernels import MOST_PROJECTED, filter_dt_, selective_scan
 from vllm_longmamba.layers.filtered_mixer import FilteredMixer
 from vllm_longmamba.layers.step_metadata import FilterRows, LongMamba1Backend
 
@@ -105,36 +105,64 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
 
     def _decode(self, x: torch.Tensor, z: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor) -> None:
         x = self._convolve_decodes(x, metadata)
-        dt, B, C = self._dt_B_C(x)
         states, state, dt_bias = metadata.state_indices_tensor_d, self.kv_cache[1], self.dt_proj.bias
+        if self.runs_own_kernels() and self._updates_state:
+            self._update(x, z, states[:, 0], rows.decode, out)
+            return
+        dt, B, C = self._dt_B_C(x)
         if not self.runs_own_kernels():
             # Sequences of one token: vLLM's CPU update is for Mamba-2's heads only.
             starts = torch.arange(x.shape[0] + 1, dtype=torch.int32)
             where = (starts, states.flatten(), torch.ones(x.shape[0], dtype=torch.bool))
             prompt_tokens = (rows.decode > 0).int() if rows.decode is not None else None
             self._scan(x, dt, B, C, z, where, rows.decode, prompt_tokens, out)
-        elif self._updates_state:
-            update = {"state": state, "z": z, "dt_bias": dt_bias, "state_indices": states[:, 0], "out": out}
-            self._run_decode(rows.decode, **self._recurrence(x, dt, B, C), **update)
-        else:
-            if rows.decode is not None:
-                filter_dt_(dt, dt_bias, self.dt_threshold, rows.decode)
-            vllm_selective_state_update(
-                state,
-                x,
-                dt,
-                self.A,
-                B,
-                C,
-                self.D,
-                dt_bias.float(),
-                z=z,
-                dt_softplus=True,
-                state_batch_indices=states,
-                dst_state_batch_indices=states,
-                out=out,
-            )
+            return
+        if rows.decode is not None:
+            filter_dt_(dt, dt_bias, self.dt_threshold, rows.decode)
+        vllm_selective_state_update(
+            state,
+            x,
+            dt,
+            self.A,
+            B,
+            C,
+            self.D,
+            dt_bias.float(),
+            z=z,
+            dt_softplus=True,
+            state_batch_indices=states,
+            dst_state_batch_indices=states,
+            out=out,
+        )
+
+    def _update(
+        self, x: torch.Tensor, z: torch.Tensor, slots: torch.Tensor, token_rows: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        """Everything between convolution and out_proj; for few sequences, dt_proj in the launch of the update."""
+        layer = self.dt_proj
+        is_plain = type(layer) is ColumnParallelLinear and isinstance(layer.quant_method, UnquantizedLinearMethod)
+        can_project = is_plain and not self.is_lora_enabled
+
+        def arguments(projects_dt: bool) -> dict[str, Any]:
+            dt, B, C = self._low_rank_dt_B_C(x) if projects_dt else self._dt_B_C(x)
+            where = {"state": self.kv_cache[1], "state_indices": slots, "out": out}
+            weight = layer.weight if projects_dt else None
+            return {**self._recurrence(x, dt, B, C), "z": z, "dt_bias": layer.bias, "dt_weight": weight, **where}
+
+        projects_dt = can_project and len(x) <= MOST_PROJECTED
+        if can_project and self._most_decodes is not None:
+            # vLLM's warm-up; the way that this batch does not take.
+            self._compile_decode(arguments(not projects_dt), self._most_decodes)
+        self._run_decode(token_rows, **arguments(projects_dt))
 
     def _dt_B_C(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # noqa: N802
         dt, B, C = self._ssm_transform(x)
         return dt.transpose(-2, -1), B, C
+
+    def _low_rank_dt_B_C(self, x: torch.Tensor) -> list[torch.Tensor]:  # noqa: N802
+        """What `_ssm_transform` has in front of dt_proj, for an update that multiplies by its weight itself."""
+        parts = self.x_proj(x)[0].split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
+        if not self.use_rms_norm:
+            return list(parts)
+        norms = (self.dt_layernorm, self.b_layernorm, self.c_layernorm)
+        return [norm(part.contiguous()) for norm, part in zip(norms, parts, strict=True)]

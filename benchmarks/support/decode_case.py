@@ -1,0 +1,140 @@
+"""The arguments of a layer's decode kernels, as vLLM's cache and the mixers lay them out, and both engines' calls."""
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+
+from vllm_longmamba.kernels import causal_conv1d_update_triton as conv_module
+from vllm_longmamba.kernels import selective_state_update_triton as update_module
+
+# H200: bytes/s measured by a copy, in bytes a microsecond
+BYTES_PER_US = 4.3e6
+CACHE_BYTES = 200e6
+MOST_CALLS = 400
+
+
+class Shape(NamedTuple):
+    """Of a Mamba layer; headdim 0: Mamba-1."""
+
+    d_inner: int
+    d_state: int
+    headdim: int = 0
+    ngroups: int = 1
+
+
+SHAPES = {
+    "mamba2-1.3b": Shape(4096, 128, 64),
+    "mamba-1.4b": Shape(4096, 16),
+    "zamba2-1.2b": Shape(4096, 64, 64),
+    "falcon-mamba-7b": Shape(8192, 16),
+    "nemotron-h-8b": Shape(8192, 128, 64, 8),
+}
+
+
+class Case:
+    """The arguments of a layer's decode kernels for one batch, in the layout that the mixers hand them over.
+
+    Attributes:
+        slots: (calls, batch): the slots of each call.
+    """
+
+    def __init__(self, shape: Shape, batch: int, state_dtype: torch.dtype) -> None:
+        self.shape, self.batch = shape, batch
+        d_inner, d_state, headdim, ngroups = shape
+        self.nheads = d_inner // headdim if headdim else 1
+        self.per_token = self.nheads if headdim else d_inner
+        self.conv_channels = d_inner + 2 * ngroups * d_state if headdim else d_inner
+        bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
+        conv_bytes = 6 * self.conv_channels
+        page = conv_bytes + d_inner * d_state * state_dtype.itemsize
+        pages = max(batch, int(CACHE_BYTES / page) // batch * batch)
+        cache = torch.zeros(pages + 1, page, dtype=torch.uint8, device="cuda")
+        self.conv_state = cache[:, :conv_bytes].view(torch.bfloat16).unflatten(1, (3, -1)).transpose(1, 2)
+        self.state = cache[:, conv_bytes:].view(state_dtype).unflatten(1, (d_inner, d_state))
+        order = torch.randperm(pages, device="cuda", dtype=torch.int32) + 1
+        self.slots = order.view(-1, batch)[:MOST_CALLS].contiguous()
+        projection = torch.randn(batch, d_inner + self.conv_channels + self.per_token, **bf16)
+        self.z, self.x, dt = projection.split([d_inner, self.conv_channels, self.per_token], 1)
+        # Mamba-1's dt comes out of a projection of its own
+        self.dt = dt if headdim else dt.contiguous()
+        self.convolved = torch.randn(batch, self.conv_channels, **bf16)
+        wide = self.convolved if headdim else torch.randn(batch, d_inner // 32 + 2 * d_state, **bf16)
+        self.B, self.C = wide[:, -2 * ngroups * d_state :].chunk(2, 1)
+        self.A = -torch.rand(self.per_token, *([] if headdim else [d_state]), device="cuda")
+        self.D, self.dt_bias = torch.ones(2, self.per_token, device="cuda")
+        self.weight, self.bias = torch.randn(self.conv_channels, 4, **bf16), torch.randn(self.conv_channels, **bf16)
+        self.rank = 0 if headdim else d_inner // 32
+        self.low_rank_dt = wide[:, : self.rank]
+        self.dt_weight = torch.randn(d_inner, self.rank, **bf16)
+        self.dt_threshold = torch.full((8, self.per_token), -1.0, device="cuda")
+        self.token_rows = torch.zeros(batch, dtype=torch.int32, device="cuda")
+        self.out = torch.empty(batch, d_inner, **bf16)
+
+    def update_arguments(self, call: int) -> dict[str, Any]:
+        return {
+            "state": self.state, "x": self.convolved[:, : self.shape.d_inner], "dt": self.dt, "A": self.A, "B": self.B,
+            "C": self.C, "D": self.D, "z": None if self.shape.headdim else self.z, "dt_bias": self.dt_bias,
+            "state_indices": self.slots[call], "dt_threshold": self.dt_threshold, "token_rows": self.token_rows,
+            "out": self.out,
+        }  # fmt: skip
+
+    def conv_arguments(self, call: int) -> dict[str, Any]:
+        return {
+            "x": self.x, "weight": self.weight, "bias": self.bias, "conv_state": self.conv_state,
+            "state_indices": self.slots[call], "silu": True, "out": self.convolved,
+        }  # fmt: skip
+
+    def stock_update(self, call: int) -> None:
+        from vllm.model_executor.layers.mamba.ops.mamba_ssm import selective_state_update
+
+        _, d_state, headdim, ngroups = self.shape
+        given = self.update_arguments(call)
+        options = {"z": given["z"], "dt_softplus": True, "state_batch_indices": given["state_indices"]}
+        names = ("state", "x", "dt", "A", "B", "C", "D", "dt_bias", "out")
+        state, x, dt, A, B, C, D, dt_bias, out = (given[name] for name in names)
+        if headdim:
+            heads = (self.nheads, headdim)
+            state, x, out = state.unflatten(1, heads), x.unflatten(1, heads), out.unflatten(1, heads)
+            B, C = (tensor.unflatten(1, (ngroups, d_state)) for tensor in (B, C))
+            A, dt = A[:, None, None].expand(*heads, d_state), dt[..., None].expand(-1, *heads)
+            D, dt_bias = (tensor[:, None].expand(heads) for tensor in (D, dt_bias))
+        selective_state_update(state, x, dt, A, B, C, D, dt_bias, out=out, **options)
+
+    def stock_conv(self, call: int) -> None:
+        from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update
+
+        causal_conv1d_update(
+            self.x, self.conv_state, self.weight, self.bias, "silu", conv_state_indices=self.slots[call, :, None]
+        )
+
+    def update(self, call: int, sizes: Any = None) -> None:
+        update_module.selective_state_update_triton(**self.update_arguments(call), sizes=sizes)
+
+    def conv(self, call: int, sizes: Any = None) -> None:
+        conv_module.causal_conv1d_update_triton(**self.conv_arguments(call), sizes=sizes)
+
+    def project_and_update(self, call: int, sizes: Any = None) -> None:
+        torch.mm(self.low_rank_dt, self.dt_weight.t(), out=self.dt)
+        self.update(call, sizes)
+
+    def update_with_projection(self, call: int, sizes: Any = None) -> None:
+        given = self.update_arguments(call) | {"dt": self.low_rank_dt, "dt_weight": self.dt_weight}
+        update_module.selective_state_update_triton(**given, sizes=sizes)
+
+    def update_sizes(self) -> list[tuple[int, int]]:
+        """Channels a program and warps: 4 to 64 numbers of the state a thread."""
+        d_inner, d_state, headdim, _ = self.shape
+        tried = itertools.product((4, 8, 16, 32, 64, 128, 256), (1, 2, 4))
+        return [
+            (channels, warps)
+            for channels, warps in tried
+            if channels <= (headdim or d_inner) and 8 <= channels * d_state // (32 * warps) <= 64
+        ]
+
+    def floor(self) -> float:
+        """Microseconds that the states' bytes take, read and written."""
+        return 2 * self.batch * self.state[0].numel() * self.state.element_size() / BYTES_PER_US
+
+    def conv_floor(self) -> float:
+        return 2 * 2 * (3 + 1) * self.batch * self.conv_channels / BYTES_PER_US
