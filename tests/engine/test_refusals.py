@@ -146,9 +146,13 @@ def test_training_length_of_another_model(tiny_model: Callable[[str], Path], tin
             {"table": "~nouser/x"},
             "table must be a path in a home folder that exists; write it out in full, but is '~no",
         ),
+        (
+            {"train_length": 96, "calibration_text": "~nouser/x"},
+            "calibration_text must be a path in a home folder that exists; write it out in full, but is '~nouser/x'",
+        ),
         ({"train_length": 10**30}, "train_length must be a number of tokens, 2 to 1073741824, but is 1000000"),
     ],
-    ids=["unknown", "calibrate", "filter", "min_retention", "end", "both", "table", "home", "train_length"],
+    ids=["unknown", "calibrate", "filter", "min_retention", "end", "both", "table", "home", "text", "train_length"],
 )
 def test_options(given: dict[str, Any], expected: str, tiny_model: Callable[[str], Path]) -> None:
     assert f"additional_config['longmamba']: {expected}" in refusal(tiny_model("mamba2"), **options(**given))
