@@ -24,7 +24,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         for settings in from_config(arguments["additional_config"]):
             save_table(small_table(seed=settings.seed), str(settings.store))
 
-        def shutdown() -> None:
+        def shutdown(timeout: float) -> None:
             seen[-1]["ended"] = True
 
         return SimpleNamespace(llm_engine=SimpleNamespace(engine_core=SimpleNamespace(shutdown=shutdown)))
