@@ -14,6 +14,8 @@ from vllm_longmamba.tables import CLOSED_LOOP, ThresholdTable, load_table, measu
 
 # Share of a GPU's memory for vLLM where long sequences are measured.
 _MEMORY_BESIDE_DT = 0.7
+# vLLM's own patience of 5 s ends in warnings about killed processes.
+_END_TIMEOUT_S = 60.0
 
 
 def calibrate(model: str, settings: CalibrationSettings | None = None, **engine_args: Any) -> ThresholdTable:
@@ -59,7 +61,7 @@ def calibrate_all(model: str, settings: Sequence[CalibrationSettings], **engine_
         ]
         config = {**engine_args.pop("additional_config", {}), **to_config(to_make)}
         llm = LLM(model, additional_config=config, **{**_arguments(to_make), **engine_args})
-        llm.llm_engine.engine_core.shutdown()
+        llm.llm_engine.engine_core.shutdown(timeout=_END_TIMEOUT_S)
         return [load_table(path) for path in paths]
 
 

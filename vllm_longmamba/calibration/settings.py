@@ -181,9 +181,6 @@ class CalibrationSettings:
         assert self.train_length is not None
         assert self.clamp_percent is not None
         is_closed = self.method == CLOSED_LOOP
-        closed_loop = ClosedLoop(
-            combine=self.way_to_combine, lengths=self.measured_lengths, text_tokens=text_tokens, budget=self.budget
-        ) if is_closed else None  # fmt: skip
         return TableMetadata(
             model_id=self.model_id,
             weights_fingerprint=self.weights_fingerprint,
@@ -196,10 +193,15 @@ class CalibrationSettings:
             tool_version=f"vllm_longmamba {__version__}",
             method=self.method,
             combine=MEAN if is_closed else self.way_to_combine,
-            closed_loop=closed_loop,
+            closed_loop=self._closed_loop(text_tokens) if is_closed else None,
             budget=1.0 if is_closed else self.budget,
             channel_budgets=self.channel_budgets,
             unfiltered_end=self.unfiltered_end,
+        )
+
+    def _closed_loop(self, text_tokens: int) -> ClosedLoop:
+        return ClosedLoop(
+            combine=self.way_to_combine, lengths=self.measured_lengths, text_tokens=text_tokens, budget=self.budget
         )
 
     def empty_table(self, channels: dict[int, int]) -> ThresholdTable:

@@ -20,6 +20,8 @@ SET_HERE = (
 )  # fmt: skip
 
 _EXTENSION = "vllm_longmamba.inspect.recording.InspectWorkerExtension"
+# vLLM's own patience of 5 s ends in warnings about killed processes.
+_END_TIMEOUT_S = 60.0
 
 # A channel: its layer, and its index there.
 Channel = tuple[int, int]
@@ -125,7 +127,7 @@ def measure(
             given = (table.row_of(length), is_filtered, [list(channel) for channel in channels])
             results[is_filtered][length] = _measure_prompt(llm, tokens[:length], given)
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        llm.llm_engine.engine_core.shutdown(timeout=_END_TIMEOUT_S)
     return Measurements(text.name, channels, results[False], results[True])
 
 
