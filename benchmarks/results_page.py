@@ -94,12 +94,25 @@ def _generated(results: Path) -> str:
 
 
 def _prefill(results: Path) -> str:
-    columns = {"8192": "8k", "16384": "16k", "32768": "32k", "65536": "64k", "98304": "96k"}
+    columns = {
+        "8192": "8k",
+        "16384": "16k",
+        "32768": "32k",
+        "65536": "64k",
+        "98304": "96k",
+        "batch": "32 prompts of 8k",
+    }
     rows = []
     for name, result in json.loads((results / "whole_models.json").read_text())["models"].items():
-        figures = [*(result["prefill"][length] for length in columns), result["batch"]]
-        rows.append([name, *(f"{figure['stock']['median'] / figure['on']['median']:.2f}" for figure in figures)])
-    return _markdown(["stock time / our time", *columns.values(), "32 prompts of 8k"], rows)
+        if prefill := result.get("prefill"):
+            figures = [{**prefill, "batch": result.get("batch")}.get(column) for column in columns]
+            rows.append([name, *(f"{_times(figure):.2f}" if figure else "" for figure in figures)])
+    return _markdown(["stock time / our time", *columns.values()], rows)
+
+
+def _times(figure: Mapping[str, Any]) -> float:
+    """How many times as long stock vLLM takes."""
+    return float(figure["stock"]["median"] / figure["on"]["median"])
 
 
 def _agreement(results: Path) -> str:

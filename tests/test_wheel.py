@@ -15,6 +15,8 @@ from vllm_longmamba import __version__
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "passkey-mamba2-4m"
 pytestmark = pytest.mark.slow
+# Settings of tests, which a user does not have: without them the engine runs in a process of its own.
+OF_TESTS = ("PYTHONPATH", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_LOGGING_LEVEL")
 
 # Asks for a key at four times the training length, with the table that is in the wheel.
 ASK = """
@@ -76,9 +78,7 @@ def test_wheel_serves_from_outside_of_the_checkout(release: Path, tmp_path: Path
     site = Path(_run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     # Names a folder only, whose own .pth files, the editable install among them, are then not read.
     (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    # A user's environment has no such setting; the engine then runs in a process of its own, which loads the plugin.
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    environment = {name: value for name, value in os.environ.items() if name not in OF_TESTS}
     (tmp_path / "ask.py").write_text(ASK)
     text = ROOT / "examples" / "texts" / "haystack.txt"
     output = _run(python, tmp_path / "ask.py", MODEL, text, cwd=tmp_path, env=environment)

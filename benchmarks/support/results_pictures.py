@@ -99,7 +99,8 @@ def _short(length: int) -> str:
 
 def _prefill(results: Path, file: Path) -> Path:
     """Prompt tokens a second against the length of the prompt: stock vLLM and LongMamba."""
-    models = json.loads((results / "whole_models.json").read_text())["models"]
+    every = json.loads((results / "whole_models.json").read_text())["models"]
+    models = {name: result for name, result in every.items() if result.get("prefill")}
     figure, panels = pyplot.subplots(1, len(models), figsize=(3 * len(models), 2.9), squeeze=False)
     for axes, (name, result) in zip(panels[0], models.items(), strict=True):
         lengths = [int(length) for length in result["prefill"]]
