@@ -10,6 +10,7 @@ reports and logs. Without --gpus, on the CPU. results_page.py then fills the pag
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ TASKS = ("passkey", "needles", "perplexity")
 QUESTIONS = ["--depths", "9", "--seeds", "0,1,2,3,4,5"]
 WINDOWS = ["--windows", "10"]
 # Several engines share a GPU: none measures its memory.
-SHARED = ["enforce_eager=true", "kv_cache_memory_bytes=4294967296", "gpu_memory_utilization=0.05", "max_num_seqs=32"]
+SHARED = {"enforce_eager": True, "kv_cache_memory_bytes": 2**32, "gpu_memory_utilization": 0.05}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def label(task: str, name: str) -> str:
 def runs(options: argparse.Namespace) -> Iterator[Run]:
     """The runs of all tasks and tables."""
     common = ["--lengths", ",".join(map(str, options.lengths)), "--dtype", "float32"]
-    engine = [f"--engine-arg={argument}" for argument in SHARED] if options.gpus else []
+    engine = ["--engine-args", json.dumps(SHARED)] if options.gpus else []
     for task in TASKS:
         text, asked = ("--text", WINDOWS) if task == "perplexity" else ("--haystack", QUESTIONS)
         for name, file in tables(options):

@@ -28,8 +28,9 @@ def engine_logprobs(
     from vllm_longmamba.evaluate.engine import EngineContestant
 
     longest = max(map(len, prompts)) + 1
-    arguments = {"dtype": "float32", "enforce_eager": True, "max_model_len": longest, "gpu_memory_utilization": 0.1}
-    contestant = EngineContestant(str(folder), options, arguments | engine_args)
+    arguments = {"model": str(folder), "additional_config": {"longmamba": options}, "dtype": "float32"}
+    arguments |= {"enforce_eager": True, "max_model_len": longest, "gpu_memory_utilization": 0.1}
+    contestant = EngineContestant(arguments | engine_args, filters=options.get("filter", True))
     with contestant.start() as runner:
         results = dict(runner.tail_logprobs(enumerate(prompts), scored))
     gc.collect()

@@ -137,7 +137,7 @@ def tune(
         from vllm_longmamba.evaluate.texts import read_books
         from vllm_longmamba.evaluate.tuning import Scorer, choose, plain, search
         from vllm_longmamba.evaluate.tuning import search_unfiltered as left_out
-        from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
+        from vllm_longmamba.evaluate.tuning_report import summarize_tuning, tuning_markdown
         from vllm_longmamba.evaluate.tuning_tables import Grid, calibration_arguments, make_tables
         from vllm_longmamba.options import KEY
         from vllm_longmamba.tables import CLOSED_LOOP, leave_unfiltered, save_table
@@ -231,9 +231,7 @@ def tune(
                 **summarize_tuning(scores, best),
             }
             title = f"Tuning: {Path(model).name}"
-            write_report(
-                store, report, lambda pictures: tuning_markdown(report, title, pictures), lambda: draw_tuning(report)
-            )
+            write_report(store, report, lambda _: tuning_markdown(report, title))
         console.print(f"table with the best setting ({setting.label()}) as its default: {path}", soft_wrap=True)
 
 

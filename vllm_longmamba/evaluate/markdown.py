@@ -49,7 +49,7 @@ def perplexity_markdown(report: Mapping[str, Any], title: str, pictures: Iterabl
     return document(report, title, [text, table(header, lines)], pictures)
 
 
-def document(report: Mapping[str, Any], title: str, parts: Iterable[str], pictures: Iterable[str]) -> str:
+def document(report: Mapping[str, Any], title: str, parts: Iterable[str], pictures: Iterable[str] = ()) -> str:
     """A report: title, parts, pictures, and what was run, where and with what."""
     lines = [f"- Model: {escaped(report['model'])}", f"- Command: {code(report['command'])}"]
     lines.append(f"- Hardware: {report['hardware']}")

@@ -11,7 +11,6 @@ from vllm_longmamba.evaluate.methods import LABELS
 Pictures = dict[str, bytes]
 # Colours that colour-blind readers can tell apart (Okabe and Ito), in the order of the methods.
 COLOURS = ("#767676", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_LINES = ("-", "--", ":")
 _MAX_NUMBERED_CELLS = 240
 
 
@@ -100,8 +99,8 @@ def draw_curves(axes: Any, report: Mapping[str, Any], rows: Sequence[Mapping[str
             continue
         lengths = [length for length, _ in own]
         low, middle, high = ([row[end] for _, row in own] for end in ("low", name, "high"))
-        colour, style = look(number)
-        axes.plot(lengths, middle, style, color=colour, marker="o", markersize=5, linewidth=2, label=LABELS[method])
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(lengths, middle, color=colour, marker="o", markersize=5, linewidth=2, label=LABELS[method])
         axes.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
     lengths = sorted({row["length"] for row in rows})
     axes.set_xscale("log", base=2)
@@ -111,21 +110,10 @@ def draw_curves(axes: Any, report: Mapping[str, Any], rows: Sequence[Mapping[str
         axes.axvline(length, color="#999999", linestyle="--", linewidth=1)
         place = {"xycoords": ("data", "axes fraction"), "xytext": (3, 6), "textcoords": "offset points"}
         axes.annotate("trained on", (length, 0.0), **place, rotation=90, size=8, color="#666666")
-    finish(axes)
-
-
-def finish(axes: Any) -> None:
-    """Legend, grid and frame."""
     axes.legend(frameon=False, handlelength=3)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def look(number: int) -> tuple[str, str]:
-    """Colour and line of a curve."""
-    turn, place = divmod(number, len(COLOURS))
-    return COLOURS[place], _LINES[turn % len(_LINES)]
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from vllm_longmamba.evaluate.statistics import ratio_interval, share_interval
 from vllm_longmamba.evaluate.store import Store
 from vllm_longmamba.evaluate.terminal import console
 
-PICTURES = ("heat-map", "by-length", "perplexity", "tuning")
+PICTURES = ("heat-map", "by-length", "perplexity")
 # All that a report may consist of.
 FILES = ("report.json", "report.md", *(f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg")))
 
@@ -30,7 +30,7 @@ def write_report(
     store: Store,
     report: Mapping[str, Any],
     markdown: Callable[[Iterable[str]], str],
-    draw: Callable[[], Mapping[str, bytes]],
+    draw: Callable[[], Mapping[str, bytes]] = dict,
 ) -> None:
     """Write report.json, report.md and pictures, and show the second up to its conditions.
 
@@ -57,7 +57,7 @@ def write_report(
         store.write(name, content)
     shown = text.partition("## Conditions")[0]
     console.print(Markdown("\n".join(line for line in shown.splitlines() if not line.startswith("!["))))
-    console.print(f"written: {store.folder}/report.md, report.json, pictures", soft_wrap=True)
+    console.print(f"written: {', '.join(str(store.folder / name) for name in files)}", soft_wrap=True)
 
 
 def provenance(model: str, methods: Mapping[str, Contestant], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,18 +1,13 @@
 """The report of `longmamba tune`: every setting tried, the best one marked."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_longmamba.evaluate.markdown import document, interval, table
-from vllm_longmamba.evaluate.pictures import COLOURS, Pictures, as_files, figure_with_panels, finish, look
 from vllm_longmamba.evaluate.tuning import FOUND_TOLERANCE, Score, as_values
 
-# What tells settings apart beside theta: heading, and words for one.
-_VARIED = {
-    "clamp_percent": ("C (%)", "C = {:g} %"),
-    "budget": ("budget", "budget {:g}"),
-    "unfiltered_end": ("unfiltered end", "unfiltered end {:g}"),
-}
+# What tells settings apart beside theta, and its heading.
+_VARIED = {"clamp_percent": "C (%)", "budget": "budget", "unfiltered_end": "unfiltered end"}
 
 
 def summarize_tuning(scores: Sequence[Score], best: Score) -> dict[str, Any]:
@@ -36,11 +31,11 @@ def summarize_tuning(scores: Sequence[Score], best: Score) -> dict[str, Any]:
     }
 
 
-def tuning_markdown(report: Mapping[str, Any], title: str, pictures: Iterable[str]) -> str:
+def tuning_markdown(report: Mapping[str, Any], title: str) -> str:
     """The report as Markdown; arguments as of `questions_markdown`."""
     varied = _varied(report)
     searched = any(score["candidate"]["unfiltered"] for score in report["tried"])
-    header = [*(_VARIED[name][0] for name in varied), "theta", *(["unfiltered"] * searched), "global channels"]
+    header = [*(_VARIED[name] for name in varied), "theta", *(["unfiltered"] * searched), "global channels"]
     if report["plain"]["found"]:
         header.append("keys found")
     if report["plain"]["loss"]:
@@ -57,37 +52,7 @@ def tuning_markdown(report: Mapping[str, Any], title: str, pictures: Iterable[st
         f"{FOUND_TOLERANCE:g} of the largest. Intervals: 95 %, Wilson for keys, bootstrap over texts for losses; they "
         "do not allow for the choice of the best of many, so confirm it on other text (`longmamba eval`)."
     )
-    return document(report, title, [text, table(header, rows)], pictures)
-
-
-def draw_tuning(report: Mapping[str, Any]) -> Pictures:
-    """Keys found and the loss less that of plain over theta, a curve for each C, budget and unfiltered end.
-
-    Args:
-        report: as written to JSON. What was tried with something left unfiltered is in the table only.
-    """
-    labels = {"found": "keys found", "difference": "nats per token, difference to plain, same windows"}
-    kinds = [(name, of) for name, of in (("found", "share"), ("difference", "loss")) if report["plain"][name]]
-    varied = _varied(report)
-    curves: dict[tuple[float, ...], list[Mapping[str, Any]]] = {}
-    for score in report["tried"]:
-        if not score["candidate"]["unfiltered"]:
-            curves.setdefault(tuple(score["candidate"][name] for name in varied), []).append(score)
-    with figure_with_panels(5.2 * len(kinds), 3.8, len(kinds)) as (figure, panels):
-        for panel, (kind, of) in zip(panels, kinds, strict=True):
-            panel.axhline(report["plain"][kind][of], color=COLOURS[0], linestyle="--", label="plain")
-            for number, (fixed, own) in enumerate(curves.items(), start=1):
-                thetas = [score["candidate"]["min_retention"] for score in own]
-                low, values, high = ([score[kind][end] for score in own] for end in ("low", of, "high"))
-                colour, style = look(number)
-                label = ", ".join(_VARIED[name][1] for name in varied).format(*fixed) or "LongMamba"
-                panel.plot(thetas, values, style, color=colour, marker="o", markersize=4, label=label)
-                panel.fill_between(thetas, low, high, color=colour, alpha=0.08, linewidth=0)
-            panel.set_xscale("log")
-            panel.set_xlabel("theta (min_retention)")
-            panel.set_ylabel(labels[kind])
-            finish(panel)
-        return as_files(figure, "tuning")
+    return document(report, title, [text, table(header, rows)])
 
 
 def _varied(report: Mapping[str, Any]) -> list[str]:

@@ -71,20 +71,9 @@ RULER = Benchmark(
 
 # The 13 sets of the E split. lm-eval's own group longbench_e leaves out summarization and the synthetic tasks.
 _LONGBENCH_E = (
-    "qasper",
-    "multifieldqa_en",
-    "hotpotqa",
-    "2wikimqa",
-    "gov_report",
-    "multi_news",
-    "trec",
-    "triviaqa",
-    "samsum",
-    "passage_count",
-    "passage_retrieval_en",
-    "lcc",
-    "repobench-p",
-)
+    "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "gov_report", "multi_news", "trec", "triviaqa", "samsum",
+    "passage_count", "passage_retrieval_en", "lcc", "repobench-p",
+)  # fmt: skip
 LONGBENCH_E = Benchmark(
     name="longbench-e",
     title="LongBench-E",
