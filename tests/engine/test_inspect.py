@@ -1,5 +1,6 @@
 """`longmamba inspect` of real models: what it reads of a layer is what the layer computes with."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ def test_command(
     path, _ = tiny_table("mamba2")
     command = ["inspect", str(tiny_model("mamba2")), "--table", str(path), "--text", str(text), "--dtype", "float32"]
     command += ["--lengths", "200,300", "--layers", "0-1", "--channel", "2:3", "-o", str(tmp_path / "pictures")]
+    command += ["--engine-args", json.dumps(MEMORY)]
     result = CliRunner().invoke(app, command, env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
     lines = [" ".join(line.split()) for line in result.output.splitlines()]

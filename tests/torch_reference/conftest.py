@@ -1,5 +1,6 @@
 """Tiny checkpoints of the families that the torch reference runs, one thread, the CPU."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,9 +8,7 @@ import pytest
 import torch
 from tiny_models import write_falcon_mamba, write_hf_twin, write_mamba1_original, write_mamba2_original
 
-from vllm_longmamba.evaluate.reference_models import reference_module
-
-reference_module()
+sys.path.append(str(Path(__file__).resolve().parents[1] / "references"))
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,12 @@ def reference_module(name: str = "torch_models") -> ModuleType:
     Raises:
         ValueError: this is no source checkout.
     """
-    if not (_FOLDER / "torch_models").is_dir():
+    if (_FOLDER / "torch_models").is_dir() and str(_FOLDER) not in sys.path:
+        sys.path.append(str(_FOLDER))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
         raise ValueError(
             "DeciMamba runs in a source checkout only, as do --method torch-plain and torch-longmamba: their models "
             "are in its tests/references; install with `pip install -e .` from a clone of the repository"
-        )
-    if str(_FOLDER) not in sys.path:
-        sys.path.append(str(_FOLDER))
-    return importlib.import_module(name)
+        ) from error
