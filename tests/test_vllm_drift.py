@@ -290,6 +290,18 @@ SOURCES = [
         "dt comes without its bias, transposed",
         "long_mixer.py",
     ),
+    (
+        f"{MIXER1}._ssm_transform",
+        r"\[self\.time_step_rank, self\.ssm_state_size, self\.ssm_state_size\]",
+        "x_proj gives dt of low rank, B and C",
+        "mamba1.py",
+    ),
+    (
+        f"{MIXER1}._ssm_transform",
+        r"= self\.dt_layernorm\(time_step\.contiguous\(\)\)",
+        "norms come between x_proj and dt_proj",
+        "mamba1.py",
+    ),
     (f"{MIXER1}.__init__", r"self\.kv_cache = \(torch", "kv_cache is (conv_state, ssm_state)", "mixer1.py"),
     (f"{MIXER1}.__init__", r"skip_bias_add=True", "dt_proj leaves its bias to the scan", "mixer1.py"),
     (
