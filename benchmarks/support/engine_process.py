@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .shapes import CACHE_GIB, GIB, MAX_LENGTH
-from .step_recorder import PROFILED, SKIPPED, start_recording, stop_recording
+from .step_recorder import MARGIN, PROFILED, SKIPPED, start_recording, stop_recording
 
 # A start, with everything to be compiled, takes 1 to 2 minutes.
 LONGEST_SECONDS = 300
@@ -102,7 +102,7 @@ class _Engine:
     def decode(self, batch: int, steps: int) -> dict[str, Any]:
         """A decode step, see `stop_recording`; `steps` of them are timed."""
         self.on_worker(start_recording, batch, steps)
-        self.generate(batch, 16, SKIPPED + steps + PROFILED + 6)
+        self.generate(batch, 16, SKIPPED + steps + PROFILED + MARGIN)
         recorded: dict[str, Any] = self.on_worker(stop_recording)
         return recorded
 

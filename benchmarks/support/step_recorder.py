@@ -7,6 +7,8 @@ from typing import Any
 # Steps in front of those that are timed, and those behind them that are profiled.
 SKIPPED = 8
 PROFILED = 12
+# Steps that may hold fewer requests, because some began or ended earlier.
+MARGIN = 64
 
 
 class _StepRecorder:
@@ -45,6 +47,12 @@ class _StepRecorder:
             ]
             self._profile = None
 
+    def check(self) -> None:
+        import torch
+
+        if len(self.times) < self._steps or (torch.cuda.is_available() and not self.events):
+            raise RuntimeError(f"only {self._count} steps held {self._batch} requests; raise MARGIN")
+
 
 def start_recording(worker: Any, batch: int, steps: int) -> None:
     """Record the next steps that decode `batch` requests."""
@@ -60,6 +68,7 @@ def stop_recording(worker: Any) -> dict[str, Any]:
     """
     recorder = worker.model_runner.execute_model
     del worker.model_runner.execute_model
+    recorder.check()
     intervals = [end - begin for begin, end in zip(recorder.times, recorder.times[1:], strict=False)]
     kernels: dict[str, tuple[float, float]] = {}
     busy, last = 0.0, 0.0
