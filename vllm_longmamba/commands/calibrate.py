@@ -23,7 +23,7 @@ def calibrate(
             exists=True,
             dir_okay=False,
             help="Text to calibrate on: plain text (UTF-8), .jsonl or .parquet; repeatable. "
-            "[default: the sample that comes with the package]",
+            "(default: the sample that comes with the package)",
         ),
     ] = None,
     text_column: Annotated[str, typer.Option(help="Field or column of .jsonl and .parquet files.")] = "text",
@@ -46,7 +46,7 @@ def calibrate(
     clamp_percent: Annotated[
         float | None,
         typer.Option(
-            min=0, max=99.9, help="Paper's method: per cent of the largest dt's to clamp. [default: 20; Mamba-2: 5]"
+            min=0, max=99.9, help="Paper's method: per cent of the largest dt's to clamp. (default: 20; Mamba-2: 5)"
         ),
     ] = None,
     min_retention: Annotated[
@@ -54,7 +54,7 @@ def calibrate(
         typer.Option(
             min=0.0,
             max=1.0,
-            help="Retention above which a channel is global; serving may change it. [default: 0.05; paper: 0.01]",
+            help="Retention above which a channel is global; serving may change it. (default: 0.05; paper: 0.01)",
         ),
     ] = None,
     max_length: Annotated[
@@ -67,14 +67,14 @@ def calibrate(
             help="paper: stretch what sequences of the training length show. unclamped: the same without the clamp, "
             "and with the clipped mean over the sequences. "
             "closed-loop: measure with sequences as long as the prompts, the filter already on in the layers below. "
-            "[default: unclamped; with --clamp-percent: paper]"
+            "(default: unclamped; with --clamp-percent: paper)"
         ),
     ] = None,
     combine: Annotated[
         str | None,
         typer.Option(
             help="What becomes of the thresholds of all sequences: median, min, mean or clipped, the mean without "
-            "outliers. [default: clipped; paper: mean; closed loop: median]"
+            "outliers. (default: clipped; paper: mean; closed loop: median)"
         ),
     ] = None,
     budget: Annotated[
@@ -96,7 +96,7 @@ def calibrate(
         typer.Option(
             min=2,
             help="Closed loop: tokens of the longest sequences; thresholds of longer prompts are extrapolated. "
-            "[default: --max-length]",
+            "(default: --max-length)",
         ),
     ] = None,
     quantization: Annotated[str | None, typer.Option(help="Quantization of the model, as for vllm serve.")] = None,

@@ -23,7 +23,7 @@ def import_table(
         ),
     ] = None,
     train_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens the model was trained on. [default: what is known of the model]")
+        int | None, typer.Option(min=2, help="Tokens the model was trained on. (default: what is known of the model)")
     ] = None,
     min_retention: Annotated[
         float,
@@ -31,7 +31,7 @@ def import_table(
     ] = 1e-2,
     clamp_percent: Annotated[
         float | None,
-        typer.Option(min=0, max=99.9, help="Clamp the files were made with, for the record. [default: 20; Mamba-2: 5]"),
+        typer.Option(min=0, max=99.9, help="Clamp the files were made with, for the record. (default: 20; Mamba-2: 5)"),
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences they were made from, for the record.")] = 5,
 ) -> None:

@@ -28,14 +28,14 @@ def inspect(
         typer.Option("--output", "-o", help="Folder for pictures, PNG and SVG (needs matplotlib)."),
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option(help="Prompt lengths in tokens, such as 4096,8192. [default: training lengths x 2^n]")
+        str | None, typer.Option(help="Prompt lengths in tokens, such as 4096,8192. (default: training lengths x 2^n)")
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Layers to show, such as 0,4-7. [default: all; curves: four]")
+        str | None, typer.Option(help="Layers to show, such as 0,4-7. (default: all; curves: four)")
     ] = None,
     channel: Annotated[
         list[str] | None,
-        typer.Option(help="LAYER:CHANNEL whose receptive field is drawn; repeatable. [default: three]"),
+        typer.Option(help="LAYER:CHANNEL whose receptive field is drawn; repeatable. (default: three)"),
     ] = None,
     *,
     engine: EngineOptions,
