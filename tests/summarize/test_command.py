@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from vllm_longmamba.chat_templates import PASS_THROUGH
 from vllm_longmamba.cli import app
-from vllm_longmamba.summarize.backends import Sampling
-from vllm_longmamba.summarize.engine import EngineBackend, engine_args, engine_arguments
-from vllm_longmamba.summarize.ray_plugin import plugin_modules
-from vllm_longmamba.summarize.settings import JobSettings
+from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments
+from vllm_longmamba.summarize.engine import EngineBackend
+from vllm_longmamba.summarize.ray_data import plugin_modules
+from vllm_longmamba.summarize.settings import JobSettings, Sampling
 
 from .conftest import EXAMPLE_MODEL
 from .documents import write_jsonl
@@ -106,25 +106,16 @@ def test_the_settings_hash_covers_what_changes_answers() -> None:
     def settings(**more: Any) -> JobSettings:
         return JobSettings(inputs=("a",), output=Path("b.jsonl"), model="m", **more)
 
-    same = [settings(), settings(concurrency=3), settings(engine_args={"max_num_seqs": 2}), settings(limit=1)]
+    same = [settings(), settings(concurrency=3), settings(engine={"max_num_seqs": 2}), settings(limit=1)]
     assert len({each.answer_hash() for each in same}) == 1
-    other = [settings(instruction="x"), settings(table="t"), settings(max_model_len=5), settings(dtype="float32")]
+    other = [settings(instruction="x"), settings(max_model_len=5), settings(engine={"dtype": "float32"})]
+    other.append(settings(engine={"additional_config": {"longmamba": {"table": "t"}}}))
     assert len({each.answer_hash() for each in [*other, same[0]]}) == 5
-
-
-def test_engine_arguments() -> None:
-    model, own = str(EXAMPLE_MODEL), {"table": "t", "min_retention": None}
-    arguments = engine_arguments(model, own, 100, "float32", 2, model, {"max_num_seqs": 4})
-    assert arguments["additional_config"] == {"longmamba": {"table": "t"}}
-    made = engine_args(arguments)
-    assert (made.model, made.model_impl, made.max_model_len, made.dtype) == (model, "longmamba", 100, "float32")
-    assert (made.tensor_parallel_size, made.tokenizer, made.max_num_seqs) == (2, model, 4)
-    stock = engine_arguments(model, {}, None, "auto", 1, None, {"model_impl": "auto"})
-    assert stock["additional_config"] == {}
 
 
 def test_steps_as_large_as_those_of_llm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless told otherwise, the engine takes a bare `LLM`'s tokens for a step and sequences at a time."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -135,10 +126,10 @@ def test_steps_as_large_as_those_of_llm(monkeypatch: pytest.MonkeyPatch) -> None
         raise Asked(arguments.create_engine_config(usage_context).scheduler_config)
 
     monkeypatch.setattr(AsyncLLM, "from_engine_args", config_only)
-    arguments = engine_arguments(str(EXAMPLE_MODEL), {}, 16384, "float32", 1, None, {})
+    arguments = engine_arguments(str(EXAMPLE_MODEL), EngineOptions(max_model_len=16384, dtype="float32"))
     with pytest.raises(Asked) as asked:
         EngineBackend(arguments, Sampling())
-    expected = engine_args(arguments).create_engine_config(UsageContext.LLM_CLASS).scheduler_config
+    expected = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS).scheduler_config
     scheduler = asked.value.args[0]
     assert scheduler.max_num_batched_tokens == expected.max_num_batched_tokens
     assert scheduler.max_num_seqs == expected.max_num_seqs

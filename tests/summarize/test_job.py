@@ -14,10 +14,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from vllm_longmamba.summarize.backends import Sampling
 from vllm_longmamba.summarize.job import EXIT_DISK_FULL, EXIT_ERROR_ROWS, EXIT_INTERRUPTED, EXIT_STOPPED
-from vllm_longmamba.summarize.journal import Journal
 from vllm_longmamba.summarize.records import COLUMNS
+from vllm_longmamba.summarize.settings import Sampling
+from vllm_longmamba.summarize.store import Store
 
 from .conftest import Job
 from .documents import pdf, write_jsonl

@@ -35,7 +35,7 @@ def test_state(clock: Clock) -> None:
     progress = Progress(Console(file=io.StringIO()), total_bytes=1000)
     progress.begin()
     assert progress.state() == "0 documents, 0/s, 0 tokens/s"
-    progress.skipped(weight=500)
+    progress.skipped(weight=500, repeated=False)
     clock.now = 10.0
     for _ in range(4):
         progress.answered(a_row(), weight=25)
@@ -49,7 +49,7 @@ def test_report(clock: Clock) -> None:
     progress.answered(a_row(dropped_tokens=7), weight=1)
     progress.answered(a_row(steps=[{}]), weight=1)
     progress.answered(a_row(error="refused: no"), weight=1)
-    progress.repeated(weight=1)
+    progress.skipped(weight=1, repeated=True)
     clock.now = 100.0
     progress.end()
     clock.now = 900.0

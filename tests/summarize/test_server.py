@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from vllm_longmamba.summarize import server as server_module
-from vllm_longmamba.summarize.backends import Sampling
 from vllm_longmamba.summarize.prompts import Prompt
 from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError
-from vllm_longmamba.summarize.server import ServerBackend, ServerOptions, connect
+from vllm_longmamba.summarize.server import ServerBackend
+from vllm_longmamba.summarize.settings import JobSettings, Sampling
 
 from .conftest import EXAMPLE_MODEL, Job
 from .documents import write_jsonl

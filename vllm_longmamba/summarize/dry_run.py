@@ -5,25 +5,22 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
-from vllm_longmamba.summarize.admission import Admitted
-from vllm_longmamba.summarize.answering import check_fit
-from vllm_longmamba.summarize.backends import Backend
+from vllm_longmamba.summarize.answering import Backend
 from vllm_longmamba.summarize.fitting import too_long
-from vllm_longmamba.summarize.index import Index
 from vllm_longmamba.summarize.inputs import Inputs
-from vllm_longmamba.summarize.job import admitted_records, make_maker, max_prompt_tokens
-from vllm_longmamba.summarize.output import Output
-from vllm_longmamba.summarize.progress import Progress, duration
+from vllm_longmamba.summarize.job import Starting, admitted_records, make_answerer, start_backend
+from vllm_longmamba.summarize.progress import Progress, counts, duration, say
 from vllm_longmamba.summarize.prompts import Prompt, PromptMaker
 from vllm_longmamba.summarize.records import RecordError
+from vllm_longmamba.summarize.runner import Admitted
 from vllm_longmamba.summarize.settings import JobSettings
-from vllm_longmamba.summarize.starting import arguments_of, start_backend
+from vllm_longmamba.summarize.store import Store
 from vllm_longmamba.summarize.texts import TextExtractor
 
 _IDS_SHOWN = 10
@@ -56,57 +53,58 @@ class Forecast:
     sample: list[Prompt] = field(default_factory=list)
 
 
-def dry_run(settings: JobSettings, sample: int, console: Console) -> None:
+def dry_run(settings: JobSettings, sample: int, console: Console, starting: Starting = nullcontext) -> None:
     """Count everything, answer a few documents to measure the speed, and say what the job would take.
 
     Args:
         settings: of the job; nothing is written.
         sample: documents to answer; 0 starts no engine and tells no time.
         console: for the result.
+        starting: makes a context in which the engine is started.
 
     Raises:
         ValueError: wrong settings.
-        JobStoppedError: server or cluster cannot be reached.
+        JobStoppedError: the server cannot be reached.
     """
-    asyncio.run(_dry_run(settings, sample, console))
+    asyncio.run(_dry_run(settings, sample, console, starting))
 
 
-async def _dry_run(settings: JobSettings, sample: int, console: Console) -> None:
-    output = Output(settings.output)
-    inputs = Inputs(settings.inputs, settings.stdin_format, exclude=output.files())
-    index = Index()
-    if not settings.overwrite:
-        output.peek(index)
-    progress = Progress(console, inputs.total_bytes)
-    backend: Backend | None = None
-    if sample or settings.base_url is not None:
-        backend = await start_backend(settings, console)
-        tokenizer, length = backend.tokenizer, backend.max_model_len
-    else:
-        tokenizer, length = _of_model(settings)
-    try:
-        maker = make_maker(settings, tokenizer)
-        limit = max_prompt_tokens(settings, length)
-        check_fit(settings.fit, maker, settings.sampling.max_tokens, limit)
-        admitted = admitted_records(settings, inputs, index, progress)
-        shown = track(admitted, "reading", console=console, transient=True) if console.is_terminal else admitted
-        forecast = take_stock(shown, maker, TextExtractor(settings.encoding), limit, sample)
-        _say_what(forecast, inputs, progress, settings, limit, console)
-        if backend is not None and forecast.sample:
-            backend.chat = maker.chat
-            rate = await _measured_rate(backend, forecast.sample)
-            console.print(
-                f"about {duration(forecast.characters / rate)}, from {len(forecast.sample)} documents answered at "
-                f"{rate:,.0f} characters/s",
-                highlight=False,
-            )
-    finally:
-        index.close()
-        if backend is not None:
-            await backend.close()
+async def _dry_run(settings: JobSettings, sample: int, console: Console, starting: Starting) -> None:
+    with closing(Store(settings.output, overwrite=settings.overwrite)) as store:
+        inputs = Inputs(settings.inputs, settings.stdin_format, exclude=store.files())
+        progress = Progress(console, inputs.total_bytes)
+        backend: Backend | None = None
+        if sample or settings.base_url is not None:
+            backend = await start_backend(settings, console, starting)
+            tokenizer, length = backend.tokenizer, backend.max_model_len
+        else:
+            from vllm_longmamba.summarize.engine import tokenizer_and_length
+
+            with starting():
+                tokenizer, length = tokenizer_and_length(settings.engine)
+        try:
+            _, maker, limit = make_answerer(settings, tokenizer, length)
+            admitted = admitted_records(settings, inputs, store, progress)
+            shown = track(admitted, "reading", console=console, transient=True) if console.is_terminal else admitted
+            extractor = TextExtractor(settings.encoding, settings.max_bytes, settings.timeout_s)
+            forecast = await take_stock(iter(shown), maker, extractor, limit, sample)
+            _say_what(forecast, inputs, progress, settings, limit, console)
+            if backend is not None and forecast.sample:
+                backend.chat = maker.chat
+                rate = await _measured_rate(backend, forecast.sample)
+                say(
+                    console,
+                    f"about {duration(forecast.characters / rate)}, from {len(forecast.sample)} documents answered at "
+                    f"{rate:,.0f} characters/s",
+                )
+        finally:
+            if backend is not None:
+                await backend.close()
 
 
-def take_stock(admitted: Any, maker: PromptMaker, extractor: TextExtractor, limit: int | None, sample: int) -> Forecast:
+async def take_stock(
+    admitted: Iterator[Admitted], maker: PromptMaker, extractor: TextExtractor, limit: int | None, sample: int
+) -> Forecast:
     """Read and count every record.
 
     Args:
@@ -117,13 +115,12 @@ def take_stock(admitted: Any, maker: PromptMaker, extractor: TextExtractor, limi
         sample: prompts to keep.
     """
     forecast = Forecast()
-    records: Iterator[Admitted] = iter(admitted)
     try:
-        for each in records:
+        for each in admitted:
             try:
                 if each.record.error is not None:
                     raise RecordError(*each.record.error.split(": ", 1))
-                prompt = maker.prompt(extractor.text(each.record))
+                prompt = maker.prompt(await extractor.text(each.record))
             except RecordError as error:
                 forecast.errors[str(error).partition(":")[0]] += 1
                 continue
@@ -158,14 +155,6 @@ async def _measured_rate(backend: Backend, sample: list[Prompt]) -> float:
     return sum(len(prompt.text) for prompt in sample) / (time.monotonic() - started)
 
 
-def _of_model(settings: JobSettings) -> tuple[Any, int | None]:
-    """(tokenizer, length) of a model that is not loaded."""
-    from vllm_longmamba.summarize.engine import engine_args, model_config_tokenizer
-
-    config = engine_args(arguments_of(settings)).create_model_config()
-    return model_config_tokenizer(config), config.max_model_len if config.max_model_len > 0 else None
-
-
 def _say_what(
     forecast: Forecast, inputs: Inputs, progress: Progress, settings: JobSettings, limit: int | None, console: Console
 ) -> None:
@@ -191,7 +180,6 @@ def _say_what(
         if forecast.too_long > len(forecast.too_long_ids):
             lines.append(f"  and {forecast.too_long - len(forecast.too_long_ids):,} more")
     if forecast.errors:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in forecast.errors.most_common())
-        lines.append(f"{forecast.errors.total():,} cannot be read: {kinds}")
+        lines.append(f"{forecast.errors.total():,} cannot be read: {counts(forecast.errors)}")
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        say(console, line)

@@ -1,198 +1,349 @@
-"""An OpenAI-compatible server as the backend: concurrency, retries with back-off, and patience while it restarts."""
+"""An OpenAI-compatible server as the backend: what it says is checked once, here; retries, and patience."""
 
 import asyncio
-import random
+import email.utils
+import json
+import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from vllm_longmamba.summarize.backends import Sampling
-from vllm_longmamba.summarize.prompts import Prompt
-from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError
+import aiohttp
+import tenacity
+from yarl import URL
 
+from vllm_longmamba.summarize.prompts import Prompt
+from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError, printable
+from vllm_longmamba.summarize.settings import JobSettings
+
+_CONCURRENCY = 64
 _CONNECT_TIMEOUT_S = 10.0
-_FIRST_DELAY_S = 0.25
-_LONGEST_DELAY_S = 30.0
+_PAUSE = tenacity.wait_random_exponential(multiplier=0.5, max=30.0)
 # A server that is up but fails on a request: that request may be the reason.
 _MAX_FAILURES = 5
-_FINISHED = ("stop", "length", "content_filter", "tool_calls")
+_AWAY = (408, 409, 429, 502, 503, 504)
+_NOT_THIS = (401, 402, 403, 404)
+_MAX_ERROR_BYTES = 64 * 1024
+# Of an answer: so much, and more for each token that was asked for.
+_BASE_BYTES, _BYTES_A_TOKEN = 2**20, 64
+_MAX_TOKENS = 2**48
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# Who answers this, answers.
+_PROBE = Prompt("Hello", "Hello", None)
 
 
-class _AbortedError(Exception):
-    """An answer that is not whole."""
+class _RefusedError(Exception):
+    """This prompt has no answer; all others may have none either."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+
+
+class _AgainError(_RefusedError):
+    """Another try may help: after `pause` seconds if the server says so; `away`: it is not the request that failed."""
+
+    def __init__(self, kind: str, detail: str, *, away: bool = False, pause: float | None = None) -> None:
+        super().__init__(kind, detail)
+        self.away, self.pause = away, pause
 
 
 @dataclass(frozen=True)
-class ServerOptions:
-    """How a server is spoken to.
+class ServedModel:
+    """What a server says of a model: its name there, its folder or name elsewhere, and its length."""
 
-    Attributes:
-        base_url: address of its API, up to and with /v1.
-        model: name there; None takes the first one that it lists.
-        api_key: sent as the bearer token.
-        timeout_s: longest time for one answer.
-        retry_for_s: how long the server may be away before the job stops.
-    """
-
-    base_url: str
-    model: str | None = None
-    api_key: str = "none"
-    timeout_s: float = 3600.0
-    retry_for_s: float = 600.0
+    name: str
+    root: str
+    max_model_len: int | None
 
 
 class ServerBackend:
-    """A server somewhere. Use `connect` to make one.
+    """A server somewhere; `connect` must come first.
 
     Args:
-        client: of the `openai` package.
-        model: name of the model there.
-        chat: whether to use /chat/completions instead of /completions.
-        max_model_len: what the server says, or None.
-        tokenizer: of the model, or None.
-        options: how the server is spoken to.
-        sampling: how answers are sampled.
-        concurrency: requests at a time.
+        settings: of the job.
+
+    Attributes:
+        address: of the server, without a password.
     """
 
-    def __init__(
-        self,
-        client: Any,
-        model: str,
-        max_model_len: int | None,
-        options: ServerOptions,
-        sampling: Sampling,
-        concurrency: int,
-    ) -> None:
+    def __init__(self, settings: JobSettings) -> None:
+        try:
+            url = URL(str(settings.base_url))
+            if url.scheme not in ("http", "https") or not url.host:
+                raise ValueError("no http")
+        except ValueError:
+            raise ValueError("--base-url must be an address such as http://localhost:8000/v1") from None
         self.tokenizer: Any = None
-        self.max_model_len = max_model_len
-        self.concurrency = concurrency
+        self.max_model_len: int | None = None
+        self.concurrency = settings.concurrency or _CONCURRENCY
         self.chat = False
-        self.model = model
-        self._client = client
-        self._options = options
-        self._sampling = sampling
+        self.address = str(url.with_user(None).with_query(None).with_fragment(None))
+        self._url, self._settings = url.with_user(None), settings
+        self._secrets = [secret for secret in (settings.api_key, url.password) if secret]
+        headers = {"Authorization": f"Bearer {settings.api_key or 'none'}", "Accept-Encoding": "identity"}
+        if url.user:
+            headers["Authorization"] = aiohttp.BasicAuth(url.user, url.password or "").encode()
+        self._model = settings.model
+        self._last_answer = -math.inf
+        self._session = aiohttp.ClientSession(
+            headers=headers,
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(settings.timeout_s, sock_connect=_CONNECT_TIMEOUT_S),
+            trust_env=True,
+        )
+
+    async def connect(self) -> ServedModel:
+        """Find the model.
+
+        Raises:
+            JobStoppedError: the server does not answer, or not with a list that has the model.
+        """
+        wanted = self._settings.model
+        try:
+            models = await self._patiently(lambda: self._ask("GET", "models", None, _models))
+        except _RefusedError as error:
+            hint = "" if self.address.rstrip("/").endswith("/v1") else " (the address of an API mostly ends with /v1)"
+            raise JobStoppedError(f"{self.address} gives no list of models{hint}: {error}") from None
+        found = next((model for model in models if wanted in (None, model.name)), None)
+        if found is None and (models or wanted is None):
+            names = ", ".join(printable(model.name, 100) for model in models[:20])
+            raise JobStoppedError(
+                f"{self.address} has no model {wanted!r}, but {names}; see --model"
+                if models
+                else f"{self.address} serves no model"
+            )
+        found = found or ServedModel(str(wanted), str(wanted), None)
+        self._model, self.max_model_len = found.name, found.max_model_len
+        return found
 
     async def complete(self, prompt: Prompt) -> Completion:
         """Answer one prompt; see `Backend`."""
-        response = await _patiently(lambda: self._request(prompt), self._options)
-        choice = response.choices[0]
-        text = choice.message.content if self.chat else choice.text
-        prompt_tokens, output_tokens = len(prompt.token_ids or []), 0
-        if response.usage is not None:
-            prompt_tokens, output_tokens = response.usage.prompt_tokens, response.usage.completion_tokens
-        return Completion(text or "", prompt_tokens, output_tokens, choice.finish_reason)
+        started = time.monotonic()
+        try:
+            completion: Completion = await self._patiently(
+                lambda: self._request(prompt, self._settings.sampling.max_tokens)
+            )
+        except _RefusedError as error:
+            if await self._answers_others(started):
+                raise RecordError(error.kind, str(error)) from None
+            raise JobStoppedError(f"{self.address} answers nothing any more: {error}") from None
+        self._last_answer = time.monotonic()
+        return completion
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.close()
+        await self._session.close()
 
-    async def _request(self, prompt: Prompt) -> Any:
-        common: dict[str, Any] = {
-            "model": self.model,
-            "max_tokens": self._sampling.max_tokens,
-            "temperature": self._sampling.temperature,
-            "top_p": self._sampling.top_p,
-        }
-        if self._sampling.temperature > 0:
-            common["seed"] = self._sampling.seed
-        if self._sampling.stop:
-            common["stop"] = list(self._sampling.stop)
+    async def _answers_others(self, since: float) -> bool:
+        """Whether the server has answered another prompt since, or answers a short one now."""
+        if self._last_answer > since:
+            return True
+        try:
+            await self._request(_PROBE, 1)
+        except (RecordError, _RefusedError):
+            return False
+        return True
+
+    async def _request(self, prompt: Prompt, max_tokens: int) -> Completion:
+        body = {"model": self._model, **self._settings.sampling.parameters(), "max_tokens": max_tokens}
         if self.chat:
-            messages: Any = [{"role": "user", "content": prompt.content}]
-            response: Any = await self._client.chat.completions.create(messages=messages, **common)
+            body["messages"] = [{"role": "user", "content": prompt.content}]
+            path = "chat/completions"
         else:
-            response = await self._client.completions.create(prompt=prompt.text, **common)
-        reason = response.choices[0].finish_reason if response.choices else "no choices"
-        if reason not in _FINISHED:
-            # A server that is being stopped may answer with what it has so far.
-            raise _AbortedError(f"the server ended an answer with {reason!r}")
-        return response
+            body["prompt"], path = prompt.text, "completions"
+        tokens = len(prompt.token_ids or [])
+        limit = _BASE_BYTES + _BYTES_A_TOKEN * max_tokens
+        answer: Completion = await self._ask(
+            "POST", path, body, lambda said: _completion(said, self.chat, tokens), limit
+        )
+        return answer
+
+    async def _ask(self, method: str, path: str, body: Any, read: Any, limit: int = _BASE_BYTES) -> Any:
+        """One request, and what `read` makes of the JSON that comes back."""
+        content = None if body is None else json.dumps(body).encode()
+        kind = {"Content-Type": "application/json"}
+        try:
+            async with self._session.request(method, self._url / path, data=content, headers=kind) as response:
+                if response.status >= 400:
+                    raise self._failure(response, await _read(response, _MAX_ERROR_BYTES))
+                said = await _read(response, limit + 1)
+        except (aiohttp.ConnectionTimeoutError, aiohttp.ServerDisconnectedError) as error:
+            raise _AgainError("server error", self._clean(str(error)), away=True) from None
+        except TimeoutError:
+            seconds = f"{self._settings.timeout_s:g}"
+            raise _RefusedError("timeout", f"no whole answer in {seconds} s (--timeout)") from None
+        except (aiohttp.ClientError, OSError) as error:
+            reason = self._clean(str(error) or type(error).__name__)
+            raise _AgainError("server error", reason, away=True) from None
+        if len(said) > limit:
+            raise _RefusedError("bad answer", f"more than {limit:,} bytes")
+        try:
+            return read(json.loads(said))
+        except _AgainError as error:
+            raise _AgainError(error.kind, self._clean(str(error))) from None
+        except (ValueError, RecursionError):
+            raise _AgainError(
+                "bad answer", f"no JSON: {self._clean(said[:200].decode('utf-8', 'replace'))!r}"
+            ) from None
+
+    def _failure(self, response: aiohttp.ClientResponse, content: bytes) -> Exception:
+        """The error that an answer with another status than 200 means."""
+        text = content.decode("utf-8", "replace")
+        code: Any = None
+        try:
+            error = json.loads(text)["error"]
+            text, code = str(error["message"]), (error.get("code"), error.get("type"))
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            pass
+        status = response.status
+        detail = f"{status} {printable(response.reason or '', 50)}: {self._clean(text)}"
+        if status in _NOT_THIS or (code and "insufficient_quota" in code):
+            return _RefusedError("refused", detail)
+        if status in _AWAY or status >= 500:
+            pause = _retry_after(response.headers.get("Retry-After", ""))
+            return _AgainError("server error", detail, away=status in _AWAY, pause=pause)
+        return RecordError("refused", detail)
+
+    def _clean(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return printable(text)
+
+    async def _patiently(self, request: Any) -> Any:
+        """Call until it succeeds, or it is enough."""
+        first_failure: float | None = None
+
+        def pause(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            return error.pause if isinstance(error, _AgainError) and error.pause is not None else _PAUSE(state)
+
+        failures = 0
+
+        def is_enough(state: tenacity.RetryCallState) -> bool:
+            nonlocal first_failure, failures
+            error = state.outcome.exception() if state.outcome else None
+            first_failure = first_failure or time.monotonic()
+            if isinstance(error, _AgainError) and not error.away:
+                failures += 1
+                return failures >= _MAX_FAILURES
+            return time.monotonic() + state.upcoming_sleep - first_failure > self._settings.retry_for_s
+
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(_AgainError), wait=pause, stop=is_enough, reraise=True
+        )
+        try:
+            return await retrying(request)
+        except _AgainError as error:
+            if not error.away:
+                raise _RefusedError(error.kind, f"{failures} times {error}") from None
+            away = time.monotonic() - (first_failure or 0.0)
+            raise _RefusedError(error.kind, f"{error}, for {away:.0f} s (--retry-for)") from None
 
 
-async def connect(options: ServerOptions, sampling: Sampling, concurrency: int) -> tuple[ServerBackend, str]:
-    """Find a server and its model.
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The first bytes of a body."""
+    parts, length = [], 0
+    async for part in response.content.iter_any():
+        parts.append(part)
+        length += len(part)
+        if length >= limit:
+            response.close()
+            break
+    return b"".join(parts)[:limit]
 
-    Returns:
-        The backend, and where its tokenizer may be found: the folder or name that the server gives as the model's root.
+
+def _retry_after(value: str) -> float | None:
+    """Seconds that the header Retry-After asks for, which is a number of seconds or a date."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return None
+    return max(seconds, 0.0) if math.isfinite(seconds) else None
+
+
+def _models(said: Any) -> list[ServedModel]:
+    data = said.get("data") if isinstance(said, dict) else None
+    if not isinstance(data, list):
+        raise _AgainError("bad answer", f"no list under 'data': {printable(repr(said), 200)}")
+    models = []
+    for each in data:
+        if isinstance(each, dict) and isinstance(each.get("id"), str):
+            length, root = each.get("max_model_len"), each.get("root")
+            known = isinstance(length, int) and not isinstance(length, bool) and 0 < length < _MAX_TOKENS
+            models.append(
+                ServedModel(each["id"], root if isinstance(root, str) else each["id"], length if known else None)
+            )
+    return models
+
+
+def _completion(said: Any, chat: bool, prompt_tokens: int) -> Completion:
+    choices = said.get("choices") if isinstance(said, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if chat and isinstance(choice, dict) else choice
+    text = message.get("content" if chat else "text") if isinstance(message, dict) else None
+    if not isinstance(choice, dict) or not isinstance(text, str):
+        raise _AgainError("bad answer", f"no text in its choices: {printable(repr(said), 200)}")
+    # A server that is being stopped may answer with what it has so far.
+    reason = choice.get("finish_reason")
+    if reason not in ("stop", "length", "content_filter", "tool_calls"):
+        raise _AgainError("bad answer", f"it ended with {printable(repr(reason), 50)}")
+    usage = said.get("usage")
+    if usage is None:
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 0}
+    names = ("prompt_tokens", "completion_tokens")
+    counts: list[Any] = [usage.get(name) for name in names] if isinstance(usage, dict) else [None]
+    if not all(type(count) is int and 0 <= count < _MAX_TOKENS for count in counts):
+        raise _AgainError("bad answer", f"no numbers of tokens: {printable(repr(usage), 200)}")
+    return Completion(text.encode("utf-8", "replace").decode(), counts[0], counts[1], reason)
+
+
+async def connected(settings: JobSettings, say: Any) -> ServerBackend:
+    """A server that has the model, and its tokenizer where that is on this machine.
+
+    Args:
+        settings: of the job.
+        say: prints a line.
 
     Raises:
-        JobStoppedError: it does not answer, or not with a list of models.
+        ValueError: the tokenizer cannot be loaded.
+        JobStoppedError: the server does not answer, or has not the model.
     """
-    import openai
+    backend = ServerBackend(settings)
+    try:
+        model = await backend.connect()
+        backend.tokenizer = await asyncio.to_thread(_tokenizer, settings.tokenizer, model.root, say)
+    except BaseException:
+        await backend.close()
+        raise
+    return backend
 
-    client = openai.AsyncOpenAI(
-        base_url=options.base_url,
-        api_key=options.api_key,
-        max_retries=0,
-        timeout=openai.Timeout(options.timeout_s, connect=_CONNECT_TIMEOUT_S),
-    )
 
-    async def list_models() -> Any:
-        return await client.models.list()
+def _tokenizer(given: str | None, guess: str, say: Any) -> Any:
+    if given is None and not _is_here(guess):
+        say(f"no tokenizer at {printable(guess)!r}: tokens are counted by the server only")
+        return None
+    from transformers import AutoTokenizer
 
     try:
-        models = (await _patiently(list_models, options)).data
-    except (RecordError, JobStoppedError) as error:
-        await client.close()
-        raise JobStoppedError(f"{options.base_url} gives no list of models: {error}") from None
-    names = [model.id for model in models]
-    chosen = next((model for model in models if options.model in (None, model.id)), None)
-    if chosen is None and options.model is None:
-        await client.close()
-        raise JobStoppedError(f"{options.base_url} serves no model")
-    if chosen is None and names:
-        await client.close()
-        raise JobStoppedError(f"{options.base_url} has no model {options.model!r}, but {', '.join(names)}; see --model")
-    name = chosen.id if chosen is not None else str(options.model)
-    extra = (chosen.model_extra or {}) if chosen is not None else {}
-    backend = ServerBackend(client, name, extra.get("max_model_len"), options, sampling, concurrency)
-    return backend, str(extra.get("root") or name)
+        return AutoTokenizer.from_pretrained(given or guess, local_files_only=given is None)
+    except Exception as error:
+        option = "--tokenizer" if given is not None else "the tokenizer of the served model,"
+        raise ValueError(f"{option} {printable(given or guess)}: {error}") from None
 
 
-async def _patiently(request: Any, options: ServerOptions) -> Any:
-    """Call until it succeeds: back-off with jitter while the server is away or overloaded."""
-    import openai
+def _is_here(name: str) -> bool:
+    """Whether a tokenizer is a folder on this machine, or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
 
-    delay = _FIRST_DELAY_S
-    failures = 0
-    away_since: float | None = None
-    while True:
-        try:
-            return await request()
-        except _AbortedError as error:
-            away_since = _check_away(away_since, options, error)
-        except openai.APITimeoutError as error:
-            if type(error.__cause__).__name__ == "ConnectTimeout":
-                away_since = _check_away(away_since, options, error)
-            else:
-                failures += 1
-            if failures >= _MAX_FAILURES:
-                raise RecordError("timeout", f"{failures} times no answer in {options.timeout_s:g} s") from None
-        except openai.APIConnectionError as error:
-            away_since = _check_away(away_since, options, error.__cause__ or error)
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise JobStoppedError(f"{options.base_url} refuses: {error}") from None
-        except openai.APIStatusError as error:
-            status = error.status_code
-            if status in (408, 409, 429, 502, 503, 504):
-                away_since = _check_away(away_since, options, error)
-            elif status >= 500:
-                failures += 1
-                if failures >= _MAX_FAILURES:
-                    raise RecordError("server error", f"{failures} times {error}") from None
-            else:
-                raise RecordError("refused", str(error)) from None
-        except openai.APIError as error:
-            failures += 1
-            if failures >= _MAX_FAILURES:
-                raise RecordError("server error", f"{failures} times {error}") from None
-        await asyncio.sleep(delay * random.uniform(0.5, 1.0))
-        delay = min(2 * delay, _LONGEST_DELAY_S)
-
-
-def _check_away(since: float | None, options: ServerOptions, error: BaseException) -> float:
-    now = time.monotonic()
-    if since is not None and now - since > options.retry_for_s:
-        raise JobStoppedError(f"{options.base_url} is away since {now - since:.0f} s (--retry-for): {error}")
-    return now if since is None else since
+    try:
+        if Path(name).is_dir():
+            return any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
+        return any(isinstance(try_to_load_from_cache(name, file), str) for file in _TOKENIZER_FILES)
+    except (ValueError, OSError):
+        # Not the form of a name on the hub, or of a path.
+        return False
