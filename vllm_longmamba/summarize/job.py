@@ -55,8 +55,8 @@ def run_job(settings: JobSettings, console: Console, starting: Starting = nullco
         complete, error_rows = asyncio.run(_run(settings, progress, console, starting))
     except DiskFullError as error:
         _report(progress, console)
-        more = f"disk full: {error}. Every row written so far is whole. Make room; then the same command goes on."
-        say(console, more, "bold red")
+        more = "Every row written so far is whole. Make room; then the same command goes on from here."
+        say(console, f"disk full: {error}. {more}", "bold red")
         return EXIT_DISK_FULL
     except JobStoppedError as error:
         _report(progress, console)

@@ -1,6 +1,7 @@
 """An OpenAI-compatible server as the backend: what it says is checked once, here; retries, and patience."""
 
 import asyncio
+import base64
 import email.utils
 import json
 import math
@@ -20,6 +21,7 @@ from vllm_longmamba.summarize.settings import JobSettings
 _CONCURRENCY = 64
 _CONNECT_TIMEOUT_S = 10.0
 _PAUSE = tenacity.wait_random_exponential(multiplier=0.5, max=30.0)
+_sleep = asyncio.sleep
 # A server that is up but fails on a request: that request may be the reason.
 _MAX_FAILURES = 5
 _AWAY = (408, 409, 429, 502, 503, 504)
@@ -34,11 +36,11 @@ _PROBE = Prompt("Hello", "Hello", None)
 
 
 class _RefusedError(Exception):
-    """This prompt has no answer; all others may have none either."""
+    """This prompt has no answer; all others may have none either, since a time."""
 
-    def __init__(self, kind: str, detail: str) -> None:
+    def __init__(self, kind: str, detail: str, since: float | None = None) -> None:
         super().__init__(detail)
-        self.kind = kind
+        self.kind, self.since = kind, since
 
 
 class _AgainError(_RefusedError):
@@ -84,7 +86,8 @@ class ServerBackend:
         self._secrets = [secret for secret in (settings.api_key, url.password) if secret]
         headers = {"Authorization": f"Bearer {settings.api_key or 'none'}", "Accept-Encoding": "identity"}
         if url.user:
-            headers["Authorization"] = aiohttp.BasicAuth(url.user, url.password or "").encode()
+            name = f"{url.user}:{url.password or ''}".encode()
+            headers["Authorization"] = f"Basic {base64.b64encode(name).decode()}"
         self._model = settings.model
         self._last_answer = -math.inf
         self._session = aiohttp.ClientSession(
@@ -126,7 +129,7 @@ class ServerBackend:
                 lambda: self._request(prompt, self._settings.sampling.max_tokens)
             )
         except _RefusedError as error:
-            if await self._answers_others(started):
+            if await self._answers_others(error.since or started):
                 raise RecordError(error.kind, str(error)) from None
             raise JobStoppedError(f"{self.address} answers nothing any more: {error}") from None
         self._last_answer = time.monotonic()
@@ -231,15 +234,18 @@ class ServerBackend:
             return time.monotonic() + state.upcoming_sleep - first_failure > self._settings.retry_for_s
 
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(_AgainError), wait=pause, stop=is_enough, reraise=True
+            retry=tenacity.retry_if_exception_type(_AgainError), wait=pause, stop=is_enough, sleep=_sleep, reraise=True
         )
         try:
-            return await retrying(request)
+            async for attempt in retrying:
+                with attempt:
+                    return await request()
         except _AgainError as error:
             if not error.away:
                 raise _RefusedError(error.kind, f"{failures} times {error}") from None
-            away = time.monotonic() - (first_failure or 0.0)
-            raise _RefusedError(error.kind, f"{error}, for {away:.0f} s (--retry-for)") from None
+            since = first_failure or 0.0
+            away = f"for {time.monotonic() - since:.0f} s (--retry-for)"
+            raise _RefusedError(error.kind, f"{error}, {away}", since) from None
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
