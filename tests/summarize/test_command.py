@@ -1,6 +1,7 @@
 """The command line: what is refused, the dry run, exit codes, and what comes with the package."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,9 +38,10 @@ def invoke(*arguments: str) -> tuple[int, str]:
         (["--model", "m", "--drop", "x"], "--drop must be one of end, middle"),
         (["--model", "m", "--stdin-format", "x"], "--stdin-format must be one of jsonl, text"),
         (["--model", "m", "--encoding", "x"], "--encoding: Python knows no 'x'"),
-        (["--model", "m", "--engine-args", "{"], "--engine-args: not JSON"),
-        (["--model", "m", "--engine-args", "[]"], "--engine-args: must be a JSON object"),
-        (["--model", "m", "--engine-args", '{"max_seqs": 3}'], "--engine-args: "),
+        (["--model", "m", "--engine-args", '{"max_seqs": 3}'], "--engine-args: vLLM's engine has no argument"),
+        (["--model", "m", "--engine-args", '{"tokenizer": "t"}'], "--engine-args: tokenizer is set by --tokenizer"),
+        (["--model", "m", "--replica-resources", '{"GPU": "x"}'], "--replica-resources: must be an object of numbers"),
+        (["--base-url", "http://user:secret@/v1"], "--base-url must be an address such as http://localhost:8000/v1"),
         (["--base-url", "http://localhost:1/v1", "--ray", "auto"], "--base-url and --ray exclude each other"),
         (["--model", "m", "--template", "missing.jinja"], "--template missing.jinja: "),
     ],
@@ -49,6 +51,12 @@ def test_wrong_arguments(tmp_path: Path, arguments: list[str], message: str) -> 
     code, said = invoke(str(tmp_path / "a.txt"), "-o", str(tmp_path / "out.jsonl"), *arguments)
     assert code == 1
     assert message in said
+    assert "secret" not in said
+
+
+def test_no_traceback_shows_a_value() -> None:
+    """Such as a key or a password."""
+    assert app.pretty_exceptions_show_locals is False
 
 
 def test_a_job(tmp_path: Path) -> None:
@@ -78,6 +86,8 @@ def test_dry_run_counts(tmp_path: Path) -> None:
     code, said = invoke(*arguments, "--fit", "map-reduce")
     assert "would take 3 sections or more" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "rows.jsonl"]
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert "2 cannot be read: 2 unreadable" in invoke(*arguments)[1]
 
 
 def test_dry_run_measures(tmp_path: Path) -> None:
