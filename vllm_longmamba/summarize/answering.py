@@ -121,6 +121,22 @@ class Answerer:
                 return (yield [prompt])
 
 
+def advance(steps: Steps, completions: list[Completion] | None) -> list[Prompt]:
+    """The next prompts of a document; none when its row is filled.
+
+    Raises:
+        RecordError: this document cannot be answered, whatever a tokenizer or a template makes of it.
+    """
+    try:
+        return next(steps) if completions is None else steps.send(completions)
+    except StopIteration:
+        return []
+    except RecordError:
+        raise
+    except Exception as error:
+        raise RecordError("preparation", f"{type(error).__name__}: {error}") from None
+
+
 def check_fit(fit: Fit, maker: PromptMaker, max_tokens: int, limit: int | None) -> None:
     """Check at the start what would fail on every document.
 

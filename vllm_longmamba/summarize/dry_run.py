@@ -31,12 +31,9 @@ class Forecast:
     """What the input holds.
 
     Attributes:
-        documents: records without a row.
-        tokens: of all their prompts.
-        characters: of all their prompts.
+        documents, tokens, characters: records without a row, and the size of their prompts.
         longest: tokens of the longest prompt.
-        too_long: how many do not fit.
-        too_long_ids: the first of them, with their tokens.
+        too_long, too_long_ids: how many do not fit, and the first of them with their tokens.
         sections: prompts that map-reduce would make of those, roughly, beside one for each document.
         errors: unreadable records by kind.
         sample: prompts to measure the speed with.
@@ -86,8 +83,8 @@ async def _dry_run(settings: JobSettings, sample: int, console: Console, startin
             _, maker, limit = make_answerer(settings, tokenizer, length)
             admitted = admitted_records(settings, inputs, store, progress)
             shown = track(admitted, "reading", console=console, transient=True) if console.is_terminal else admitted
-            extractor = TextExtractor(settings.encoding, settings.max_bytes, settings.timeout_s)
-            forecast = await take_stock(iter(shown), maker, extractor, limit, sample)
+            with closing(TextExtractor(settings.encoding, settings.max_bytes, settings.timeout_s)) as extractor:
+                forecast = await _take_stock(iter(shown), maker, extractor, limit, sample)
             _say_what(forecast, inputs, progress, settings, limit, console)
             if backend is not None and forecast.sample:
                 backend.chat = maker.chat
@@ -102,48 +99,29 @@ async def _dry_run(settings: JobSettings, sample: int, console: Console, startin
                 await backend.close()
 
 
-async def take_stock(
+async def _take_stock(
     admitted: Iterator[Admitted], maker: PromptMaker, extractor: TextExtractor, limit: int | None, sample: int
 ) -> Forecast:
-    """Read and count every record.
-
-    Args:
-        admitted: records without a row.
-        maker: makes prompts.
-        extractor: makes text.
-        limit: tokens that a prompt may have, or None.
-        sample: prompts to keep.
-    """
     forecast = Forecast()
-    try:
-        for each in admitted:
-            try:
-                if each.record.error is not None:
-                    raise RecordError(*each.record.error.split(": ", 1))
-                prompt = maker.prompt(await extractor.text(each.record))
-            except RecordError as error:
-                forecast.errors[str(error).partition(":")[0]] += 1
-                continue
-            _count(forecast, each.record.id, prompt, limit, sample)
-    finally:
-        extractor.close()
+    for each in admitted:
+        try:
+            prompt = maker.prompt(await extractor.text(each.record))
+        except RecordError as error:
+            forecast.errors[str(error).partition(":")[0]] += 1
+            continue
+        tokens = len(prompt.token_ids or [])
+        forecast.documents += 1
+        forecast.tokens += tokens
+        forecast.characters += len(prompt.text)
+        forecast.longest = max(forecast.longest, tokens)
+        if limit is not None and too_long(prompt, limit):
+            forecast.too_long += 1
+            forecast.sections += math.ceil(tokens / limit)
+            if len(forecast.too_long_ids) < _IDS_SHOWN:
+                forecast.too_long_ids.append((each.record.id, tokens))
+        elif len(forecast.sample) < sample:
+            forecast.sample.append(prompt)
     return forecast
-
-
-def _count(forecast: Forecast, record_id: str, prompt: Prompt, limit: int | None, sample: int) -> None:
-    tokens = len(prompt.token_ids or [])
-    forecast.documents += 1
-    forecast.tokens += tokens
-    forecast.characters += len(prompt.text)
-    forecast.longest = max(forecast.longest, tokens)
-    if too_long(prompt, limit):
-        assert limit is not None
-        forecast.too_long += 1
-        forecast.sections += math.ceil(tokens / limit)
-        if len(forecast.too_long_ids) < _IDS_SHOWN:
-            forecast.too_long_ids.append((record_id, tokens))
-    elif len(forecast.sample) < sample:
-        forecast.sample.append(prompt)
 
 
 async def _measured_rate(backend: Backend, sample: list[Prompt]) -> float:

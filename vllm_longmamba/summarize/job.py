@@ -88,7 +88,8 @@ async def _run(settings: JobSettings, progress: Progress, console: Console, star
             try:
                 complete = await _watched(runner, progress, console)
             finally:
-                await close()
+                if close is not None:
+                    await close()
             failure = runner.failure
         if not isinstance(failure, DiskFullError):
             store.export()
@@ -199,7 +200,7 @@ async def _start(
             tokenizer, length = tokenizer_and_length(settings.engine)
         answerer, _, _ = make_answerer(settings, tokenizer, length)
         say(console, f"starting {settings.replicas} engines on Ray ({settings.ray_address})")
-        return RayRunner(admitted, answerer, extractor, tokenizer, settings, store, progress), _nothing
+        return RayRunner(admitted, answerer, extractor, tokenizer, settings, store, progress), None
     backend = await start_backend(settings, console, starting)
     try:
         answerer, maker, _ = make_answerer(settings, backend.tokenizer, backend.max_model_len)
@@ -208,10 +209,6 @@ async def _start(
     except BaseException:
         await backend.close()
         raise
-
-
-async def _nothing() -> None:
-    pass
 
 
 async def _watched(runner: Any, progress: Progress, console: Console) -> bool:

@@ -11,14 +11,13 @@ import math
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vllm_longmamba.summarize.answering import Answerer, Steps
+from vllm_longmamba.summarize.answering import Answerer, Steps, advance
 from vllm_longmamba.summarize.engine import kept_full
 from vllm_longmamba.summarize.progress import Progress
 from vllm_longmamba.summarize.records import Completion, DiskFullError, JobStoppedError, RecordError
@@ -40,7 +39,6 @@ _SECRETS = ("TOKEN", "KEY")
 class _Document:
     admitted: Admitted
     steps: Steps
-    started: float = field(default_factory=time.monotonic)
     answers: list[Completion | None] = field(default_factory=list)
 
 
@@ -120,11 +118,9 @@ class RayRunner:
             if self._stopped:
                 return
             try:
-                if admitted.record.error is not None:
-                    raise RecordError(*admitted.record.error.split(": ", 1))
                 text = asyncio.run_coroutine_threadsafe(self._extractor.text(admitted.record), loop).result()
             except RecordError as error:
-                self._write(admitted, time.monotonic(), str(error))
+                admitted.finish(self._store, self._progress, str(error))
                 continue
             document = _Document(admitted, self._answerer.steps(text, admitted.row))
             self._documents[admitted.number] = document
@@ -137,15 +133,11 @@ class RayRunner:
 
     def _advance(self, document: _Document, completions: list[Completion] | None) -> None:
         """Put the next prompts of a document into the next pass, or write its row."""
-        error = None
+        error, prompts = None, []
         try:
-            prompts = next(document.steps) if completions is None else document.steps.send(completions)
-        except StopIteration:
-            prompts = []
+            prompts = advance(document.steps, completions)
         except RecordError as failure:
-            prompts, error = [], str(failure)
-        except Exception as failure:
-            prompts, error = [], f"preparation: {type(failure).__name__}: {failure}"
+            error = str(failure)
         document.answers = [None] * len(prompts)
         number = document.admitted.number
         for index, prompt in enumerate(prompts):
@@ -154,16 +146,14 @@ class RayRunner:
             if len(self._prompts) == _BLOCK_PROMPTS:
                 self._put_block()
         if not prompts:
-            del self._documents[number]
-            self._write(document.admitted, document.started, error)
+            self._finish(document, error)
 
     def _receive(self, row: dict[str, Any]) -> None:
         document = self._documents.get(int(row["document"]))
         if document is None:
             return
         if row["__inference_error__"]:
-            del self._documents[document.admitted.number]
-            self._write(document.admitted, document.started, f"refused: {row['__inference_error__']}")
+            self._finish(document, f"refused: {row['__inference_error__']}")
             return
         tokens = [int(token) for token in row["generated_tokens"]]
         # The processor does not hand the reason on.
@@ -175,10 +165,9 @@ class RayRunner:
         if len(answers) == len(document.answers):
             self._advance(document, answers)
 
-    def _write(self, admitted: Admitted, started: float, error: str | None) -> None:
-        admitted.row.error, admitted.row.seconds = error, round(time.monotonic() - started, 3)
-        self._store.put(admitted.row)
-        self._progress.answered(admitted.row, admitted.record.weight)
+    def _finish(self, document: _Document, error: str | None) -> None:
+        del self._documents[document.admitted.number]
+        document.admitted.finish(self._store, self._progress, error)
 
     def _put_block(self) -> None:
         import pyarrow as pa

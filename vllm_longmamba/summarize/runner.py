@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from vllm_longmamba.summarize.answering import Answerer, Backend, Steps
+from vllm_longmamba.summarize.answering import Answerer, Backend, advance
 from vllm_longmamba.summarize.progress import Progress
 from vllm_longmamba.summarize.prompts import Prompt
 from vllm_longmamba.summarize.records import Completion, DiskFullError, JobStoppedError, Record, RecordError, Row
@@ -33,6 +33,13 @@ class Admitted:
     record: Record
     row: Row
     number: int
+    started: float = field(default_factory=time.monotonic)
+
+    def finish(self, store: Store, progress: Progress, error: str | None = None) -> None:
+        """Write the row."""
+        self.row.error, self.row.seconds = error, round(time.monotonic() - self.started, 3)
+        store.put(self.row)
+        progress.answered(self.row, self.record.weight)
 
 
 class Reader:
@@ -152,9 +159,8 @@ class Runner:
         self._reader = Reader(admitted)
         # One thread: fast tokenizers refuse to be used by two at a time.
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
-        self._asked: asyncio.PriorityQueue[tuple[int, int, Prompt, asyncio.Future[Completion]]] = (
-            asyncio.PriorityQueue()
-        )
+        self._asked: asyncio.PriorityQueue[tuple[int, int, Prompt, asyncio.Future[Completion]]]
+        self._asked = asyncio.PriorityQueue()
         self._order = itertools.count()
         self._tasks: list[asyncio.Task[None]] = []
         self.under_way = 0
@@ -183,9 +189,11 @@ class Runner:
         try:
             done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
             for task in done:
-                if not task.cancelled() and (error := task.exception()) is not None and self.failure is None:
-                    known = isinstance(error, JobStoppedError | DiskFullError)
-                    self.failure = error if known else JobStoppedError(f"{type(error).__name__}: {error}")  # type: ignore[assignment]
+                error = None if task.cancelled() else task.exception()
+                if isinstance(error, JobStoppedError | DiskFullError):
+                    self.failure = error
+                elif error is not None:
+                    self.failure = JobStoppedError(f"{type(error).__name__}: {error}")
         finally:
             complete = self.failure is None and self._progress.dropped == 0 and not self._reader.cut_off
             self.abort()
@@ -209,37 +217,15 @@ class Runner:
             self._reader.done(admitted)
 
     async def _answer(self, admitted: Admitted) -> None:
-        record, row = admitted.record, admitted.row
-        started = time.monotonic()
-        row.error = record.error
-        if row.error is None:
-            try:
-                steps = self._answerer.steps(await self._extractor.text(record), row)
-                prompts = await self._prepared(steps, None)
-                while prompts is not None:
-                    prompts = await self._prepared(steps, await self._completions(prompts, admitted.number))
-            except RecordError as error:
-                row.error = str(error)
-        row.seconds = round(time.monotonic() - started, 3)
-        self._store.put(row)
-        self._progress.answered(row, record.weight)
-
-    async def _prepared(self, steps: Steps, completions: list[Completion] | None) -> list[Prompt] | None:
-        """The next prompts of a document; None when its row is filled."""
-
-        def advance() -> list[Prompt] | None:
-            try:
-                return next(steps) if completions is None else steps.send(completions)
-            except StopIteration:
-                return None
-
+        error, completions = None, None
+        loop = asyncio.get_running_loop()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._preparing, advance)
-        except (RecordError, asyncio.CancelledError):
-            raise
-        except Exception as error:
-            # Whatever a tokenizer or a template makes of a strange document; it ends this one only.
-            raise RecordError("preparation", f"{type(error).__name__}: {error}") from None
+            steps = self._answerer.steps(await self._extractor.text(admitted.record), admitted.row)
+            while prompts := await loop.run_in_executor(self._preparing, advance, steps, completions):
+                completions = await self._completions(prompts, admitted.number)
+        except RecordError as failure:
+            error = str(failure)
+        admitted.finish(self._store, self._progress, error)
 
     async def _completions(self, prompts: list[Prompt], number: int) -> list[Completion]:
         """Answers in the order of the prompts. Sections of an earlier document go before those of later ones."""
@@ -259,19 +245,15 @@ class Runner:
             if future.done():
                 continue
             try:
-                completion = await self._backend.complete(prompt)
+                answer: Completion | Exception = await self._backend.complete(prompt)
             except (RecordError, JobStoppedError) as error:
-                answer: Completion | Exception = error
+                answer = error
             except Exception as error:
                 answer = RecordError("failed", f"{type(error).__name__}: {error}")
-            else:
-                answer = completion
-            if future.done():
-                continue
-            if isinstance(answer, Exception):
-                future.set_exception(answer)
-            else:
+            if isinstance(answer, Completion) and not future.done():
                 future.set_result(answer)
+            elif isinstance(answer, Exception) and not future.done():
+                future.set_exception(answer)
 
     async def _keep_current(self) -> None:
         """Let rows reach the disk, and the output show them, while the job runs."""

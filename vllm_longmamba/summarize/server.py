@@ -6,9 +6,9 @@ import email.utils
 import json
 import math
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import tenacity
@@ -18,6 +18,8 @@ from vllm_longmamba.summarize.prompts import Prompt
 from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError, printable
 from vllm_longmamba.summarize.settings import JobSettings
 
+Result = TypeVar("Result")
+
 _CONCURRENCY = 64
 _CONNECT_TIMEOUT_S = 10.0
 _PAUSE = tenacity.wait_random_exponential(multiplier=0.5, max=30.0)
@@ -25,25 +27,24 @@ _sleep = asyncio.sleep
 # A server that is up but fails on a request: that request may be the reason.
 _MAX_FAILURES = 5
 _AWAY = (408, 409, 429, 502, 503, 504)
-_NOT_THIS = (401, 402, 403, 404)
+_REFUSED = (401, 402, 403, 404)
 _MAX_ERROR_BYTES = 64 * 1024
 # Of an answer: so much, and more for each token that was asked for.
 _BASE_BYTES, _BYTES_A_TOKEN = 2**20, 64
 _MAX_TOKENS = 2**48
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # Who answers this, answers.
 _PROBE = Prompt("Hello", "Hello", None)
 
 
-class _RefusedError(Exception):
-    """This prompt has no answer; all others may have none either, since a time."""
+class _NoAnswerError(Exception):
+    """A request without an answer, since a time; other requests may have none either."""
 
     def __init__(self, kind: str, detail: str, since: float | None = None) -> None:
         super().__init__(detail)
         self.kind, self.since = kind, since
 
 
-class _AgainError(_RefusedError):
+class _AgainError(_NoAnswerError):
     """Another try may help: after `pause` seconds if the server says so; `away`: it is not the request that failed."""
 
     def __init__(self, kind: str, detail: str, *, away: bool = False, pause: float | None = None) -> None:
@@ -66,32 +67,36 @@ class ServerBackend:
     Args:
         settings: of the job.
 
-    Attributes:
-        address: of the server, without a password.
+    Raises:
+        ValueError: its address is none.
     """
 
     def __init__(self, settings: JobSettings) -> None:
         try:
             url = URL(str(settings.base_url))
             if url.scheme not in ("http", "https") or not url.host:
-                raise ValueError("no http")
+                raise ValueError
         except ValueError:
             raise ValueError("--base-url must be an address such as http://localhost:8000/v1") from None
         self.tokenizer: Any = None
         self.max_model_len: int | None = None
         self.concurrency = settings.concurrency or _CONCURRENCY
         self.chat = False
-        self.address = str(url.with_user(None).with_query(None).with_fragment(None))
-        self._url, self._settings = url.with_user(None), settings
+        # As it is shown: without a password.
+        self._address = str(url.with_user(None).with_query(None).with_fragment(None))
+        self._url, self._settings, self._model = url.with_user(None), settings, settings.model
         self._secrets = [secret for secret in (settings.api_key, url.password) if secret]
-        headers = {"Authorization": f"Bearer {settings.api_key or 'none'}", "Accept-Encoding": "identity"}
+        self._last_answer = -math.inf
+        authorization = f"Bearer {settings.api_key or 'none'}"
         if url.user:
             name = f"{url.user}:{url.password or ''}".encode()
-            headers["Authorization"] = f"Basic {base64.b64encode(name).decode()}"
-        self._model = settings.model
-        self._last_answer = -math.inf
+            authorization = f"Basic {base64.b64encode(name).decode()}"
         self._session = aiohttp.ClientSession(
-            headers=headers,
+            headers={
+                "Authorization": authorization,
+                "Accept-Encoding": "identity",
+                "Content-Type": "application/json",
+            },
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(settings.timeout_s, sock_connect=_CONNECT_TIMEOUT_S),
             trust_env=True,
@@ -106,17 +111,15 @@ class ServerBackend:
         wanted = self._settings.model
         try:
             models = await self._patiently(lambda: self._ask("GET", "models", None, _models))
-        except _RefusedError as error:
-            hint = "" if self.address.rstrip("/").endswith("/v1") else " (the address of an API mostly ends with /v1)"
-            raise JobStoppedError(f"{self.address} gives no list of models{hint}: {error}") from None
+        except _NoAnswerError as error:
+            hint = "" if self._address.rstrip("/").endswith("/v1") else " (the address of an API mostly ends with /v1)"
+            raise JobStoppedError(f"{self._address} gives no list of models{hint}: {error}") from None
         found = next((model for model in models if wanted in (None, model.name)), None)
-        if found is None and (models or wanted is None):
+        if found is None and models:
             names = ", ".join(printable(model.name, 100) for model in models[:20])
-            raise JobStoppedError(
-                f"{self.address} has no model {wanted!r}, but {names}; see --model"
-                if models
-                else f"{self.address} serves no model"
-            )
+            raise JobStoppedError(f"{self._address} has no model {wanted!r}, but {names}; see --model")
+        if found is None and wanted is None:
+            raise JobStoppedError(f"{self._address} serves no model")
         found = found or ServedModel(str(wanted), str(wanted), None)
         self._model, self.max_model_len = found.name, found.max_model_len
         return found
@@ -125,13 +128,11 @@ class ServerBackend:
         """Answer one prompt; see `Backend`."""
         started = time.monotonic()
         try:
-            completion: Completion = await self._patiently(
-                lambda: self._request(prompt, self._settings.sampling.max_tokens)
-            )
-        except _RefusedError as error:
+            completion = await self._patiently(lambda: self._request(prompt, self._settings.sampling.max_tokens))
+        except _NoAnswerError as error:
             if await self._answers_others(error.since or started):
                 raise RecordError(error.kind, str(error)) from None
-            raise JobStoppedError(f"{self.address} answers nothing any more: {error}") from None
+            raise JobStoppedError(f"{self._address} answers nothing any more: {error}") from None
         self._last_answer = time.monotonic()
         return completion
 
@@ -145,56 +146,47 @@ class ServerBackend:
             return True
         try:
             await self._request(_PROBE, 1)
-        except (RecordError, _RefusedError):
+        except (RecordError, _NoAnswerError):
             return False
         return True
 
     async def _request(self, prompt: Prompt, max_tokens: int) -> Completion:
         body = {"model": self._model, **self._settings.sampling.parameters(), "max_tokens": max_tokens}
-        if self.chat:
-            body["messages"] = [{"role": "user", "content": prompt.content}]
-            path = "chat/completions"
-        else:
-            body["prompt"], path = prompt.text, "completions"
+        body |= {"messages": [{"role": "user", "content": prompt.content}]} if self.chat else {"prompt": prompt.text}
+        path = "chat/completions" if self.chat else "completions"
         tokens = len(prompt.token_ids or [])
         limit = _BASE_BYTES + _BYTES_A_TOKEN * max_tokens
-        answer: Completion = await self._ask(
-            "POST", path, body, lambda said: _completion(said, self.chat, tokens), limit
-        )
-        return answer
+        return await self._ask("POST", path, body, lambda said: _completion(said, self.chat, tokens), limit)
 
-    async def _ask(self, method: str, path: str, body: Any, read: Any, limit: int = _BASE_BYTES) -> Any:
+    async def _ask(
+        self, method: str, path: str, body: Any, read: Callable[[Any], Result], limit: int = _BASE_BYTES
+    ) -> Result:
         """One request, and what `read` makes of the JSON that comes back."""
-        content = None if body is None else json.dumps(body).encode()
-        kind = {"Content-Type": "application/json"}
+        data = None if body is None else json.dumps(body).encode()
         try:
-            async with self._session.request(method, self._url / path, data=content, headers=kind) as response:
+            async with self._session.request(method, self._url / path, data=data) as response:
                 if response.status >= 400:
                     raise self._failure(response, await _read(response, _MAX_ERROR_BYTES))
                 said = await _read(response, limit + 1)
-        except (aiohttp.ConnectionTimeoutError, aiohttp.ServerDisconnectedError) as error:
-            raise _AgainError("server error", self._clean(str(error)), away=True) from None
-        except TimeoutError:
-            seconds = f"{self._settings.timeout_s:g}"
-            raise _RefusedError("timeout", f"no whole answer in {seconds} s (--timeout)") from None
+        except TimeoutError as error:
+            if isinstance(error, aiohttp.ConnectionTimeoutError):
+                raise _AgainError("server error", self._clean(str(error)), away=True) from None
+            detail = f"no whole answer in {self._settings.timeout_s:g} s (--timeout)"
+            raise _NoAnswerError("timeout", detail) from None
         except (aiohttp.ClientError, OSError) as error:
-            reason = self._clean(str(error) or type(error).__name__)
-            raise _AgainError("server error", reason, away=True) from None
+            raise _AgainError("server error", self._clean(str(error) or type(error).__name__), away=True) from None
         if len(said) > limit:
-            raise _RefusedError("bad answer", f"more than {limit:,} bytes")
+            raise _NoAnswerError("bad answer", f"more than {limit:,} bytes")
         try:
             return read(json.loads(said))
-        except _AgainError as error:
-            raise _AgainError(error.kind, self._clean(str(error))) from None
-        except (ValueError, RecursionError):
-            raise _AgainError(
-                "bad answer", f"no JSON: {self._clean(said[:200].decode('utf-8', 'replace'))!r}"
-            ) from None
+        except (ValueError, RecursionError) as error:
+            detail = str(error) if isinstance(error, _UnexpectedError) else f"no JSON: {said[:200]!r}"
+            raise _AgainError("bad answer", self._clean(detail)) from None
 
     def _failure(self, response: aiohttp.ClientResponse, content: bytes) -> Exception:
         """The error that an answer with another status than 200 means."""
         text = content.decode("utf-8", "replace")
-        code: Any = None
+        code: tuple[Any, ...] = ()
         try:
             error = json.loads(text)["error"]
             text, code = str(error["message"]), (error.get("code"), error.get("type"))
@@ -202,8 +194,8 @@ class ServerBackend:
             pass
         status = response.status
         detail = f"{status} {printable(response.reason or '', 50)}: {self._clean(text)}"
-        if status in _NOT_THIS or (code and "insufficient_quota" in code):
-            return _RefusedError("refused", detail)
+        if status in _REFUSED or "insufficient_quota" in code:
+            return _NoAnswerError("refused", detail)
         if status in _AWAY or status >= 500:
             pause = _retry_after(response.headers.get("Retry-After", ""))
             return _AgainError("server error", detail, away=status in _AWAY, pause=pause)
@@ -214,50 +206,47 @@ class ServerBackend:
             text = text.replace(secret, "***")
         return printable(text)
 
-    async def _patiently(self, request: Any) -> Any:
-        """Call until it succeeds, or it is enough."""
-        first_failure: float | None = None
+    async def _patiently(self, request: Callable[[], Awaitable[Result]]) -> Result:
+        """Call until it succeeds, or it is enough: of failures, or of the time that the server may be away."""
+        since, failures = 0.0, 0
 
         def pause(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
             return error.pause if isinstance(error, _AgainError) and error.pause is not None else _PAUSE(state)
 
-        failures = 0
-
         def is_enough(state: tenacity.RetryCallState) -> bool:
-            nonlocal first_failure, failures
+            nonlocal since, failures
             error = state.outcome.exception() if state.outcome else None
-            first_failure = first_failure or time.monotonic()
+            since = since or time.monotonic()
             if isinstance(error, _AgainError) and not error.away:
                 failures += 1
                 return failures >= _MAX_FAILURES
-            return time.monotonic() + state.upcoming_sleep - first_failure > self._settings.retry_for_s
+            return time.monotonic() + state.upcoming_sleep - since > self._settings.retry_for_s
 
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(_AgainError), wait=pause, stop=is_enough, sleep=_sleep, reraise=True
-        )
+        again = tenacity.retry_if_exception_type(_AgainError)
         try:
-            async for attempt in retrying:
+            async for attempt in tenacity.AsyncRetrying(
+                retry=again, wait=pause, stop=is_enough, sleep=_sleep, reraise=True
+            ):
                 with attempt:
                     return await request()
         except _AgainError as error:
             if not error.away:
-                raise _RefusedError(error.kind, f"{failures} times {error}") from None
-            since = first_failure or 0.0
+                raise _NoAnswerError(error.kind, f"{failures} times {error}") from None
             away = f"for {time.monotonic() - since:.0f} s (--retry-for)"
-            raise _RefusedError(error.kind, f"{error}, {away}", since) from None
+            raise _NoAnswerError(error.kind, f"{error}, {away}", since) from None
+        raise AssertionError("unreachable")
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
     """The first bytes of a body."""
-    parts, length = [], 0
+    content = bytearray()
     async for part in response.content.iter_any():
-        parts.append(part)
-        length += len(part)
-        if length >= limit:
+        content += part
+        if len(content) >= limit:
             response.close()
             break
-    return b"".join(parts)[:limit]
+    return bytes(content[:limit])
 
 
 def _retry_after(value: str) -> float | None:
@@ -272,18 +261,24 @@ def _retry_after(value: str) -> float | None:
     return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
+class _UnexpectedError(ValueError):
+    """JSON, but not what it should be."""
+
+    def __init__(self, lacks: str, said: Any) -> None:
+        super().__init__(f"{lacks}: {printable(repr(said), 200)}")
+
+
 def _models(said: Any) -> list[ServedModel]:
     data = said.get("data") if isinstance(said, dict) else None
     if not isinstance(data, list):
-        raise _AgainError("bad answer", f"no list under 'data': {printable(repr(said), 200)}")
+        raise _UnexpectedError("no list under 'data'", said)
     models = []
     for each in data:
         if isinstance(each, dict) and isinstance(each.get("id"), str):
-            length, root = each.get("max_model_len"), each.get("root")
-            known = isinstance(length, int) and not isinstance(length, bool) and 0 < length < _MAX_TOKENS
-            models.append(
-                ServedModel(each["id"], root if isinstance(root, str) else each["id"], length if known else None)
-            )
+            root, length = each.get("root"), each.get("max_model_len")
+            known = type(length) is int and 0 < length < _MAX_TOKENS
+            root = root if isinstance(root, str) else each["id"]
+            models.append(ServedModel(each["id"], root, length if known else None))
     return models
 
 
@@ -293,22 +288,22 @@ def _completion(said: Any, chat: bool, prompt_tokens: int) -> Completion:
     message = choice.get("message") if chat and isinstance(choice, dict) else choice
     text = message.get("content" if chat else "text") if isinstance(message, dict) else None
     if not isinstance(choice, dict) or not isinstance(text, str):
-        raise _AgainError("bad answer", f"no text in its choices: {printable(repr(said), 200)}")
+        raise _UnexpectedError("no text in its choices", said)
     # A server that is being stopped may answer with what it has so far.
     reason = choice.get("finish_reason")
     if reason not in ("stop", "length", "content_filter", "tool_calls"):
-        raise _AgainError("bad answer", f"it ended with {printable(repr(reason), 50)}")
+        raise _UnexpectedError("its finish_reason", reason)
     usage = said.get("usage")
     if usage is None:
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 0}
     names = ("prompt_tokens", "completion_tokens")
     counts: list[Any] = [usage.get(name) for name in names] if isinstance(usage, dict) else [None]
     if not all(type(count) is int and 0 <= count < _MAX_TOKENS for count in counts):
-        raise _AgainError("bad answer", f"no numbers of tokens: {printable(repr(usage), 200)}")
+        raise _UnexpectedError("no numbers of tokens", usage)
     return Completion(text.encode("utf-8", "replace").decode(), counts[0], counts[1], reason)
 
 
-async def connected(settings: JobSettings, say: Any) -> ServerBackend:
+async def connected(settings: JobSettings, say: Callable[[str], None]) -> ServerBackend:
     """A server that has the model, and its tokenizer where that is on this machine.
 
     Args:
@@ -316,7 +311,7 @@ async def connected(settings: JobSettings, say: Any) -> ServerBackend:
         say: prints a line.
 
     Raises:
-        ValueError: the tokenizer cannot be loaded.
+        ValueError: --tokenizer cannot be loaded.
         JobStoppedError: the server does not answer, or has not the model.
     """
     backend = ServerBackend(settings)
@@ -329,27 +324,13 @@ async def connected(settings: JobSettings, say: Any) -> ServerBackend:
     return backend
 
 
-def _tokenizer(given: str | None, guess: str, say: Any) -> Any:
-    if given is None and not _is_here(guess):
-        say(f"no tokenizer at {printable(guess)!r}: tokens are counted by the server only")
-        return None
+def _tokenizer(given: str | None, guess: str, say: Callable[[str], None]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(given or guess, local_files_only=given is None)
+        return AutoTokenizer.from_pretrained(given or guess, local_files_only=given is None, trust_remote_code=False)
     except Exception as error:
-        option = "--tokenizer" if given is not None else "the tokenizer of the served model,"
-        raise ValueError(f"{option} {printable(given or guess)}: {error}") from None
-
-
-def _is_here(name: str) -> bool:
-    """Whether a tokenizer is a folder on this machine, or in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        if Path(name).is_dir():
-            return any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
-        return any(isinstance(try_to_load_from_cache(name, file), str) for file in _TOKENIZER_FILES)
-    except (ValueError, OSError):
-        # Not the form of a name on the hub, or of a path.
-        return False
+        if given is not None:
+            raise ValueError(f"--tokenizer {given}: {error}") from None
+        say(f"no tokenizer at {printable(guess)!r}: tokens are counted by the server only")
+        return None

@@ -35,8 +35,10 @@ class TextExtractor:
         """The document of a record.
 
         Raises:
-            RecordError: it is not text of that encoding, cannot be parsed, or holds no text.
+            RecordError: it could not be read, is not text of that encoding, cannot be parsed, or holds no text.
         """
+        if record.error is not None:
+            raise RecordError(*record.error.split(": ", 1))
         if isinstance(record.content, str):
             text = record.content
         elif record.kind == "text":
