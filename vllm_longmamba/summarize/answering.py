@@ -73,10 +73,9 @@ class Answerer:
             del document
             completions = yield [prompt]
         elif self._fit.mode == "truncate":
-            fitted = truncated(self._maker, document, limit, drop=self._fit.drop)
-            row.dropped_tokens = fitted.dropped_tokens
-            del document, prompt
-            completions = yield [fitted.prompt]
+            prompt, row.dropped_tokens = truncated(self._maker, document, limit, drop=self._fit.drop)
+            del document
+            completions = yield [prompt]
         elif self._fit.mode == "map-reduce":
             del prompt
             completions = yield from self._map_reduce(document, limit, row)

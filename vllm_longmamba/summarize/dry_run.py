@@ -27,25 +27,15 @@ _IDS_SHOWN = 10
 
 
 @dataclass
-class Forecast:
-    """What the input holds.
-
-    Attributes:
-        documents, tokens, characters: records without a row, and the size of their prompts.
-        longest: tokens of the longest prompt.
-        too_long, too_long_ids: how many do not fit, and the first of them with their tokens.
-        sections: prompts that map-reduce would make of those, roughly, beside one for each document.
-        errors: unreadable records by kind.
-        sample: prompts to measure the speed with.
-    """
+class _Forecast:
+    """What the input holds; `sections` are the prompts that map-reduce would make, roughly."""
 
     documents: int = 0
     tokens: int = 0
     characters: int = 0
     longest: int = 0
-    too_long: int = 0
-    too_long_ids: list[tuple[str, int]] = field(default_factory=list)
     sections: int = 0
+    too_long: list[tuple[str, int]] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     sample: list[Prompt] = field(default_factory=list)
 
@@ -101,8 +91,8 @@ async def _dry_run(settings: JobSettings, sample: int, console: Console, startin
 
 async def _take_stock(
     admitted: Iterator[Admitted], maker: PromptMaker, extractor: TextExtractor, limit: int | None, sample: int
-) -> Forecast:
-    forecast = Forecast()
+) -> _Forecast:
+    forecast = _Forecast()
     for each in admitted:
         try:
             prompt = maker.prompt(await extractor.text(each.record))
@@ -115,10 +105,8 @@ async def _take_stock(
         forecast.characters += len(prompt.text)
         forecast.longest = max(forecast.longest, tokens)
         if limit is not None and too_long(prompt, limit):
-            forecast.too_long += 1
             forecast.sections += math.ceil(tokens / limit)
-            if len(forecast.too_long_ids) < _IDS_SHOWN:
-                forecast.too_long_ids.append((each.record.id, tokens))
+            forecast.too_long.append((each.record.id, tokens))
         elif len(forecast.sample) < sample:
             forecast.sample.append(prompt)
     return forecast
@@ -134,7 +122,7 @@ async def _measured_rate(backend: Backend, sample: list[Prompt]) -> float:
 
 
 def _say_what(
-    forecast: Forecast, inputs: Inputs, progress: Progress, settings: JobSettings, limit: int | None, console: Console
+    forecast: _Forecast, inputs: Inputs, progress: Progress, settings: JobSettings, limit: int | None, console: Console
 ) -> None:
     prompts = f"{forecast.tokens:,} prompt tokens (longest {forecast.longest:,})"
     if forecast.documents and not forecast.tokens:
@@ -153,10 +141,10 @@ def _say_what(
             "truncate": "would be cut off",
             "map-reduce": f"would take {forecast.sections:,} sections or more",
         }[settings.fit.mode]
-        lines.append(f"{forecast.too_long:,} do not fit in {limit:,} prompt tokens and {would}:")
-        lines += [f"  {tokens:>10,}  {record_id}" for record_id, tokens in forecast.too_long_ids]
-        if forecast.too_long > len(forecast.too_long_ids):
-            lines.append(f"  and {forecast.too_long - len(forecast.too_long_ids):,} more")
+        lines.append(f"{len(forecast.too_long):,} do not fit in {limit:,} prompt tokens and {would}:")
+        lines += [f"  {tokens:>10,}  {record_id}" for record_id, tokens in forecast.too_long[:_IDS_SHOWN]]
+        if len(forecast.too_long) > _IDS_SHOWN:
+            lines.append(f"  and {len(forecast.too_long) - _IDS_SHOWN:,} more")
     if forecast.errors:
         lines.append(f"{forecast.errors.total():,} cannot be read: {counts(forecast.errors)}")
     for line in lines:

@@ -4,9 +4,8 @@ import time
 from collections import Counter
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task
+from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as RichProgress
-from rich.text import Text
 
 from vllm_longmamba.summarize.records import Row
 
@@ -48,10 +47,9 @@ class Progress:
         """Start the clock, and show the bar where there is a terminal."""
         self._started = time.monotonic()
         if self._console.is_terminal:
-            bar = [BarColumn()] if self._total_bytes else []
-            columns = (SpinnerColumn(), *bar, _StateColumn(self))
+            columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False))
             self._bar = RichProgress(*columns, console=self._console, refresh_per_second=2)
-            self._bar.add_task("", total=self._total_bytes or None)
+            self._bar.add_task(self.state(), total=self._total_bytes or None)
             self._bar.start()
 
     def end(self) -> None:
@@ -74,7 +72,8 @@ class Progress:
             self._errors[row.error.partition(":")[0]] += 1
         self._answered_bytes += weight
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._answered_bytes + self._passed_bytes)
+            done = self._answered_bytes + self._passed_bytes
+            self._bar.update(self._bar.task_ids[0], completed=done, description=self.state())
         elif time.monotonic() > self._line_due:
             self._line_due = time.monotonic() + _LINE_INTERVAL_S
             say(self._console, self.state())
@@ -123,15 +122,6 @@ class Progress:
 
     def _tokens_per_second(self) -> float:
         return self._tokens.total() / max(self._seconds(), 1e-9)
-
-
-class _StateColumn(ProgressColumn):
-    def __init__(self, progress: Progress) -> None:
-        super().__init__()
-        self._progress = progress
-
-    def render(self, task: Task) -> Text:
-        return Text(self._progress.state())
 
 
 def counts(kinds: Counter[str]) -> str:

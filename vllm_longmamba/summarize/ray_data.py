@@ -193,13 +193,11 @@ class RayRunner:
         # Every prompt is a block of its own: none waits until a block is full.
         context.target_max_block_size = 1
         settings, engine = self._settings, dict(self._settings.engine)
-        running, replicas = int(engine.get("max_num_seqs") or _DEFAULT_MAX_NUM_SEQS), settings.replicas
-        each = math.ceil(settings.concurrency / replicas) if settings.concurrency else kept_full(running)
-        resources = settings.replica_resources
-        if resources is None:
-            has_gpu = ray.cluster_resources().get("GPU")  # type: ignore[no-untyped-call]
-            resources = {"CPU": 1.0, "GPU": 1.0} if has_gpu else {"CPU": 1.0}
-        model = engine.pop("model")
+        model, replicas = engine.pop("model"), settings.replicas
+        each = kept_full(int(engine.get("max_num_seqs") or _DEFAULT_MAX_NUM_SEQS))
+        each = math.ceil(settings.concurrency / replicas) if settings.concurrency else each
+        has_gpu = ray.cluster_resources().get("GPU")  # type: ignore[no-untyped-call]
+        off = {"enabled": False}
         config = vLLMEngineProcessorConfig(
             # As an absolute path, which workers can find too if they share the file system.
             model_source=str(Path(model).resolve()) if Path(model).is_dir() else model,
@@ -207,21 +205,20 @@ class RayRunner:
             runtime_env=environment,
             concurrency=(replicas, replicas),
             batch_size=1,
-            max_concurrent_batches=each,
-            max_tasks_in_flight_per_actor=each,
-            max_pending_requests=each,
+            **dict.fromkeys(("max_concurrent_batches", "max_tasks_in_flight_per_actor", "max_pending_requests"), each),
             should_continue_on_error=True,
             log_engine_metrics=False,
-            chat_template_stage={"enabled": False},
-            tokenize_stage={"enabled": False},
-            detokenize_stage={"enabled": False},
-            placement_group_config={"bundle_per_worker": resources},
+            **dict.fromkeys(("chat_template_stage", "tokenize_stage", "detokenize_stage"), off),
+            placement_group_config={
+                "bundle_per_worker": settings.replica_resources or {"CPU": 1.0, **({"GPU": 1.0} if has_gpu else {})}
+            },
         )
         small = {"num_cpus": 0.01}
         processor = build_processor(config, preprocess_map_kwargs=small, postprocess_map_kwargs=small)
-        answered = processor(ray.data.from_arrow_refs(blocks))
         # Not iter_rows: it keeps a row back until the next one has come.
-        batches = answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        batches = processor(ray.data.from_arrow_refs(blocks)).iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        )
         return itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
 
 
