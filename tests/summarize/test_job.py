@@ -191,6 +191,18 @@ def test_rows_appear_while_it_runs(job: Job, monkeypatch: pytest.MonkeyPatch) ->
     assert seen == sorted(seen)
 
 
+def test_documents_under_way_have_a_limit_of_bytes(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of these fit beside each other; one that is larger than the limit goes alone."""
+    monkeypatch.setattr(runner, "_BYTES_UNDER_WAY", 2500)
+    job.server.delay_s = 0.02
+    records = [{"id": f"x{number}", "text": "x" * 1000} for number in range(20)]
+    write_jsonl(job.folder / "in" / "rows.jsonl", [*records, {"id": "large", "text": "y" * 5000}, *rows(3)])
+    assert job(concurrency=16) == 0
+    assert len(job.answers()) == 24
+    # The three short ones at the end fit together.
+    assert job.server.most_at_once == 3
+
+
 def test_names_that_look_like_markup(job: Job) -> None:
     write_jsonl(job.folder / "in" / "rows.jsonl", rows(2))
     assert job(output="sum[bold]:smile:.jsonl") == 0

@@ -117,6 +117,7 @@ class RayRunner:
         for admitted in self._admitted:
             if self._stopped:
                 return
+            admitted.begin()
             try:
                 text = asyncio.run_coroutine_threadsafe(self._extractor.text(admitted.record), loop).result()
             except RecordError as error:

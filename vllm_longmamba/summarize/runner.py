@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vllm_longmamba.summarize.answering import Answerer, Backend, advance
 from vllm_longmamba.summarize.progress import Progress
@@ -26,14 +26,22 @@ _SYNC_SECONDS = 1.0
 _EXPORT_SECONDS, _EXPORT_SHARE = 10.0, 0.05
 
 
-@dataclass(frozen=True)
+@dataclass
 class Admitted:
     """A record to answer; `number` counts them."""
 
     record: Record
     row: Row
     number: int
-    started: float = field(default_factory=time.monotonic)
+    started: float = 0.0
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = sys.getsizeof(self.record.content)
+
+    def begin(self) -> None:
+        """Start its clock."""
+        self.started = time.monotonic()
 
     def finish(self, store: Store, progress: Progress, error: str | None = None) -> None:
         """Write the row."""
@@ -82,7 +90,7 @@ class Reader:
     def done(self, admitted: Admitted) -> None:
         """Make room: a record is not in memory any more."""
         with self._change:
-            self._bytes -= _size(admitted)
+            self._bytes -= admitted.size
             self._change.notify()
 
     def close(self) -> None:
@@ -99,7 +107,7 @@ class Reader:
         last: BaseException | None = None
         try:
             for admitted in self._admitted:
-                size = _size(admitted)
+                size = admitted.size
                 with self._change:
                     self._change.wait_for(lambda size=size: self._closed or self._has_room(size))  # type: ignore[misc]
                     if self._closed:
@@ -123,10 +131,6 @@ class Reader:
     def _take(self, item: Admitted | BaseException | None) -> None:
         if not self._closed:
             self._queue.put_nowait(item)
-
-
-def _size(admitted: Admitted) -> int:
-    return sys.getsizeof(admitted.record.content)
 
 
 class Runner:
@@ -206,21 +210,30 @@ class Runner:
 
     async def _work(self) -> None:
         """Answer documents, one after the other."""
-        while (admitted := await self._reader.next()) is not None:
-            self.under_way += 1
-            try:
-                await self._answer(admitted)
-            except BaseException:
-                self._progress.dropped += 1
-                raise
-            self.under_way -= 1
-            self._reader.done(admitted)
+        # In functions of their own: no document stays in memory while a worker waits for the next.
+        while await self._work_on_one():
+            pass
+
+    async def _work_on_one(self) -> bool:
+        if (admitted := await self._reader.next()) is None:
+            return False
+        self.under_way += 1
+        try:
+            await self._answer(admitted)
+        except BaseException:
+            self._progress.dropped += 1
+            raise
+        self.under_way -= 1
+        self._reader.done(admitted)
+        return True
 
     async def _answer(self, admitted: Admitted) -> None:
         error, completions = None, None
+        admitted.begin()
         loop = asyncio.get_running_loop()
         try:
             steps = self._answerer.steps(await self._extractor.text(admitted.record), admitted.row)
+            admitted.record = replace(admitted.record, content=b"")
             while prompts := await loop.run_in_executor(self._preparing, advance, steps, completions):
                 completions = await self._completions(prompts, admitted.number)
         except RecordError as failure:
@@ -241,19 +254,22 @@ class Runner:
     async def _ask(self) -> None:
         """Have prompts answered, one after the other."""
         while True:
-            _, _, prompt, future = await self._asked.get()
-            if future.done():
-                continue
-            try:
-                answer: Completion | Exception = await self._backend.complete(prompt)
-            except (RecordError, JobStoppedError) as error:
-                answer = error
-            except Exception as error:
-                answer = RecordError("failed", f"{type(error).__name__}: {error}")
-            if isinstance(answer, Completion) and not future.done():
-                future.set_result(answer)
-            elif isinstance(answer, Exception) and not future.done():
-                future.set_exception(answer)
+            await self._ask_one()
+
+    async def _ask_one(self) -> None:
+        _, _, prompt, future = await self._asked.get()
+        if future.done():
+            return
+        try:
+            answer: Completion | Exception = await self._backend.complete(prompt)
+        except (RecordError, JobStoppedError) as error:
+            answer = error
+        except Exception as error:
+            answer = RecordError("failed", f"{type(error).__name__}: {error}")
+        if isinstance(answer, Completion) and not future.done():
+            future.set_result(answer)
+        elif isinstance(answer, Exception) and not future.done():
+            future.set_exception(answer)
 
     async def _keep_current(self) -> None:
         """Let rows reach the disk, and the output show them, while the job runs."""

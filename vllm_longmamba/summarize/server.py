@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
@@ -311,7 +312,7 @@ async def connected(settings: JobSettings, say: Callable[[str], None]) -> Server
         say: prints a line.
 
     Raises:
-        ValueError: --tokenizer cannot be loaded.
+        ValueError: the tokenizer cannot be loaded.
         JobStoppedError: the server does not answer, or has not the model.
     """
     backend = ServerBackend(settings)
@@ -325,12 +326,27 @@ async def connected(settings: JobSettings, say: Callable[[str], None]) -> Server
 
 
 def _tokenizer(given: str | None, guess: str, say: Callable[[str], None]) -> Any:
+    if given is None and not _is_here(guess):
+        say(f"no tokenizer at {printable(guess)!r}: tokens are counted by the server only")
+        return None
+    # Half a gigabyte of libraries.
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(given or guess, local_files_only=given is None, trust_remote_code=False)
     except Exception as error:
-        if given is not None:
-            raise ValueError(f"--tokenizer {given}: {error}") from None
-        say(f"no tokenizer at {printable(guess)!r}: tokens are counted by the server only")
-        return None
+        option = "--tokenizer" if given is not None else "the tokenizer of the served model,"
+        raise ValueError(f"{option} {printable(given or guess)}: {error}") from None
+
+
+def _is_here(name: str) -> bool:
+    """Whether a tokenizer is a folder on this machine, or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return (Path(name) / "tokenizer_config.json").is_file() or isinstance(
+            try_to_load_from_cache(name, "tokenizer_config.json"), str
+        )
+    except (ValueError, OSError):
+        # Not the form of a path, or of a name on the hub.
+        return False
