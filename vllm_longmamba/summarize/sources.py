@@ -101,16 +101,21 @@ def _read_parquet(file: InputFile, settings: JobSettings) -> Iterator[Record]:
 def _value(column: Any, index: int, settings: JobSettings) -> Any:
     """A value of a parquet column; a `RecordError` in its place if Python cannot hold it, or it is too large."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    if not column[index].is_valid:
-        return None
     if pa.types.is_dictionary(column.type):
-        column, index = column.dictionary, column.indices[index].as_py()
+        number = column.indices[index].as_py()
+        if number is None:
+            return None
+        column, index = column.dictionary, number
+    # Unlike `column[index]`, a slice does not copy.
+    cell = column.slice(index, 1)
     try:
-        if not isinstance(column[index], pa.StringScalar | pa.LargeStringScalar):
-            return column[index].as_py()
-        content = column[index].as_buffer()
-        return _too_large(settings) if content.size > settings.max_bytes else str(content, "utf-8")
+        if cell.null_count or not (pa.types.is_string(cell.type) or pa.types.is_large_string(cell.type)):
+            return cell[0].as_py()
+        if pc.binary_length(cell)[0].as_py() > settings.max_bytes:
+            return _too_large(settings)
+        return str(cell[0].as_buffer(), "utf-8")
     except (pa.ArrowException, ValueError, OverflowError) as error:
         return RecordError("bad row", _reason(error))
 
