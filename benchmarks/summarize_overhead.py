@@ -185,7 +185,7 @@ class JobRun:
 
         with closing(Store(settings.output, settings.answer_settings(), overwrite=True)) as store:
             inputs = Inputs(settings.inputs)
-            progress = Progress(Console(file=io.StringIO()), inputs.total_bytes)
+            progress = Progress(Console(file=io.StringIO()))
             admitted = admitted_records(settings, inputs, store, progress)
             answerer, _, _ = make_answerer(settings, self._backend.tokenizer, self._backend.max_model_len)
             complete = await Runner(admitted, answerer, TextExtractor(), self._backend, store, progress).run()

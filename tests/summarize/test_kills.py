@@ -254,7 +254,7 @@ def run_large(folder: str) -> None:
     runner._BYTES_UNDER_WAY = 8 * 2**20
     settings = JobSettings(inputs=(f"{folder}/in",), output=Path(folder) / "out.jsonl", model="m")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    asyncio.run(run_instantly(settings, Progress(Console(file=io.StringIO()), 0)))
+    asyncio.run(run_instantly(settings, Progress(Console(file=io.StringIO()))))
     (Path(folder) / "grown").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
@@ -285,7 +285,7 @@ def test_memory_is_flat(tmp_path: Path) -> None:
     """100,000 small records: the last 80,000 add next to nothing to what the first 20,000 took. Prints their rate."""
     count, first = 100_000, 20_000
     write_jsonl(tmp_path / "in.jsonl", ({"id": f"record-{n}", "text": f"text {n} " * 20} for n in range(count)))
-    progress = Progress(Console(file=io.StringIO()), 0)
+    progress = Progress(Console(file=io.StringIO()))
     settings = JobSettings(inputs=(str(tmp_path / "in.jsonl"),), output=tmp_path / "out.jsonl", model="m")
     store = Store(settings.output, {})
     sizes: dict[int, int] = {}

@@ -187,6 +187,16 @@ def test_an_export_that_fails_changes_nothing(output: Path, monkeypatch: pytest.
     assert sorted(os.listdir(output.parent)) == [output.name, f"{output.name}.db"]
 
 
+def test_what_a_killed_export_left(output: Path) -> None:
+    """It is replaced, and if it is a link, what it leads to stays."""
+    precious = output.with_name("precious")
+    precious.write_text("precious")
+    output.with_name(f".{output.name}.longmamba.tmp").symlink_to(precious)
+    write(output, row("a"))
+    assert summaries(output) == [("a", "s")]
+    assert precious.read_text() == "precious"
+
+
 def test_rows_come_while_it_exports(output: Path) -> None:
     store = Store(output, SETTINGS)
     exporting = threading.Thread(target=lambda: [store.export() for _ in range(20)])

@@ -59,7 +59,10 @@ def dry_run(settings: JobSettings, sample: int, console: Console, starting: Star
 async def _dry_run(settings: JobSettings, sample: int, console: Console, starting: Starting) -> None:
     with closing(Store(settings.output, overwrite=settings.overwrite)) as store:
         inputs = Inputs(settings.inputs, settings.stdin_format, exclude=store.files())
-        progress = Progress(console, inputs.total_bytes)
+        progress = Progress(console)
+        if settings.ray_address is not None and sample:
+            say(console, "no engine is started on Ray to measure the time")
+            sample = 0
         backend: Backend | None = None
         if sample or settings.base_url is not None:
             backend = await start_backend(settings, console, starting)

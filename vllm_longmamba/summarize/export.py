@@ -14,7 +14,7 @@ _GROUP_CHARACTERS = 8 * 2**20
 
 def write_jsonl(path: Path, rows: Iterator[str]) -> None:
     """Write rows, each the JSON of a `Row`, as JSON lines; on the disk itself when it returns."""
-    with path.open("w", encoding="utf-8") as lines:
+    with path.open("x", encoding="utf-8") as lines:
         lines.writelines(row + "\n" for row in rows)
         lines.flush()
         os.fsync(lines.fileno())
@@ -26,7 +26,7 @@ def write_parquet(path: Path, rows: Iterator[str]) -> None:
     import pyarrow.parquet as pq
 
     schema = _schema()
-    with path.open("wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with path.open("xb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for some in _groups(rows):
             writer.write_batch(pa.RecordBatch.from_pylist(some, schema=schema))
         writer.close()

@@ -47,11 +47,8 @@ def run_job(settings: JobSettings, console: Console, starting: Starting = nullco
     Raises:
         ValueError: the settings are wrong, do not fit the output, or the engine refuses them.
     """
-    progress = Progress(console, 0)
+    progress = Progress(console)
     try:
-        inputs = Inputs(settings.inputs, settings.stdin_format)
-        # Nobody knows which part of the bytes the first records are.
-        progress = Progress(console, inputs.total_bytes if settings.limit is None else 0)
         complete, error_rows = asyncio.run(_run(settings, progress, console, starting))
     except DiskFullError as error:
         _report(progress, console)
@@ -80,6 +77,8 @@ async def _run(settings: JobSettings, progress: Progress, console: Console, star
     again = {"overwrite": settings.overwrite, "retry_errors": settings.retry_errors}
     with closing(Store(settings.output, settings.answer_settings(), **again)) as store:
         inputs = Inputs(settings.inputs, settings.stdin_format, exclude=store.files())
+        # Nobody knows which part of the bytes the first records are.
+        progress.total_bytes = inputs.total_bytes if settings.limit is None else 0
         admitted = admitted_records(settings, inputs, store, progress)
         complete, failure = True, None
         # Where nothing is left to do, no engine is started for it.

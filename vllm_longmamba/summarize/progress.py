@@ -22,21 +22,21 @@ class Progress:
 
     Args:
         console: where to show.
-        total_bytes: size of all input files; 0 where nobody knows.
 
     Attributes:
+        total_bytes: size of all input files; 0 where nobody knows.
         documents: rows written, error rows included.
         dropped: records under way that were given up.
         done_before: records that had a row already.
         repetitions: records that came again, with the same id and content.
     """
 
-    def __init__(self, console: Console, total_bytes: int) -> None:
+    def __init__(self, console: Console) -> None:
         self.documents = self.dropped = self.done_before = self.repetitions = 0
         self._tokens: Counter[str] = Counter()
         self._fitted: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
-        self._console, self._total_bytes = console, total_bytes
+        self._console, self.total_bytes = console, 0
         self._answered_bytes = self._passed_bytes = 0.0
         self._started: float | None = None
         self._ended: float | None = None
@@ -49,7 +49,7 @@ class Progress:
         if self._console.is_terminal:
             columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False))
             self._bar = RichProgress(*columns, console=self._console, refresh_per_second=2)
-            self._bar.add_task(self.state(), total=self._total_bytes or None)
+            self._bar.add_task(self.state(), total=self.total_bytes or None)
             self._bar.start()
 
     def end(self) -> None:
@@ -93,8 +93,8 @@ class Progress:
             parts.append(f"{self._errors.total():,} errors")
         if self.done_before:
             parts.append(f"{self.done_before:,} done before")
-        left = self._total_bytes - self._answered_bytes - self._passed_bytes
-        if self._total_bytes and self._answered_bytes:
+        left = self.total_bytes - self._answered_bytes - self._passed_bytes
+        if self.total_bytes and self._answered_bytes:
             parts.append(f"ETA {duration(max(left, 0.0) / self._answered_bytes * seconds)}")
         return ", ".join(parts)
 

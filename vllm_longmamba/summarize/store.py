@@ -149,12 +149,14 @@ class Store:
             ValueError: what is there is not what this store wrote last.
             DiskFullError: no room; the old output stays.
         """
-        temporary = self.output.with_name(f".{self.output.name}.{os.getpid()}.tmp")
+        temporary = self.output.with_name(f".{self.output.name}.longmamba.tmp")
         with self._exporting, _disk(self.output):
             # Another thread may write rows meanwhile.
             connection = self._connect("rw")
             try:
                 self._check_output(connection)
+                # Of a job that was killed.
+                temporary.unlink(missing_ok=True)
                 rows = (row for (row,) in connection.execute("SELECT row FROM rows ORDER BY number"))
                 _WRITERS[self.output.suffix](temporary, rows)
                 # Both are ours, whichever a kill leaves there.
