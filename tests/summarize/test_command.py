@@ -54,6 +54,11 @@ def test_wrong_arguments(tmp_path: Path, arguments: list[str], message: str) -> 
     assert "secret" not in said
 
 
+def test_help_texts_are_whole() -> None:
+    """Square brackets would be taken for markup."""
+    assert "(default: id where a row has one, else file#row)" in invoke("--help")[1]
+
+
 def test_no_traceback_shows_a_value() -> None:
     """Such as a key or a password."""
     assert app.pretty_exceptions_show_locals is False

@@ -32,7 +32,7 @@ def summarize(
     text_column: Annotated[str, _option("Name of the column that holds the document.", _SOURCE)] = "text",
     id_column: Annotated[
         str | None,
-        _option("Name of the column that holds the id. [default: id where a row has one, else file#row]", _SOURCE),
+        _option("Name of the column that holds the id. (default: id where a row has one, else file#row)", _SOURCE),
     ] = None,
     encoding: Annotated[str, _option("Encoding of text files.", _SOURCE)] = "utf-8",
     stdin_format: Annotated[
@@ -45,7 +45,7 @@ def summarize(
         str | None, _option("Name or folder of the model, as for vllm serve.", "Engine", show_default=False)
     ] = None,
     instruction: Annotated[
-        str | None, _option("What to do with each document. [default: summarize it]", _PROMPT)
+        str | None, _option("What to do with each document. (default: summarize it)", _PROMPT)
     ] = None,
     prompt: Annotated[
         str, _option("Kind of prompt: base, chat, or auto (chat if there is a chat template).", _PROMPT)
@@ -66,7 +66,7 @@ def summarize(
     drop: Annotated[str, _option("What --fit truncate cuts off: end or middle.", _PROMPT)] = "end",
     reduce_instruction: Annotated[
         str | None,
-        _option("What --fit map-reduce does with the answers of sections. [default: --instruction]", _PROMPT),
+        _option("What --fit map-reduce does with the answers of sections. (default: --instruction)", _PROMPT),
     ] = None,
     resume: Annotated[
         bool, _option("Go on where the output ends, or begin it anew.", _JOB, "--resume/--overwrite")
@@ -74,9 +74,9 @@ def summarize(
     retry_errors: Annotated[bool, _option("Try documents with error rows again.", _JOB, "--retry-errors")] = False,
     concurrency: Annotated[
         int | None,
-        _option("Number of prompts under way at a time. [default: fills the engine; server: 64]", _JOB, min=1),
+        _option("Number of prompts under way at a time. (default: fills the engine; server: 64)", _JOB, min=1),
     ] = None,
-    limit: Annotated[int | None, _option("Number of records to look at. [default: all]", _JOB, min=1)] = None,
+    limit: Annotated[int | None, _option("Number of records to look at. (default: all)", _JOB, min=1)] = None,
     dry_run: Annotated[
         bool, _option("Count documents, tokens, time, and what will not fit; write nothing.", _JOB, "--dry-run")
     ] = False,
