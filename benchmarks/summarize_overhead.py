@@ -28,6 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,8 @@ class JobRun:
     """The loop of `longmamba summarize`, over a JSONL file, with one engine for all runs."""
 
     def __init__(self, options: dict[str, Any], folder: Path, documents: list[str], max_tokens: int) -> None:
-        from vllm_longmamba.summarize.backends import Sampling
         from vllm_longmamba.summarize.engine import EngineBackend
-        from vllm_longmamba.summarize.settings import JobSettings
+        from vllm_longmamba.summarize.settings import JobSettings, Sampling
 
         self._folder = folder
         self._input = folder / "documents.jsonl"
@@ -153,7 +153,7 @@ class JobRun:
         self._backend = self._loop.run_until_complete(self._start(EngineBackend, options))
 
     async def _start(self, backend: Any, options: dict[str, Any]) -> Any:
-        return backend({**options, "enable_log_requests": False, "disable_log_stats": True}, self._sampling)
+        return backend(options, self._sampling)
 
     def run(self, count: int) -> tuple[float, int, list[str]]:
         """(seconds, tokens, answers) of the first documents."""
@@ -176,25 +176,22 @@ class JobRun:
     async def _run(self, settings: Any) -> None:
         from rich.console import Console
 
-        from vllm_longmamba.summarize.index import Index
         from vllm_longmamba.summarize.inputs import Inputs
-        from vllm_longmamba.summarize.job import admitted_records, make_runner
-        from vllm_longmamba.summarize.output import Output
+        from vllm_longmamba.summarize.job import admitted_records, make_answerer
         from vllm_longmamba.summarize.progress import Progress
+        from vllm_longmamba.summarize.runner import Runner
+        from vllm_longmamba.summarize.store import Store
+        from vllm_longmamba.summarize.texts import TextExtractor
 
-        files = Output(settings.output)
-        inputs = Inputs(settings.inputs)
-        index = Index()
-        journal = files.open(settings.answer_settings(), index, overwrite=True, retry_errors=False)
-        progress = Progress(Console(file=io.StringIO()), inputs.total_bytes)
-        admitted = admitted_records(settings, inputs, index, progress)
-        progress.begin()
-        complete = await make_runner(settings, self._backend, admitted, journal, progress).run()
-        progress.end()
-        files.finish(journal, complete=complete)
-        index.close()
-        if not complete or progress.errors:
-            raise RuntimeError(f"the job did not answer everything: {progress.report()}")
+        with closing(Store(settings.output, settings.answer_settings(), overwrite=True)) as store:
+            inputs = Inputs(settings.inputs)
+            progress = Progress(Console(file=io.StringIO()))
+            admitted = admitted_records(settings, inputs, store, progress)
+            answerer, _, _ = make_answerer(settings, self._backend.tokenizer, self._backend.max_model_len)
+            complete = await Runner(admitted, answerer, TextExtractor(), self._backend, store, progress).run()
+            store.export()
+            if not complete or store.count(failed=True):
+                raise RuntimeError(f"the job did not answer everything: {progress.report()}")
 
     def close(self) -> None:
         self._loop.run_until_complete(self._backend.close())

@@ -17,6 +17,8 @@ app = typer.Typer(
     help="Tools for serving Mamba models on long prompts with vLLM (vllm serve MODEL --model-impl longmamba).",
     no_args_is_help=True,
     add_completion=False,
+    # A traceback must not show a key or a password.
+    pretty_exceptions_show_locals=False,
 )
 app.command()(calibrate)
 evaluate.app.command()(ruler)

@@ -13,7 +13,7 @@ from rich.console import Console
 from vllm_longmamba.summarize.job import run_job
 from vllm_longmamba.summarize.settings import JobSettings
 
-from .documents import write_jsonl
+from .documents import stored_rows, write_jsonl
 from .stub_server import StubServer
 
 EXAMPLE_MODEL = Path(__file__).resolve().parent.parent.parent / "examples" / "passkey-mamba2-4m"
@@ -69,12 +69,20 @@ class Job:
             return found
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
+    def stored(self, output: str = "out.jsonl") -> dict[str, Any]:
+        """The same of the store beside an output."""
+        return answers_of(stored_rows(self.folder / output))
+
     def answers(self, output: str = "out.jsonl") -> dict[str, Any]:
         """Summary or error of each id; no id may come twice."""
-        rows = self.rows(output)
-        found = {row["id"]: row["error"] or row["summary"] for row in rows}
-        assert len(found) == len(rows)
-        return found
+        return answers_of(self.rows(output))
+
+
+def answers_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Summary or error of each id; no id may come twice."""
+    found = {row["id"]: row["error"] or row["summary"] for row in rows}
+    assert len(found) == len(rows)
+    return found
 
 
 @pytest.fixture

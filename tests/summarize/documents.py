@@ -1,8 +1,10 @@
-"""Makes input files for tests."""
+"""Makes input files for tests, and reads what became of them."""
 
 import gzip
 import json
+import sqlite3
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,19 @@ def compressed(content: bytes, suffix: str) -> bytes:
     if suffix == ".zst":
         return zstandard.ZstdCompressor(write_checksum=True).compress(content)
     return content
+
+
+def stored_rows(output: Path) -> list[dict[str, Any]]:
+    """The rows in the store beside an output, as they are at this moment."""
+    path = output.with_name(f"{output.name}.db")
+    if not path.exists():
+        return []
+    with closing(sqlite3.connect(path)) as store:
+        try:
+            return [json.loads(row) for (row,) in store.execute("SELECT row FROM rows ORDER BY number")]
+        except sqlite3.OperationalError:
+            # Killed before there were any.
+            return []
 
 
 def pdf(pages: list[str]) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from .conftest import EXAMPLE_MODEL
+from .documents import stored_rows
 
 QUESTION = "What is the pass key? The pass key is "
 START_SECONDS = 240
@@ -36,8 +37,8 @@ def user_environment(folder: Path) -> dict[str, str]:
 
 
 def rows_of(path: Path) -> dict[str, dict[str, object]]:
-    """Whole rows by id; no id may come twice."""
-    rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    """Rows by id in the store beside an output; no id may come twice."""
+    rows = stored_rows(path)
     assert len({row["id"] for row in rows}) == len(rows)
     return {row["id"]: row for row in rows}
 
@@ -50,10 +51,10 @@ def start_and_signal(
         arguments, env=user_environment(output.parent), start_new_session=True, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + seconds
-    while not output.exists() or output.read_bytes().count(b"\n") <= after:
+    while len(stored_rows(output)) <= after:
         assert job.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.1)
     # Otherwise `wait_until_gone` would see nothing of them either.
     assert any("EngineCore" in name for name in processes(output.parent))
     if number == signal.SIGINT:

@@ -1,6 +1,7 @@
 """The command line: what is refused, the dry run, exit codes, and what comes with the package."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,10 @@ from typer.testing import CliRunner
 
 from vllm_longmamba.chat_templates import PASS_THROUGH
 from vllm_longmamba.cli import app
-from vllm_longmamba.summarize.backends import Sampling
-from vllm_longmamba.summarize.engine import EngineBackend, engine_args, engine_arguments
-from vllm_longmamba.summarize.ray_plugin import plugin_modules
-from vllm_longmamba.summarize.settings import JobSettings
+from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments
+from vllm_longmamba.summarize.engine import EngineBackend
+from vllm_longmamba.summarize.ray_data import plugin_modules
+from vllm_longmamba.summarize.settings import JobSettings, Sampling
 
 from .conftest import EXAMPLE_MODEL
 from .documents import write_jsonl
@@ -37,9 +38,10 @@ def invoke(*arguments: str) -> tuple[int, str]:
         (["--model", "m", "--drop", "x"], "--drop must be one of end, middle"),
         (["--model", "m", "--stdin-format", "x"], "--stdin-format must be one of jsonl, text"),
         (["--model", "m", "--encoding", "x"], "--encoding: Python knows no 'x'"),
-        (["--model", "m", "--engine-args", "{"], "--engine-args: not JSON"),
-        (["--model", "m", "--engine-args", "[]"], "--engine-args: must be a JSON object"),
-        (["--model", "m", "--engine-args", '{"max_seqs": 3}'], "--engine-args: "),
+        (["--model", "m", "--engine-args", '{"max_seqs": 3}'], "--engine-args: vLLM's engine has no argument"),
+        (["--model", "m", "--engine-args", '{"tokenizer": "t"}'], "--engine-args: tokenizer is set by --tokenizer"),
+        (["--model", "m", "--replica-resources", '{"GPU": "x"}'], "--replica-resources: must be an object of numbers"),
+        (["--base-url", "http://user:secret@/v1"], "--base-url must be an address such as http://localhost:8000/v1"),
         (["--base-url", "http://localhost:1/v1", "--ray", "auto"], "--base-url and --ray exclude each other"),
         (["--model", "m", "--template", "missing.jinja"], "--template missing.jinja: "),
     ],
@@ -49,6 +51,17 @@ def test_wrong_arguments(tmp_path: Path, arguments: list[str], message: str) -> 
     code, said = invoke(str(tmp_path / "a.txt"), "-o", str(tmp_path / "out.jsonl"), *arguments)
     assert code == 1
     assert message in said
+    assert "secret" not in said
+
+
+def test_help_texts_are_whole() -> None:
+    """Square brackets would be taken for markup."""
+    assert "(default: id where a row has one, else file#row)" in invoke("--help")[1]
+
+
+def test_no_traceback_shows_a_value() -> None:
+    """Such as a key or a password."""
+    assert app.pretty_exceptions_show_locals is False
 
 
 def test_a_job(tmp_path: Path) -> None:
@@ -78,6 +91,8 @@ def test_dry_run_counts(tmp_path: Path) -> None:
     code, said = invoke(*arguments, "--fit", "map-reduce")
     assert "would take 3 sections or more" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "rows.jsonl"]
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert "2 cannot be read: 2 unreadable" in invoke(*arguments)[1]
 
 
 def test_dry_run_measures(tmp_path: Path) -> None:
@@ -106,25 +121,16 @@ def test_the_settings_hash_covers_what_changes_answers() -> None:
     def settings(**more: Any) -> JobSettings:
         return JobSettings(inputs=("a",), output=Path("b.jsonl"), model="m", **more)
 
-    same = [settings(), settings(concurrency=3), settings(engine_args={"max_num_seqs": 2}), settings(limit=1)]
+    same = [settings(), settings(concurrency=3), settings(engine={"max_num_seqs": 2}), settings(limit=1)]
     assert len({each.answer_hash() for each in same}) == 1
-    other = [settings(instruction="x"), settings(table="t"), settings(max_model_len=5), settings(dtype="float32")]
+    other = [settings(instruction="x"), settings(max_model_len=5), settings(engine={"dtype": "float32"})]
+    other.append(settings(engine={"additional_config": {"longmamba": {"table": "t"}}}))
     assert len({each.answer_hash() for each in [*other, same[0]]}) == 5
-
-
-def test_engine_arguments() -> None:
-    model, own = str(EXAMPLE_MODEL), {"table": "t", "min_retention": None}
-    arguments = engine_arguments(model, own, 100, "float32", 2, model, {"max_num_seqs": 4})
-    assert arguments["additional_config"] == {"longmamba": {"table": "t"}}
-    made = engine_args(arguments)
-    assert (made.model, made.model_impl, made.max_model_len, made.dtype) == (model, "longmamba", 100, "float32")
-    assert (made.tensor_parallel_size, made.tokenizer, made.max_num_seqs) == (2, model, 4)
-    stock = engine_arguments(model, {}, None, "auto", 1, None, {"model_impl": "auto"})
-    assert stock["additional_config"] == {}
 
 
 def test_steps_as_large_as_those_of_llm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless told otherwise, the engine takes a bare `LLM`'s tokens for a step and sequences at a time."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -135,10 +141,10 @@ def test_steps_as_large_as_those_of_llm(monkeypatch: pytest.MonkeyPatch) -> None
         raise Asked(arguments.create_engine_config(usage_context).scheduler_config)
 
     monkeypatch.setattr(AsyncLLM, "from_engine_args", config_only)
-    arguments = engine_arguments(str(EXAMPLE_MODEL), {}, 16384, "float32", 1, None, {})
+    arguments = engine_arguments(str(EXAMPLE_MODEL), EngineOptions(max_model_len=16384, dtype="float32"))
     with pytest.raises(Asked) as asked:
         EngineBackend(arguments, Sampling())
-    expected = engine_args(arguments).create_engine_config(UsageContext.LLM_CLASS).scheduler_config
+    expected = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS).scheduler_config
     scheduler = asked.value.args[0]
     assert scheduler.max_num_batched_tokens == expected.max_num_batched_tokens
     assert scheduler.max_num_seqs == expected.max_num_seqs

@@ -19,6 +19,28 @@ def test_kept_full(running: int, requests: int) -> None:
     assert kept_full(running) == requests
 
 
+@pytest.mark.parametrize("verbose", [False, True])
+def test_an_engine_that_does_not_start(tmp_path: Path, verbose: bool) -> None:
+    """One line with the cause and the remedy, from a process of the engine's own; its traceback on request."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("text")
+    ran = subprocess.run(
+        command(tmp_path, *(["--verbose"] if verbose else [])),
+        env=user_environment(tmp_path) | {"VLLM_CPU_KVCACHE_SPACE": "100000"},
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        check=False,
+    )
+    assert ran.returncode == 1
+    (line,) = [line for line in ran.stderr.splitlines() if line.startswith("longmamba summarize: ")]
+    assert "is less than requested memory for kv" in line
+    assert line.endswith("Set VLLM_CPU_KVCACHE_SPACE to fewer GiB than are free.")
+    assert ("Traceback" in ran.stderr) == verbose
+    assert "Traceback" not in ran.stdout
+    wait_until_gone(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_signal_and_resume(number: signal.Signals, tmp_path: Path, documents: dict[str, str]) -> None:

@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -13,11 +12,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import tenacity
 
-from vllm_longmamba.summarize.backends import Sampling
+from vllm_longmamba.summarize import runner, server
 from vllm_longmamba.summarize.job import EXIT_DISK_FULL, EXIT_ERROR_ROWS, EXIT_INTERRUPTED, EXIT_STOPPED
-from vllm_longmamba.summarize.journal import Journal
 from vllm_longmamba.summarize.records import COLUMNS
+from vllm_longmamba.summarize.settings import Sampling
+from vllm_longmamba.summarize.store import Store
 
 from .conftest import Job
 from .documents import pdf, write_jsonl
@@ -131,9 +132,6 @@ def test_other_settings_are_refused(job: Job) -> None:
     before = (job.folder / "out.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"begun with other settings \(max_tokens was 256, is 7\); resume with"):
         job(sampling=Sampling(max_tokens=7))
-    (job.folder / "out.jsonl.job.json").unlink()
-    with pytest.raises(ValueError, match=r"out.jsonl.job.json is not there or damaged"):
-        job()
     assert (job.folder / "out.jsonl").read_bytes() == before
     assert job(instruction="Who?", overwrite=True) == 0
     assert job.answers()["r0"] == answer("text of row 0\n\nWho?")
@@ -142,7 +140,7 @@ def test_other_settings_are_refused(job: Job) -> None:
 def test_the_way_of_running_may_change(job: Job) -> None:
     write_jsonl(job.folder / "in" / "rows.jsonl", rows(4))
     assert job(limit=2, concurrency=3) == 0
-    assert job(concurrency=1, engine_args={"max_num_seqs": 4}, retry_for_s=3.0) == 0
+    assert job(concurrency=1, engine={"max_num_seqs": 4}, retry_for_s=3.0) == 0
     assert job.answers() == expected(4)
 
 
@@ -154,22 +152,98 @@ def test_parquet(job: Job) -> None:
     assert job.answers("out.parquet") == expected(300)
     assert pq.read_schema(job.folder / "out.parquet").names == list(COLUMNS)
     left = sorted(path.name for path in job.folder.iterdir())
-    assert left == ["in", "out.parquet", "out.parquet.job.json"]
+    assert left == ["in", "out.parquet", "out.parquet.db"]
 
 
-def test_no_output_of_ours(job: Job) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_output_of_ours(job: Job, overwrite: bool) -> None:
+    """The whole command that once left a foreign file with 0 bytes."""
     write_jsonl(job.folder / "in" / "rows.jsonl", rows(2))
-    shutil.copy(job.folder / "in" / "rows.jsonl", job.folder / "out.jsonl")
-    with pytest.raises(ValueError, match="not a row of `longmamba summarize`"):
-        job()
-    (job.folder / "out.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="is no output of `longmamba summarize`"):
-        job(output="out.parquet")
+    (job.folder / "out.jsonl").write_text('{"precious":1}')
+    with pytest.raises(ValueError, match="was not written by a job of `longmamba summarize`"):
+        job(overwrite=overwrite)
+    assert (job.folder / "out.jsonl").read_text() == '{"precious":1}'
+    assert job.server.requests.total() == 0
     with pytest.raises(ValueError, match=r"must end with \.jsonl"):
         job(output="out.csv")
-    for output in ("out.jsonl", "out.parquet"):
-        assert job(output=output, overwrite=True) == 0
-        assert job.answers(output) == expected(2)
+
+
+def test_rows_appear_while_it_runs(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_SYNC_SECONDS", 0.05)
+    monkeypatch.setattr(runner, "_EXPORT_SECONDS", 0.05)
+    write_jsonl(job.folder / "in" / "rows.jsonl", rows(60))
+    seen: list[int] = []
+
+    def watch() -> None:
+        output = job.folder / "out.jsonl"
+        wait_for(job, 10)
+        job.server.delay_s = 0.02
+        while not seen or seen[-1] < 60:
+            seen.append(output.read_bytes().count(b"\n") if output.exists() else 0)
+            time.sleep(0.01)
+
+    job.server.delay_s = 0.02
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    assert job(concurrency=1) == 0
+    watcher.join(30)
+    assert any(0 < rows < 60 for rows in seen)
+    assert seen == sorted(seen)
+
+
+def test_documents_under_way_have_a_limit_of_bytes(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of these fit beside each other; one that is larger than the limit goes alone."""
+    monkeypatch.setattr(runner, "_BYTES_UNDER_WAY", 2500)
+    job.server.delay_s = 0.02
+    records = [{"id": f"x{number}", "text": "x" * 1000} for number in range(20)]
+    write_jsonl(job.folder / "in" / "rows.jsonl", [*records, {"id": "large", "text": "y" * 5000}, *rows(3)])
+    assert job(concurrency=16) == 0
+    assert len(job.answers()) == 24
+    # The three short ones at the end fit together.
+    assert job.server.most_at_once == 3
+
+
+def test_names_that_look_like_markup(job: Job) -> None:
+    write_jsonl(job.folder / "in" / "rows.jsonl", rows(2))
+    assert job(output="sum[bold]:smile:.jsonl") == 0
+    assert f"complete: {job.folder}/sum[bold]:smile:.jsonl" in job.said
+    assert len(job.rows("sum[bold]:smile:.jsonl")) == 2
+    job.server.models = b'{"data": [{"id": "[/red]"}]}'
+    with pytest.raises(ValueError, match="another"):
+        job(output="sum[bold]:smile:.jsonl", encoding="latin-1")
+    assert job(output="b.jsonl", model="x", retry_for_s=0.1) == EXIT_STOPPED
+    assert "has no model 'x', but [/red]; see --model" in job.said
+
+
+def test_one_document_stops_no_job(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that the server refuses, or answers with nonsense, is one error row; and so it is when asked again."""
+    monkeypatch.setattr(server, "_PAUSE", tenacity.wait_random(0.001, 0.01))
+    bad = ["FORBIDDEN", "QUOTA", "ODD-HTML ", "ODD-NULL-CHOICE ", "ODD-USAGE-STRING ", "ODD-NO-CHOICES "]
+    records = rows(20)
+    for number, word in enumerate(bad):
+        records.insert(3 * number, {"id": word.strip(), "text": f"{word} text"})
+    write_jsonl(job.folder / "in" / "rows.jsonl", records)
+    for retry in (False, True):
+        assert job(concurrency=2, retry_errors=retry) == EXIT_ERROR_ROWS
+        found = job.answers()
+        assert {name: found[name] for name in expected(20)} == expected(20)
+        kinds = {name.strip(): found[name.strip()].partition(":")[0] for name in bad}
+        assert kinds == dict.fromkeys(["FORBIDDEN", "QUOTA"], "refused") | dict.fromkeys(
+            ["ODD-HTML", "ODD-NULL-CHOICE", "ODD-USAGE-STRING", "ODD-NO-CHOICES"], "bad answer"
+        )
+
+
+def test_a_key_that_is_refused_for_all(job: Job) -> None:
+    """Nothing is written, so that nothing has to be tried again by name."""
+    write_jsonl(job.folder / "in" / "rows.jsonl", rows(20))
+    job.server.refuses = 401
+    assert job(api_key="sk-secret") == EXIT_STOPPED
+    assert f"stopped: {job.server.url} answers nothing any more: 401 Unauthorized" in job.said
+    assert "sk-secret" not in job.said
+    assert job.rows() == []
+    job.server.refuses = None
+    assert job() == 0
+    assert job.answers() == expected(20)
 
 
 def test_the_server_goes_away_for_good(job: Job) -> None:
@@ -208,11 +282,10 @@ def test_interrupts(job: Job, interrupts: int) -> None:
     thread.start()
     assert job(concurrency=concurrency, output="out.parquet") == EXIT_INTERRUPTED
     thread.join()
-    done = job.answers("out.parquet.partial.jsonl")
+    done = job.answers("out.parquet")
     asked = len(job.server.requests)
     assert len(done) == asked if interrupts == 1 else len(done) < asked
     assert ("given up while under way" in job.said) == (interrupts == 2)
-    assert not (job.folder / "out.parquet").exists()
     job.server.delay_s = 0.0
     assert job(output="out.parquet") == 0
     assert job.answers("out.parquet") == expected(count)
@@ -222,11 +295,11 @@ def test_interrupts(job: Job, interrupts: int) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
+    """A file system of 512 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("mounting a tmpfs needs root")
@@ -239,15 +312,14 @@ def test_disk_full(job: Job, small_disk: Path, output: str) -> None:
     count = 300
     write_jsonl(job.folder / "in" / "rows.jsonl", rows(count))
     assert job(output=output, concurrency=4) == EXIT_DISK_FULL
-    assert "No space left on device" in job.said
+    assert "disk full: cannot write" in job.said
     assert "Make room; then the same command goes on from here." in job.said
-    journal = output if output.endswith("jsonl") else f"{output}.partial.jsonl"
-    done = job.answers(journal)
-    assert 50 < len(done) < count
+    done = job.stored(output)
+    assert 20 < len(done) < count
     assert done.items() <= expected(count).items()
     # Still full: nothing is lost by trying.
     assert job(output=output, concurrency=4) == EXIT_DISK_FULL
-    assert job.answers(journal).items() >= done.items()
+    assert job.stored(output).items() >= done.items()
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
     assert job(output=output) == 0
     assert job.answers(output) == expected(count)
@@ -255,25 +327,21 @@ def test_disk_full(job: Job, small_disk: Path, output: str) -> None:
 
 def test_disk_full_at_the_end(job: Job, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows have room, but not the parquet file beside them."""
-    count = 60
+    count = 20
     write_jsonl(job.folder / "in" / "rows.jsonl", rows(count))
-    compact = Journal.compact
+    export = Store.export
 
-    def fill_the_disk(journal: Journal) -> None:
-        compact(journal)
+    def fill_the_disk(store: Store) -> None:
         with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
             while True:
                 filler.write(bytes(4096))
+        export(store)
 
-    monkeypatch.setattr(Journal, "compact", fill_the_disk)
+    monkeypatch.setattr(Store, "export", fill_the_disk)
     assert job(output="disk/out.parquet") == EXIT_DISK_FULL
     monkeypatch.undo()
-    assert len(job.answers("disk/out.parquet.partial.jsonl")) == count
-    assert sorted(path.name for path in small_disk.iterdir()) == [
-        "filler",
-        "out.parquet.job.json",
-        "out.parquet.partial.jsonl",
-    ]
+    assert len(job.stored("disk/out.parquet")) == count
+    assert {path.name.partition("-")[0] for path in small_disk.iterdir()} == {"filler", "out.parquet.db"}
     (small_disk / "filler").unlink()
     assert job(output="disk/out.parquet") == 0
     assert max(job.server.requests.values()) == 1

@@ -32,10 +32,11 @@ def a_row(**more: object) -> Row:
 
 def test_state(clock: Clock) -> None:
     """Documents/s, tokens/s, and the time left by the bytes that this run has answered, not those of earlier ones."""
-    progress = Progress(Console(file=io.StringIO()), total_bytes=1000)
+    progress = Progress(Console(file=io.StringIO()))
+    progress.total_bytes = 1000
     progress.begin()
     assert progress.state() == "0 documents, 0/s, 0 tokens/s"
-    progress.skipped(weight=500)
+    progress.skipped(weight=500, repeated=False)
     clock.now = 10.0
     for _ in range(4):
         progress.answered(a_row(), weight=25)
@@ -44,12 +45,12 @@ def test_state(clock: Clock) -> None:
 
 
 def test_report(clock: Clock) -> None:
-    progress = Progress(Console(file=io.StringIO()), total_bytes=0)
+    progress = Progress(Console(file=io.StringIO()))
     progress.begin()
     progress.answered(a_row(dropped_tokens=7), weight=1)
     progress.answered(a_row(steps=[{}]), weight=1)
     progress.answered(a_row(error="refused: no"), weight=1)
-    progress.repeated(weight=1)
+    progress.skipped(weight=1, repeated=True)
     clock.now = 100.0
     progress.end()
     clock.now = 900.0
@@ -66,7 +67,8 @@ def test_report(clock: Clock) -> None:
 def test_what_is_shown(clock: Clock, terminal: bool) -> None:
     """A bar on a terminal, a line a minute in a log."""
     shown = io.StringIO()
-    progress = Progress(Console(file=shown, force_terminal=terminal, width=150), total_bytes=100)
+    progress = Progress(Console(file=shown, force_terminal=terminal, width=150))
+    progress.total_bytes = 100
     progress.begin()
     clock.now = 30.0
     progress.answered(a_row(), weight=10)

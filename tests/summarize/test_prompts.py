@@ -88,9 +88,9 @@ def test_too_long(tokenizer: Any) -> None:
 @pytest.mark.parametrize("drop", ["end", "middle"])
 @pytest.mark.parametrize("limit", [40, 333])
 def test_truncated(tokenizer: Any, text: str, drop: str, limit: int) -> None:
-    fitted = truncated(maker(tokenizer), text, limit, drop=drop)
-    kept = fitted.prompt.text.removesuffix("\n\nQ:")
-    tokens = len(fitted.prompt.token_ids or [])
+    prompt, dropped = truncated(maker(tokenizer), text, limit, drop=drop)
+    kept = prompt.text.removesuffix("\n\nQ:")
+    tokens = len(prompt.token_ids or [])
     assert limit - 12 <= tokens <= limit
     if drop == "end":
         assert text.startswith(kept)
@@ -98,7 +98,7 @@ def test_truncated(tokenizer: Any, text: str, drop: str, limit: int) -> None:
         head = next(size for size in range(len(kept), -1, -1) if text.startswith(kept[:size]))
         assert text.endswith(kept[head:])
         assert 0.3 < head / len(kept) < 0.7 or text.count(text[:2]) > 100
-    assert fitted.dropped_tokens == len(text.encode()) - len(kept.encode())
+    assert dropped == len(text.encode()) - len(kept.encode())
 
 
 @pytest.mark.parametrize("limit", [60, 200, 1000])

@@ -1,41 +1,68 @@
 """The server backend: retries, back-off, restarts, concurrency."""
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tenacity
 
 from vllm_longmamba.summarize import server as server_module
-from vllm_longmamba.summarize.backends import Sampling
 from vllm_longmamba.summarize.prompts import Prompt
 from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError
-from vllm_longmamba.summarize.server import ServerBackend, ServerOptions, connect
+from vllm_longmamba.summarize.server import ServedModel, ServerBackend
+from vllm_longmamba.summarize.settings import JobSettings, Sampling
 
 from .conftest import EXAMPLE_MODEL, Job
 from .documents import write_jsonl
-from .stub_server import MODEL, StubServer, answer
+from .stub_server import MODEL, ODD_ANSWERS, StubServer, answer
 
 
 def prompt(text: str) -> Prompt:
     return Prompt(text, text, None)
 
 
-async def ask(server: StubServer, text: str, chat: bool = False, **options: Any) -> Completion:
-    backend, _ = await connect(ServerOptions(server.url, **options), Sampling(max_tokens=5), concurrency=4)
-    backend.chat = chat
+def settings(url: str, **options: Any) -> JobSettings:
+    more: dict[str, Any] = {"sampling": Sampling(max_tokens=5)} | options
+    return JobSettings(inputs=("in",), output=Path("out.jsonl"), base_url=url, **more)
+
+
+async def ask(server: StubServer, *texts: str, chat: bool = False, **options: Any) -> Completion:
+    """The last answer."""
+    backend = ServerBackend(settings(server.url, **options))
     try:
-        return await backend.complete(prompt(text))
+        await backend.connect()
+        backend.chat = chat
+        for text in texts:
+            completion = await backend.complete(prompt(text))
+        return completion
     finally:
         await backend.close()
+
+
+def connected(url: str, **options: Any) -> tuple[ServedModel, ServerBackend]:
+    async def found() -> tuple[ServedModel, ServerBackend]:
+        backend = ServerBackend(settings(url, **options))
+        try:
+            return await backend.connect(), backend
+        finally:
+            await backend.close()
+
+    return asyncio.run(found())
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_PAUSE", tenacity.wait_random(0.001, 0.01))
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_an_answer(server: StubServer, chat: bool) -> None:
     text = "some words and more"
     said = answer(text)
-    assert asyncio.run(ask(server, text, chat)) == Completion(said, len(text), len(said), "stop")
+    assert asyncio.run(ask(server, text, chat=chat)) == Completion(said, len(text), len(said), "stop")
+    assert asyncio.run(ask(server, "NO-USAGE")).output_tokens == 0
+    assert asyncio.run(ask(server, "a SURROGATE")).text.startswith("a ?")
 
 
 @pytest.mark.parametrize(("word", "times"), [("BUSY-TWICE", 3), ("ABORT-ONCE", 2)])
@@ -44,38 +71,138 @@ def test_tries_again(server: StubServer, word: str, times: int) -> None:
     assert server.requests[word] == times
 
 
-def test_gives_up_on_one_prompt(server: StubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "_FIRST_DELAY_S", 0.001)
-    with pytest.raises(RecordError, match=r"refused: .*this is refused"):
-        asyncio.run(ask(server, "REFUSE"))
-    with pytest.raises(RecordError, match=r"server error: 5 times .*inside"):
-        asyncio.run(ask(server, "ALWAYS-500"))
-    assert (server.requests["REFUSE"], server.requests["ALWAYS-500"]) == (1, 5)
-    server.delay_s = 1.0
-    with pytest.raises(RecordError, match=r"timeout: 5 times no answer in 0.05 s"):
-        asyncio.run(ask(server, "slow", timeout_s=0.05))
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("kind", ["SECONDS", "DATE"])
+def test_waits_as_long_as_the_server_asks(
+    server: StubServer, status: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr(server_module, "_sleep", sleep)
+    assert asyncio.run(ask(server, f"LATER-{status}-{kind}")).finish_reason == "stop"
+    (seconds,) = waited
+    assert seconds == 1.0 if kind == "SECONDS" else 0 < seconds <= 2
+
+
+@pytest.mark.parametrize("value", ["", "soon", "nan", "inf", "-5", "1e999", "Mon, 99 Foo 2026"])
+def test_a_pause_that_is_none(value: str) -> None:
+    assert server_module._retry_after(value) in (None, 0.0)
+
+
+def test_a_longer_pause_than_the_user_allows(server: StubServer) -> None:
+    """Not slept through: a job is told at once, and this prompt only, as others are answered."""
+    with pytest.raises(RecordError, match=r"server error: 429 .*for 0 s \(--retry-for\)"):
+        asyncio.run(ask(server, "LATER-429-SECONDS", retry_for_s=0.5))
+
+
+@pytest.mark.parametrize(
+    ("word", "times", "message"),
+    [
+        ("REFUSE", 1, "refused: 400 Bad Request: this is refused"),
+        ("FORBIDDEN", 1, "refused: 403 Forbidden: not for you"),
+        ("QUOTA", 1, "refused: 429 Too Many Requests: no credit"),
+        ("ALWAYS-500", 5, "server error: 5 times 500 Internal Server Error: inside"),
+        ("ALWAYS-429", None, r"server error: 429 Too Many Requests: busy, for 0 s \(--retry-for\)"),
+        *((word, 5, "bad answer: 5 times ") for word in ODD_ANSWERS),
+    ],
+)
+@pytest.mark.parametrize("chat", [False, True])
+def test_gives_up_on_one_prompt(server: StubServer, word: str, times: int | None, message: str, chat: bool) -> None:
+    text = f"{word} "
+    with pytest.raises(RecordError, match=f"^{message}"):
+        asyncio.run(ask(server, text, chat=chat, retry_for_s=0.2))
+    assert server.requests[text] == times or times is None
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 429, 500])
+def test_what_concerns_all_prompts(server: StubServer, status: int) -> None:
+    """One line, with the address and what came, but without the key that the server repeats."""
+    server.refuses = status
+    options = {"api_key": "sk-very-secret", "retry_for_s": 0.2}
+    with pytest.raises(
+        JobStoppedError, match=rf"{server.url} answers nothing any more: .*{status} \w+.*: no, "
+    ) as said:
+        asyncio.run(ask(server, "x", **options))
+    assert "secret" not in str(said.value)
+    assert "\n" not in str(said.value)
+
+
+def test_the_limit_is_for_the_whole_answer(server: StubServer) -> None:
+    for word in ("ENDLESS-DRIP", "ENDLESS-DRIP"):
+        with pytest.raises(RecordError, match=r"timeout: no whole answer in 1 s \(--timeout\)"):
+            asyncio.run(ask(server, word, timeout_s=1.0))
+    server.delay_s = 2.0
+    with pytest.raises(JobStoppedError, match=r"answers nothing any more: no whole answer in 0\.2 s"):
+        asyncio.run(ask(server, "slow", timeout_s=0.2))
+
+
+def test_answers_without_an_end(server: StubServer) -> None:
+    with pytest.raises(RecordError, match=r"bad answer: more than 1,048,896 bytes"):
+        asyncio.run(ask(server, "ENDLESS-ANSWER"))
+    with pytest.raises(RecordError, match=r"refused: 400 Bad Request: x") as said:
+        asyncio.run(ask(server, "ENDLESS-ERROR"))
+    assert len(str(said.value)) < 1000
 
 
 def test_gives_up_on_the_server(server: StubServer) -> None:
     with pytest.raises(JobStoppedError, match="has no model 'other', but stub; see --model"):
-        asyncio.run(ask(server, "x", model="other"))
+        connected(server.url, model="other")
     url = server.url
     server.stop()
-    started = time.monotonic()
-    with pytest.raises(JobStoppedError, match=r"is away since \d+ s \(--retry-for\)"):
-        asyncio.run(connect(ServerOptions(url, retry_for_s=0.5), Sampling(), 1))
-    assert 0.5 < time.monotonic() - started < 10
+    with pytest.raises(JobStoppedError, match=rf"^{url} gives no list of models: .* for \d+ s \(--retry-for\)"):
+        connected(url, retry_for_s=0.3)
+
+
+@pytest.mark.parametrize(
+    "said", [b"<html>", b"[]", b"{}", b"[null]", b'{"data": null}', b"null", b"\xff", b"[" * 10**5]
+)
+def test_no_list_of_models(server: StubServer, said: bytes) -> None:
+    server.models = said
+    with pytest.raises(JobStoppedError, match=rf"^{server.url} gives no list of models: 5 times no ") as error:
+        connected(server.url)
+    assert "\n" not in str(error.value)
+
+
+def test_odd_lists_of_models(server: StubServer) -> None:
+    server.models = b'{"data": [null, {"id": 5}, {"id": "[/red]", "root": 5, "max_model_len": "77"}]}'
+    model, backend = connected(server.url)
+    assert (model, backend.max_model_len) == (ServedModel("[/red]", "[/red]", None), None)
+    with pytest.raises(JobStoppedError, match=r"has no model 'x', but \[/red\]; see --model"):
+        connected(server.url, model="x")
+    server.models = b'{"data": []}'
+    with pytest.raises(JobStoppedError, match="serves no model"):
+        connected(server.url)
+    assert connected(server.url, model="x")[0].name == "x"
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://x/v1", "", "http://", "http://[::1/v1", "http://user:secret@/v1"]
+)
+def test_no_address(url: str) -> None:
+    with pytest.raises(ValueError, match="--base-url must be an address such as http://localhost:8000/v1") as error:
+        connected(url)
+    assert "secret" not in str(error.value)
+
+
+def test_an_address_without_v1_and_with_a_password(server: StubServer) -> None:
+    url = f"http://user:s%40cret@127.0.0.1:{server.port}"
+    with pytest.raises(
+        JobStoppedError, match=r"^http://127\.0\.0\.1:\d+/? gives no list .* ends with /v1\): 404"
+    ) as error:
+        connected(url)
+    assert "cret" not in str(error.value)
+    connected(f"{url}/v1")
+    connected(server.url, api_key="k")
+    assert server.authorization == {"Basic dXNlcjpzQGNyZXQ=", "Bearer k"}
 
 
 def test_what_the_server_says_of_its_model() -> None:
-    async def found() -> tuple[ServerBackend, str]:
-        backend, root = await connect(ServerOptions(server.url), Sampling(), 7)
-        await backend.close()
-        return backend, root
-
     with StubServer(root="folder", max_model_len=77) as server:
-        backend, root = asyncio.run(found())
-    assert (backend.model, backend.max_model_len, backend.concurrency, root) == (MODEL, 77, 7, "folder")
+        model, backend = connected(server.url, concurrency=7)
+    assert (model, backend.concurrency) == (ServedModel(MODEL, "folder", 77), 7)
 
 
 @pytest.mark.parametrize("concurrency", [1, 5])

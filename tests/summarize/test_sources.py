@@ -1,6 +1,8 @@
 """Which records the input files give."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,16 @@ import pytest
 
 from vllm_longmamba.summarize.inputs import InputFile, Inputs
 from vllm_longmamba.summarize.records import Record
-from vllm_longmamba.summarize.sources import SourceOptions, read_records
+from vllm_longmamba.summarize.settings import JobSettings
+from vllm_longmamba.summarize.sources import read_records
 
 from .documents import compressed, write_jsonl
 
 
 def records(*given: Path | str, **options: Any) -> list[Record]:
-    return list(read_records(Inputs([str(name) for name in given]), SourceOptions(**options)))
+    names = tuple(str(name) for name in given)
+    settings = JobSettings(inputs=names, output=Path("out.jsonl"), model="m", **options)
+    return list(read_records(Inputs(names), settings))
 
 
 def by_id(found: list[Record]) -> dict[str, Any]:
@@ -149,12 +154,77 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
     assert found[str(tmp_path / "big.txt")] == "too large: more than 99 bytes (--max-bytes)"
 
 
+def test_parquet_values_that_python_cannot_hold(tmp_path: Path) -> None:
+    """Each is one bad row, wherever it stands."""
+    path = tmp_path / "rows.parquet"
+    broken = pa.array([b"\xff\xfe", b"good", None], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"id": ["a", "b", "c"], "text": broken}), path)
+    found = by_id(records(path))
+    assert found["a"].startswith("bad row: 'utf-8' codec")
+    assert (found["b"], found["c"]) == ("good", "bad row: no text in column 'text': None")
+    far = pa.array([2**62, 0], pa.int64()).cast(pa.timestamp("us"))
+    pq.write_table(pa.table({"id": far, "text": ["one", "two"]}), path)
+    assert [record.content for record in records(path)] == ["one", "two"]
+    pq.write_table(pa.table({"text": far}), path)
+    assert [str(record.error).partition(":")[0] for record in records(path)] == ["bad row", "bad row"]
+
+
+PARQUET_OF_LONG_VALUES = """
+import resource, sys
+import pyarrow as pa, pyarrow.parquet as pq
+from pathlib import Path
+from vllm_longmamba.summarize.inputs import Inputs
+from vllm_longmamba.summarize.settings import JobSettings
+from vllm_longmamba.summarize.sources import read_records
+path = sys.argv[1]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+settings = JobSettings(inputs=(path,), output=Path("o.jsonl"), model="m", max_bytes=int(sys.argv[2]))
+records = read_records(Inputs([path]), settings)
+found = [record.error or len(record.content) for record in records]
+print(set(found), len(found), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("max_bytes", [1_000_000, 100_000_000])
+def test_a_small_parquet_of_long_values(tmp_path: Path, max_bytes: int) -> None:
+    """64 rows that share one text of 20 MB: it is in memory a few times, not 64 times."""
+    path = tmp_path / "rows.parquet"
+    pq.write_table(
+        pa.table({"text": pa.DictionaryArray.from_arrays([0] * 64, ["x" * 20_000_000])}), path, compression="zstd"
+    )
+    assert path.stat().st_size < 20_000
+    ran = subprocess.run(
+        [sys.executable, "-c", PARQUET_OF_LONG_VALUES, path, str(max_bytes)], capture_output=True, text=True, check=True
+    )
+    found, megabytes = ran.stdout.strip().rsplit(" ", 1)
+    expected = "'too large: more than 1000000 bytes (--max-bytes)'" if max_bytes == 1_000_000 else "20000000"
+    # All contents are kept here only as their lengths.
+    assert found == f"{{{expected}}} 64"
+    assert int(megabytes) < 300
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    """A pipe without its other end, an endless device, a link to itself: none of them stops the reading."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    os.mkfifo(tmp_path / "pipe.parquet")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    (tmp_path / "fine.txt").write_text("fine")
+    found = {Path(name).name: said for name, said in by_id(records(tmp_path)).items()}
+    assert found.pop("fine.txt") == b"fine"
+    assert found.pop("loop.txt") == "unreadable: Too many levels of symbolic links"
+    assert found.pop("pipe.parquet").endswith("not a regular file but a pipe, a socket or a device")
+    no_file = "unreadable: not a regular file but a pipe, a socket or a device"
+    assert found == {"pipe.txt": no_file, "zero.jsonl": no_file}
+
+
 def test_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = JobSettings(inputs=("-",), output=Path("out.jsonl"), model="m")
     for file_format, expected in (("jsonl", ["a", "-#2"]), ("text", ["-"])):
         reading, writing = os.pipe()
         os.write(writing, b'{"id": "a", "text": "one"}\n{"text": "two"}\n')
         os.close(writing)
         monkeypatch.setattr("vllm_longmamba.summarize.sources.open_stdin", lambda descriptor=reading: descriptor)
         files = [InputFile("-", file_format, None, 0)]
-        assert [record.id for record in read_records(files, SourceOptions())] == expected
+        assert [record.id for record in read_records(files, settings)] == expected
         os.close(reading)

@@ -1,5 +1,6 @@
 """From the content of a record to its text."""
 
+import asyncio
 import os
 import signal
 from collections.abc import Iterator
@@ -21,14 +22,18 @@ def extractor() -> Iterator[TextExtractor]:
     extractor.close()
 
 
+def text(extractor: TextExtractor, record: Record) -> str:
+    return asyncio.run(extractor.text(record))
+
+
 def record(kind: str, content: bytes | str) -> Record:
     return Record("id", "place", kind, content, b"", 0.0)
 
 
 def test_text_files() -> None:
-    assert TextExtractor().text(record("text", "\ufeffgrün".encode())) == "grün"
-    assert TextExtractor("latin-1").text(record("text", "grün".encode("latin-1"))) == "grün"
-    assert TextExtractor().text(record("text", "of a row")) == "of a row"
+    assert text(TextExtractor(), record("text", "\ufeffgrün".encode())) == "grün"
+    assert text(TextExtractor("latin-1"), record("text", "grün".encode("latin-1"))) == "grün"
+    assert text(TextExtractor(), record("text", "of a row")) == "of a row"
 
 
 @pytest.mark.parametrize(
@@ -43,15 +48,55 @@ def test_text_files() -> None:
 )
 def test_no_text(content: bytes | str, message: str) -> None:
     with pytest.raises(RecordError, match=message):
-        TextExtractor().text(record("text", content))
+        text(TextExtractor(), record("text", content))
 
 
 def test_html() -> None:
     page = """<html><head><title>T</title><style>p {}</style></head><body><script>var x;</script>
         <h1>A  head</h1><p>Some <b>bold</b>
-        text.</p><ul><li>one</li><li>two</li></ul>after<br>break &amp; more</body></html>"""
-    assert html_text(page.encode()) == "A head\n\nSome bold\ntext.\n\none\n\ntwo\n\nafter\n\nbreak & more"
-    assert html_text('<meta charset="latin-1"><p>grün'.encode("latin-1")) == "grün"
+        text.</p><ul><li>one</li><li>two</li></ul>after<br>break &amp; more<svg><text>no</text></svg></body></html>"""
+    assert html_text(page.encode()) == "A head\n\nSome bold text.\n\n  one\n  two\nafter\nbreak & more"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        '<meta charset="latin-1"><p>gr\xfcn'.encode("latin-1"),
+        "<p>gr\xfcn".encode(),
+        "<p>gr\xfcn".encode("utf-16"),
+        "\ufeff<p>gr\xfcn".encode(),
+    ],
+    ids=["declared", "utf-8", "utf-16", "mark"],
+)
+def test_the_encoding_of_a_page(page: bytes) -> None:
+    assert html_text(page) == "gr\xfcn"
+
+
+def test_cells_and_spaces_stay_apart() -> None:
+    table = "<table><tr><td>2019</td><td>100</td><td>20</td></tr><tr><th>a</th><th>b</th></tr></table>"
+    assert [line.split() for line in html_text(table.encode()).splitlines()] == [["2019", "100", "20"], ["a", "b"]]
+    form = "before<select><option>one</option><option>two</option></select><button>x</button><button>y</button>after"
+    assert not {"onetwo", "xy"} & set(html_text(form.encode()).split())
+    assert html_text(b"<pre>a   b\n    c</pre>") == "a   b\n    c"
+
+
+# A page of 4 MB of paragraphs, and every nesting that took other parsers minutes.
+_BOMBS = {
+    "paragraphs": "<p>some words</p>" * 250_000,
+    "div": "<div>" * 300_000,
+    "tables": "<table><tr><td>" * 50_000,
+    "comments": "<!--" * 100_000,
+    "bold": "<b>" * 30_000 + "<p>" * 3000,
+    "links": "<a><p>" * 50_000,
+}
+
+
+@pytest.mark.parametrize("name", _BOMBS)
+def test_pages_that_took_minutes(extractor: TextExtractor, name: str) -> None:
+    """The limit of 60 s is far above what a linear parser takes, and far below what the others took."""
+    found = text(extractor, record("html", f"<p>begin</p>{_BOMBS[name]}".encode()))
+    assert found.startswith("begin")
+    assert found.count("some words") == _BOMBS[name].count("some words")
 
 
 def test_pdf() -> None:
@@ -59,15 +104,55 @@ def test_pdf() -> None:
 
 
 def test_parsers_in_other_processes(extractor: TextExtractor, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert extractor.text(record("pdf", pdf(["a page"]))) == "a page"
+    assert text(extractor, record("pdf", pdf(["a page"]))) == "a page"
     with pytest.raises(RecordError, match="unreadable: pdf: "):
-        extractor.text(record("pdf", b"%PDF-1.4 nonsense"))
+        text(extractor, record("pdf", b"%PDF-1.4 nonsense"))
     with pytest.raises(RecordError, match=r"empty: no text in place \(a PDF of scanned"):
-        extractor.text(record("pdf", pdf([""])))
+        text(extractor, record("pdf", pdf([""])))
     monkeypatch.setattr(texts, "pdf_text", _crash)
     with pytest.raises(RecordError, match="unreadable: the pdf parser crashed"):
-        extractor.text(record("pdf", b"poison"))
-    assert extractor.text(record("html", b"<p>others go on")) == "others go on"
+        text(extractor, record("pdf", b"poison"))
+    assert text(extractor, record("html", b"<p>others go on")) == "others go on"
+
+
+def test_parsers_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a limit of time, of memory, of the text's length; and when the job does not wait any longer."""
+    extractor = TextExtractor(seconds=1.0, max_bytes=1000)
+    monkeypatch.setattr(texts, "html_text", _forever)
+    with pytest.raises(RecordError, match="unreadable: html: not parsed after 1 s"):
+        text(extractor, record("html", b"x"))
+    monkeypatch.setattr(texts, "html_text", _swallow)
+    with pytest.raises(RecordError, match="unreadable: html: MemoryError"):
+        text(extractor, record("html", b"x"))
+    monkeypatch.setattr(texts, "html_text", _long)
+    with pytest.raises(RecordError, match=r"its text has more than 1000 characters \(--max-bytes\)"):
+        text(extractor, record("html", b"x"))
+    extractor.close()
+    extractor = TextExtractor()
+    monkeypatch.setattr(texts, "html_text", _forever)
+
+    async def give_up() -> None:
+        task = asyncio.create_task(extractor.text(record("html", b"x")))
+        while extractor._pool is None:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task])
+        extractor.close()
+
+    asyncio.run(asyncio.wait_for(give_up(), 30))
+
+
+def _forever(content: bytes) -> str:
+    signal.pause()
+    return ""
+
+
+def _swallow(content: bytes) -> str:
+    return str(len(bytes(2**32)))
+
+
+def _long(content: bytes) -> str:
+    return "x" * 1001
 
 
 def _crash(content: bytes) -> str:

@@ -1,13 +1,11 @@
 """The process that ends what a killed job leaves behind."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
 
 import psutil
-import pytest
 
 from vllm_longmamba.summarize.watchdog import grown
 
@@ -73,17 +71,20 @@ def test_stop() -> None:
 
 
 def test_grown() -> None:
-    """A family gains the children of its roots, and loses who has ended or only bears the number of one who has."""
+    """A family gains the children of its members, and loses who has ended or only bears the number of one who has."""
     child = subprocess.Popen(["sleep", "300"])
+    process = psutil.Process(child.pid)
     try:
-        family = grown({}, os.getpid())
-        assert child.pid in family
-        assert os.getpid() not in family
-        assert grown(family) == {pid: start for pid, start in grown({}, os.getpid()).items() if pid in family}
-        assert grown({child.pid: family[child.pid] + 1}) == {}
+        family = grown({psutil.Process()})
+        assert process in family
+        assert psutil.Process() not in family
+        other = psutil.Process(child.pid)
+        other._ident = (child.pid, -1.0)
+        assert grown({process}) == {process}
+        assert grown({other}) == set()
     finally:
         end(child)
-    assert child.pid not in grown(family)
+    assert process not in grown(family)
 
 
 def end(*processes: subprocess.Popen[str] | subprocess.Popen[bytes] | psutil.Process) -> None:
@@ -94,6 +95,3 @@ def end(*processes: subprocess.Popen[str] | subprocess.Popen[bytes] | psutil.Pro
             process.wait()
         except psutil.NoSuchProcess:
             continue
-
-
-pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="the watchdog needs /proc")

@@ -56,7 +56,7 @@ class EngineOptions:
     table: Annotated[
         Path | None,
         typer.Option(
-            "--table", help="Path of the threshold table. [default: searched, as in serving]", rich_help_panel=_PANEL
+            "--table", help="Path of the threshold table. (default: searched, as in serving)", rich_help_panel=_PANEL
         ),
     ] = None
     min_retention: Annotated[
@@ -65,7 +65,7 @@ class EngineOptions:
             "--min-retention",
             min=0.0,
             max=1.0,
-            help="Retention above which a channel is global (the paper's theta). [default: the table's]",
+            help="Retention above which a channel is global (the paper's theta). (default: the table's)",
             rich_help_panel=_PANEL,
         ),
     ] = None
@@ -74,14 +74,14 @@ class EngineOptions:
         typer.Option(
             "--train-length",
             min=2,
-            help="Number of tokens in the model's training sequences. [default: what is known of the model]",
+            help="Number of tokens in the model's training sequences. (default: what is known of the model)",
             rich_help_panel=_PANEL,
         ),
     ] = None
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            "--tokenizer", help="Name or folder of the tokenizer. [default: the model's]", rich_help_panel=_PANEL
+            "--tokenizer", help="Name or folder of the tokenizer. (default: the model's)", rich_help_panel=_PANEL
         ),
     ] = None
     max_model_len: Annotated[
@@ -89,7 +89,7 @@ class EngineOptions:
         typer.Option(
             "--max-model-len",
             min=2,
-            help="Maximum number of tokens in a prompt and its answer. [default: as for vllm serve]",
+            help="Maximum number of tokens in a prompt and its answer. (default: as for vllm serve)",
             rich_help_panel=_PANEL,
         ),
     ] = None

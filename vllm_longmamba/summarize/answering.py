@@ -1,132 +1,103 @@
-"""From the text of a document to its row: fitting, the requests it takes, and map-reduce."""
+"""From the text of a document to its row: fitting, the prompts it takes, and map-reduce.
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+`Answerer.steps` asks for nothing itself: it yields prompts and is sent their answers, so that the same lines serve
+an engine, a server, and the passes of Ray.
+"""
 
-from vllm_longmamba.summarize.backends import Backend
+from collections.abc import Generator
+from typing import Any, Protocol
+
 from vllm_longmamba.summarize.fitting import room_of, sections, too_long, truncated
 from vllm_longmamba.summarize.prompts import Prompt, PromptMaker
 from vllm_longmamba.summarize.records import Completion, RecordError, Row
-from vllm_longmamba.summarize.slots import Slots
+from vllm_longmamba.summarize.settings import Fit
 
-FITS = ("error", "truncate", "map-reduce")
-DROPS = ("end", "middle")
 # A level of map-reduce must shrink the text, or the levels never end.
 _MIN_ROOM_IN_ANSWERS = 2
 
-Result = TypeVar("Result")
-# Runs a function in a preparing thread, with that thread's own PromptMaker.
-InThread = Callable[[Callable[[PromptMaker], Result]], Awaitable[Result]]
+Steps = Generator[list[Prompt], list[Completion], None]
 
 
-@dataclass(frozen=True)
-class Fit:
-    """What happens to documents that do not fit.
+class Backend(Protocol):
+    """Answers prompts, many at a time.
 
     Attributes:
-        mode: "error", "truncate" or "map-reduce".
-        drop: truncate: what goes, "end" or "middle".
-        reduce_instruction: map-reduce: instruction for the summaries of sections; None takes that for documents.
+        tokenizer: of the model; None where it is not known.
+        max_model_len: tokens that a prompt and its answer may have; None where it is not known.
+        concurrency: prompts that should be under way at a time.
+        chat: whether prompts go as messages; matters to a server only.
     """
 
-    mode: str = "error"
-    drop: str = "end"
-    reduce_instruction: str | None = None
+    tokenizer: Any
+    max_model_len: int | None
+    concurrency: int
+    chat: bool
+
+    async def complete(self, prompt: Prompt) -> Completion:
+        """Answer one prompt.
+
+        Raises:
+            RecordError: this prompt cannot be answered.
+            JobStoppedError: no prompt can be answered any more.
+        """
+
+    async def close(self) -> None:
+        """Free what it holds. Prompts under way are dropped."""
 
 
 class Answerer:
-    """Answers documents through a backend, never more than `concurrency` prompts at a time.
+    """Knows which prompts a document takes.
 
     Args:
-        backend: answers prompts.
-        max_tokens: longest answer.
+        maker: makes prompts.
         fit: what happens to documents that do not fit.
-        max_prompt_tokens: tokens that a prompt may have, or None where nobody can tell.
+        max_tokens: longest answer.
+        limit: tokens that a prompt may have, or None where nobody can tell.
     """
 
-    def __init__(self, backend: Backend, fit: Fit, max_tokens: int, max_prompt_tokens: int | None) -> None:
-        self._backend = backend
-        self._fit = fit
-        self._max_tokens = max_tokens
-        self._max_prompt_tokens = max_prompt_tokens
-        self._slots = Slots(backend.concurrency)
+    def __init__(self, maker: PromptMaker, fit: Fit, max_tokens: int, limit: int | None) -> None:
+        self._maker, self._fit, self._max_tokens, self._limit = maker, fit, max_tokens, limit
 
-    async def answer(self, row: Row, read: Callable[[], str], in_thread: InThread[Any]) -> None:
+    def steps(self, document: str, row: Row) -> Steps:
         """Fill the row of a document.
 
-        Args:
-            row: gets the answer.
-            read: gives the document; may take long.
-            in_thread: runs a function in a preparing thread.
+        Yields:
+            Prompts to answer; their completions must be sent in return.
 
         Raises:
             RecordError: this document cannot be answered.
-            JobStoppedError: none can be answered any more.
         """
-        try:
-            document, prompt, dropped = await in_thread(lambda maker: self._prepare(maker, read()))
-        except (RecordError, asyncio.CancelledError):
-            raise
-        except Exception as error:
-            # Whatever a tokenizer or a parser makes of a strange document; it ends this one only.
-            raise RecordError("preparation", f"{type(error).__name__}: {error}") from None
-        row.dropped_tokens = dropped
-        if prompt is not None:
-            completion = await self._complete(prompt, row)
-        else:
-            completion = await self._map_reduce(document, row, in_thread)
-        row.summary, row.finish_reason = completion.text, completion.finish_reason
-
-    def _prepare(self, maker: PromptMaker, document: str) -> tuple[str, Prompt | None, int]:
-        """(the document if it is cut into sections, its prompt otherwise, tokens dropped from it)."""
-        prompt = maker.prompt(document)
-        limit = self._max_prompt_tokens
+        prompt = self._maker.prompt(document)
+        limit = self._limit
         if limit is None or not too_long(prompt, limit):
-            return "", prompt, 0
-        if self._fit.mode == "truncate":
-            fitted = truncated(maker, document, limit, drop=self._fit.drop)
-            return "", fitted.prompt, fitted.dropped_tokens
-        if self._fit.mode == "map-reduce":
-            return document, None, 0
-        raise RecordError(
-            "too long",
-            f"{len(prompt.token_ids or [])} tokens of prompt, and {limit} fit beside {self._max_tokens} of answer; "
-            "--fit truncate or map-reduce",
-        )
+            del document
+            completions = yield [prompt]
+        elif self._fit.mode == "truncate":
+            prompt, row.dropped_tokens = truncated(self._maker, document, limit, drop=self._fit.drop)
+            del document
+            completions = yield [prompt]
+        elif self._fit.mode == "map-reduce":
+            del prompt
+            completions = yield from self._map_reduce(document, limit, row)
+        else:
+            raise RecordError(
+                "too long",
+                f"{len(prompt.token_ids or [])} tokens of prompt, and {limit} fit beside {self._max_tokens} of answer; "
+                "--fit truncate or map-reduce",
+            )
+        _count(row, completions)
+        row.summary, row.finish_reason = completions[0].text, completions[0].finish_reason
 
-    async def _complete(self, prompt: Prompt, row: Row) -> Completion:
-        async with self._slots.place(row.number):
-            completion = await self._backend.complete(prompt)
-        row.prompt_tokens += completion.prompt_tokens
-        row.output_tokens += completion.output_tokens
-        return completion
-
-    async def _complete_all(self, prompts: list[Prompt], row: Row) -> list[Completion]:
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._complete(prompt, row)) for prompt in prompts]
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
-
-    async def _map_reduce(self, document: str, row: Row, in_thread: InThread[Any]) -> Completion:
-        """Answer sections, then their answers together, and so on until they fit in one prompt."""
-        limit = self._max_prompt_tokens
-        assert limit is not None
+    def _map_reduce(
+        self, text: str, limit: int, row: Row
+    ) -> Generator[list[Prompt], list[Completion], list[Completion]]:
+        """Ask about sections, then about their answers together, and so on until these fit in one prompt."""
         row.steps = []
-        text, level = document, 0
+        level, maker = 1, self._maker
         while True:
-            instruction = self._fit.reduce_instruction if level else None
-            if level:
-                prompt = await in_thread(partial(_whole, text=text, limit=limit, instruction=instruction))
-                if prompt is not None:
-                    return await self._complete(prompt, row)
-            level += 1
-            prompts = await in_thread(partial(_sections, text=text, limit=limit, instruction=instruction))
-            answers = await self._complete_all(prompts, row)
+            asked = [maker.prompt(section) for section in sections(maker, text, limit)]
+            answers = yield asked
+            _count(row, answers)
             row.steps += [
                 {
                     "level": level,
@@ -142,17 +113,37 @@ class Answerer:
                 raise RecordError("map-reduce", f"all {len(answers)} sections of level {level} gave an empty answer")
             if level > 1 and len(shorter) >= len(text):
                 raise RecordError("map-reduce", f"level {level} did not make the text shorter; lower --max-tokens")
-            text = shorter
+            text, level = shorter, level + 1
+            maker = self._maker.with_instruction(self._fit.reduce_instruction)
+            prompt = maker.prompt(text)
+            if not too_long(prompt, limit):
+                return (yield [prompt])
 
 
-def check_fit(fit: Fit, maker: PromptMaker, max_tokens: int, max_prompt_tokens: int | None) -> None:
+def advance(steps: Steps, completions: list[Completion] | None) -> list[Prompt]:
+    """The next prompts of a document; none when its row is filled.
+
+    Raises:
+        RecordError: this document cannot be answered, whatever a tokenizer or a template makes of it.
+    """
+    try:
+        return next(steps) if completions is None else steps.send(completions)
+    except StopIteration:
+        return []
+    except RecordError:
+        raise
+    except Exception as error:
+        raise RecordError("preparation", f"{type(error).__name__}: {error}") from None
+
+
+def check_fit(fit: Fit, maker: PromptMaker, max_tokens: int, limit: int | None) -> None:
     """Check at the start what would fail on every document.
 
     Raises:
         ValueError: no tokenizer, no known length, or too little room.
     """
-    if maker.tokenizer is not None and max_prompt_tokens is not None:
-        room = room_of(maker, max_prompt_tokens)
+    if maker.tokenizer is not None and limit is not None:
+        room = room_of(maker, limit)
         if fit.mode == "map-reduce" and room < _MIN_ROOM_IN_ANSWERS * max_tokens:
             raise ValueError(
                 f"--fit map-reduce: a prompt has room for {room} tokens of text, which must be at least "
@@ -164,15 +155,10 @@ def check_fit(fit: Fit, maker: PromptMaker, max_tokens: int, max_prompt_tokens: 
         raise ValueError(
             f"--fit {fit.mode} needs a fast tokenizer of the model; name a folder that has one with --tokenizer"
         )
-    if max_prompt_tokens is None:
+    if limit is None:
         raise ValueError(f"--fit {fit.mode}: the server does not say how much fits; pass --max-model-len")
 
 
-def _whole(maker: PromptMaker, text: str, limit: int, instruction: str | None) -> Prompt | None:
-    prompt = maker.with_instruction(instruction).prompt(text)
-    return None if too_long(prompt, limit) else prompt
-
-
-def _sections(maker: PromptMaker, text: str, limit: int, instruction: str | None) -> list[Prompt]:
-    maker = maker.with_instruction(instruction)
-    return [maker.prompt(section) for section in sections(maker, text, limit)]
+def _count(row: Row, completions: list[Completion]) -> None:
+    row.prompt_tokens += sum(completion.prompt_tokens for completion in completions)
+    row.output_tokens += sum(completion.output_tokens for completion in completions)

@@ -5,148 +5,114 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
-from vllm_longmamba.summarize.admission import Admitted
-from vllm_longmamba.summarize.answering import check_fit
-from vllm_longmamba.summarize.backends import Backend
+from vllm_longmamba.summarize.answering import Backend
 from vllm_longmamba.summarize.fitting import too_long
-from vllm_longmamba.summarize.index import Index
 from vllm_longmamba.summarize.inputs import Inputs
-from vllm_longmamba.summarize.job import admitted_records, make_maker, max_prompt_tokens
-from vllm_longmamba.summarize.output import Output
-from vllm_longmamba.summarize.progress import Progress, duration
+from vllm_longmamba.summarize.job import Starting, admitted_records, make_answerer, start_backend
+from vllm_longmamba.summarize.progress import Progress, counts, duration, say
 from vllm_longmamba.summarize.prompts import Prompt, PromptMaker
 from vllm_longmamba.summarize.records import RecordError
+from vllm_longmamba.summarize.runner import Admitted
 from vllm_longmamba.summarize.settings import JobSettings
-from vllm_longmamba.summarize.starting import arguments_of, start_backend
+from vllm_longmamba.summarize.store import Store
 from vllm_longmamba.summarize.texts import TextExtractor
 
 _IDS_SHOWN = 10
 
 
 @dataclass
-class Forecast:
-    """What the input holds.
-
-    Attributes:
-        documents: records without a row.
-        tokens: of all their prompts.
-        characters: of all their prompts.
-        longest: tokens of the longest prompt.
-        too_long: how many do not fit.
-        too_long_ids: the first of them, with their tokens.
-        sections: prompts that map-reduce would make of those, roughly, beside one for each document.
-        errors: unreadable records by kind.
-        sample: prompts to measure the speed with.
-    """
+class _Forecast:
+    """What the input holds; `sections` are the prompts that map-reduce would make, roughly."""
 
     documents: int = 0
     tokens: int = 0
     characters: int = 0
     longest: int = 0
-    too_long: int = 0
-    too_long_ids: list[tuple[str, int]] = field(default_factory=list)
     sections: int = 0
+    too_long: list[tuple[str, int]] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     sample: list[Prompt] = field(default_factory=list)
 
 
-def dry_run(settings: JobSettings, sample: int, console: Console) -> None:
+def dry_run(settings: JobSettings, sample: int, console: Console, starting: Starting = nullcontext) -> None:
     """Count everything, answer a few documents to measure the speed, and say what the job would take.
 
     Args:
         settings: of the job; nothing is written.
         sample: documents to answer; 0 starts no engine and tells no time.
         console: for the result.
+        starting: makes a context in which the engine is started.
 
     Raises:
         ValueError: wrong settings.
-        JobStoppedError: server or cluster cannot be reached.
+        JobStoppedError: the server cannot be reached.
     """
-    asyncio.run(_dry_run(settings, sample, console))
+    asyncio.run(_dry_run(settings, sample, console, starting))
 
 
-async def _dry_run(settings: JobSettings, sample: int, console: Console) -> None:
-    output = Output(settings.output)
-    inputs = Inputs(settings.inputs, settings.stdin_format, exclude=output.files())
-    index = Index()
-    if not settings.overwrite:
-        output.peek(index)
-    progress = Progress(console, inputs.total_bytes)
-    backend: Backend | None = None
-    if sample or settings.base_url is not None:
-        backend = await start_backend(settings, console)
-        tokenizer, length = backend.tokenizer, backend.max_model_len
-    else:
-        tokenizer, length = _of_model(settings)
-    try:
-        maker = make_maker(settings, tokenizer)
-        limit = max_prompt_tokens(settings, length)
-        check_fit(settings.fit, maker, settings.sampling.max_tokens, limit)
-        admitted = admitted_records(settings, inputs, index, progress)
-        shown = track(admitted, "reading", console=console, transient=True) if console.is_terminal else admitted
-        forecast = take_stock(shown, maker, TextExtractor(settings.encoding), limit, sample)
-        _say_what(forecast, inputs, progress, settings, limit, console)
-        if backend is not None and forecast.sample:
-            backend.chat = maker.chat
-            rate = await _measured_rate(backend, forecast.sample)
-            console.print(
-                f"about {duration(forecast.characters / rate)}, from {len(forecast.sample)} documents answered at "
-                f"{rate:,.0f} characters/s",
-                highlight=False,
-            )
-    finally:
-        index.close()
-        if backend is not None:
-            await backend.close()
+async def _dry_run(settings: JobSettings, sample: int, console: Console, starting: Starting) -> None:
+    with closing(Store(settings.output, overwrite=settings.overwrite)) as store:
+        inputs = Inputs(settings.inputs, settings.stdin_format, exclude=store.files())
+        progress = Progress(console)
+        if settings.ray_address is not None and sample:
+            say(console, "no engine is started on Ray to measure the time")
+            sample = 0
+        backend: Backend | None = None
+        if sample or settings.base_url is not None:
+            backend = await start_backend(settings, console, starting)
+            tokenizer, length = backend.tokenizer, backend.max_model_len
+        else:
+            from vllm_longmamba.summarize.engine import tokenizer_and_length
+
+            with starting():
+                tokenizer, length = tokenizer_and_length(settings.engine)
+        try:
+            _, maker, limit = make_answerer(settings, tokenizer, length)
+            admitted = admitted_records(settings, inputs, store, progress)
+            shown = track(admitted, "reading", console=console, transient=True) if console.is_terminal else admitted
+            with closing(TextExtractor(settings.encoding, settings.max_bytes, settings.timeout_s)) as extractor:
+                forecast = await _take_stock(iter(shown), maker, extractor, limit, sample)
+            _say_what(forecast, inputs, progress, settings, limit, console)
+            if backend is not None and forecast.sample:
+                backend.chat = maker.chat
+                rate = await _measured_rate(backend, forecast.sample)
+                say(
+                    console,
+                    f"about {duration(forecast.characters / rate)}, from {len(forecast.sample)} documents answered at "
+                    f"{rate:,.0f} characters/s",
+                )
+        finally:
+            if backend is not None:
+                await backend.close()
 
 
-def take_stock(admitted: Any, maker: PromptMaker, extractor: TextExtractor, limit: int | None, sample: int) -> Forecast:
-    """Read and count every record.
-
-    Args:
-        admitted: records without a row.
-        maker: makes prompts.
-        extractor: makes text.
-        limit: tokens that a prompt may have, or None.
-        sample: prompts to keep.
-    """
-    forecast = Forecast()
-    records: Iterator[Admitted] = iter(admitted)
-    try:
-        for each in records:
-            try:
-                if each.record.error is not None:
-                    raise RecordError(*each.record.error.split(": ", 1))
-                prompt = maker.prompt(extractor.text(each.record))
-            except RecordError as error:
-                forecast.errors[str(error).partition(":")[0]] += 1
-                continue
-            _count(forecast, each.record.id, prompt, limit, sample)
-    finally:
-        extractor.close()
+async def _take_stock(
+    admitted: Iterator[Admitted], maker: PromptMaker, extractor: TextExtractor, limit: int | None, sample: int
+) -> _Forecast:
+    forecast = _Forecast()
+    for each in admitted:
+        try:
+            prompt = maker.prompt(await extractor.text(each.record))
+        except RecordError as error:
+            forecast.errors[str(error).partition(":")[0]] += 1
+            continue
+        tokens = len(prompt.token_ids or [])
+        forecast.documents += 1
+        forecast.tokens += tokens
+        forecast.characters += len(prompt.text)
+        forecast.longest = max(forecast.longest, tokens)
+        if limit is not None and too_long(prompt, limit):
+            forecast.sections += math.ceil(tokens / limit)
+            forecast.too_long.append((each.record.id, tokens))
+        elif len(forecast.sample) < sample:
+            forecast.sample.append(prompt)
     return forecast
-
-
-def _count(forecast: Forecast, record_id: str, prompt: Prompt, limit: int | None, sample: int) -> None:
-    tokens = len(prompt.token_ids or [])
-    forecast.documents += 1
-    forecast.tokens += tokens
-    forecast.characters += len(prompt.text)
-    forecast.longest = max(forecast.longest, tokens)
-    if too_long(prompt, limit):
-        assert limit is not None
-        forecast.too_long += 1
-        forecast.sections += math.ceil(tokens / limit)
-        if len(forecast.too_long_ids) < _IDS_SHOWN:
-            forecast.too_long_ids.append((record_id, tokens))
-    elif len(forecast.sample) < sample:
-        forecast.sample.append(prompt)
 
 
 async def _measured_rate(backend: Backend, sample: list[Prompt]) -> float:
@@ -158,16 +124,8 @@ async def _measured_rate(backend: Backend, sample: list[Prompt]) -> float:
     return sum(len(prompt.text) for prompt in sample) / (time.monotonic() - started)
 
 
-def _of_model(settings: JobSettings) -> tuple[Any, int | None]:
-    """(tokenizer, length) of a model that is not loaded."""
-    from vllm_longmamba.summarize.engine import engine_args, model_config_tokenizer
-
-    config = engine_args(arguments_of(settings)).create_model_config()
-    return model_config_tokenizer(config), config.max_model_len if config.max_model_len > 0 else None
-
-
 def _say_what(
-    forecast: Forecast, inputs: Inputs, progress: Progress, settings: JobSettings, limit: int | None, console: Console
+    forecast: _Forecast, inputs: Inputs, progress: Progress, settings: JobSettings, limit: int | None, console: Console
 ) -> None:
     prompts = f"{forecast.tokens:,} prompt tokens (longest {forecast.longest:,})"
     if forecast.documents and not forecast.tokens:
@@ -186,12 +144,11 @@ def _say_what(
             "truncate": "would be cut off",
             "map-reduce": f"would take {forecast.sections:,} sections or more",
         }[settings.fit.mode]
-        lines.append(f"{forecast.too_long:,} do not fit in {limit:,} prompt tokens and {would}:")
-        lines += [f"  {tokens:>10,}  {record_id}" for record_id, tokens in forecast.too_long_ids]
-        if forecast.too_long > len(forecast.too_long_ids):
-            lines.append(f"  and {forecast.too_long - len(forecast.too_long_ids):,} more")
+        lines.append(f"{len(forecast.too_long):,} do not fit in {limit:,} prompt tokens and {would}:")
+        lines += [f"  {tokens:>10,}  {record_id}" for record_id, tokens in forecast.too_long[:_IDS_SHOWN]]
+        if len(forecast.too_long) > _IDS_SHOWN:
+            lines.append(f"  and {len(forecast.too_long) - _IDS_SHOWN:,} more")
     if forecast.errors:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in forecast.errors.most_common())
-        lines.append(f"{forecast.errors.total():,} cannot be read: {kinds}")
+        lines.append(f"{forecast.errors.total():,} cannot be read: {counts(forecast.errors)}")
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        say(console, line)

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from typing import Any
 
-from vllm_longmamba.summarize.backends import Sampling
 from vllm_longmamba.summarize.prompts import Prompt
 from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError
+from vllm_longmamba.summarize.settings import Sampling
 from vllm_longmamba.summarize.watchdog import Watchdog
 
 # Requests waiting in the engine beside those that run: a share of these, and enough for small engines, whose places
@@ -20,69 +20,6 @@ _WAITING_ENOUGH = 16
 
 # vLLM's own 5 s are too few for its processes on a busy CPU; killed ones leave warnings and shared memory behind.
 _END_TIMEOUT_S = 30.0
-
-
-def engine_arguments(
-    model: str,
-    longmamba: dict[str, Any],
-    max_model_len: int | None,
-    dtype: str,
-    tensor_parallel_size: int,
-    tokenizer: str | None,
-    more: dict[str, Any],
-) -> dict[str, Any]:
-    """Keyword arguments of vLLM's `AsyncEngineArgs`.
-
-    Args:
-        model: name or folder.
-        longmamba: options of LongMamba; those that are None are left out.
-        max_model_len: tokens of prompt and answer; None takes the model's.
-        dtype: as for vllm serve.
-        tensor_parallel_size: GPUs of one engine.
-        tokenizer: as for vllm serve; None takes the model's.
-        more: any other arguments; they win.
-
-    Raises:
-        ValueError: vLLM has no such argument.
-    """
-    arguments: dict[str, Any] = {
-        "model": model,
-        "model_impl": "longmamba",
-        "dtype": dtype,
-        "tensor_parallel_size": tensor_parallel_size,
-        "additional_config": {"longmamba": {name: value for name, value in longmamba.items() if value is not None}},
-        "enable_log_requests": False,
-        "disable_log_stats": True,
-    }
-    if max_model_len is not None:
-        arguments["max_model_len"] = max_model_len
-    if tokenizer is not None:
-        arguments["tokenizer"] = tokenizer
-    arguments |= more
-    if arguments["model_impl"] != "longmamba" and not any(arguments["additional_config"].get("longmamba", {}).values()):
-        arguments["additional_config"].pop("longmamba", None)
-    return arguments
-
-
-def engine_args(arguments: dict[str, Any]) -> Any:
-    """vLLM's `AsyncEngineArgs`.
-
-    Raises:
-        ValueError: vLLM has no such argument.
-    """
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    try:
-        return AsyncEngineArgs(**arguments)
-    except TypeError as error:
-        raise ValueError(f"--engine-args: {error}") from None
-
-
-def model_config_tokenizer(model_config: Any) -> Any:
-    """The tokenizer of a vLLM model config."""
-    from vllm.tokenizers import cached_tokenizer_from_config
-
-    return cached_tokenizer_from_config(model_config)
 
 
 class EngineBackend:
@@ -95,24 +32,28 @@ class EngineBackend:
     """
 
     def __init__(self, arguments: dict[str, Any], sampling: Sampling, concurrency: int | None = None) -> None:
+        from vllm import SamplingParams
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.sampling_params import RequestOutputKind
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        prepared = engine_args(arguments)
+        quiet = {"enable_log_requests": False, "disable_log_stats": True}
         self._watchdog = Watchdog()
         try:
             with _interrupts_held_back():
                 # As large steps and batches as `LLM` takes; the default for a server is a half or an eighth.
-                self._engine: Any = AsyncLLM.from_engine_args(prepared, usage_context=UsageContext.LLM_CLASS)
+                self._engine: Any = AsyncLLM.from_engine_args(
+                    AsyncEngineArgs(**(quiet | arguments)), usage_context=UsageContext.LLM_CLASS
+                )
         except BaseException:
             self._watchdog.stop()
             raise
         self.chat = False
         self.tokenizer = self._engine.get_tokenizer()
         self.max_model_len: int | None = self._engine.model_config.max_model_len
-        running = self._engine.vllm_config.scheduler_config.max_num_seqs
-        self.concurrency = concurrency or kept_full(running)
-        self._params = sampling_params(sampling)
+        self.concurrency = concurrency or kept_full(self._engine.vllm_config.scheduler_config.max_num_seqs)
+        self._params = SamplingParams(**sampling.parameters(), output_kind=RequestOutputKind.FINAL_ONLY)
         self._ids = itertools.count()
 
     async def complete(self, prompt: Prompt) -> Completion:
@@ -153,19 +94,17 @@ def kept_full(running: int) -> int:
     return running + max(math.ceil(running * _WAITING_SHARE), min(running, _WAITING_ENOUGH))
 
 
-def sampling_params(sampling: Sampling) -> Any:
-    """vLLM's `SamplingParams`; only finished answers are reported."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+def tokenizer_and_length(arguments: dict[str, Any]) -> tuple[Any, int | None]:
+    """(tokenizer, tokens of prompt and answer) of a model that is not loaded.
 
-    return SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed if sampling.temperature > 0 else None,
-        stop=list(sampling.stop),
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    Args:
+        arguments: of `AsyncEngineArgs`.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    config = AsyncEngineArgs(**arguments).create_model_config()
+    return cached_tokenizer_from_config(config), config.max_model_len if config.max_model_len > 0 else None
 
 
 @contextlib.contextmanager

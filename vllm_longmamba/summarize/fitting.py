@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from vllm_longmamba.summarize.prompts import Prompt, PromptMaker
 from vllm_longmamba.summarize.records import RecordError
@@ -11,14 +10,6 @@ from vllm_longmamba.summarize.records import RecordError
 _BORDERS = [re.compile(pattern) for pattern in (r"\n\s*\n", r"[.!?][\"'”’)\]]*\s+", r"\n", r"\s+")]
 _MAX_ATTEMPTS = 8
 _MARGIN_TOKENS = 4
-
-
-@dataclass(frozen=True)
-class FittedPrompt:
-    """A prompt that fits, and how many tokens of the document it lacks."""
-
-    prompt: Prompt
-    dropped_tokens: int
 
 
 def room_of(maker: PromptMaker, max_prompt_tokens: int) -> int:
@@ -46,7 +37,7 @@ def too_long(prompt: Prompt, max_prompt_tokens: int | None) -> bool:
     return max_prompt_tokens is not None and prompt.token_ids is not None and len(prompt.token_ids) > max_prompt_tokens
 
 
-def truncated(maker: PromptMaker, document: str, max_prompt_tokens: int, *, drop: str) -> FittedPrompt:
+def truncated(maker: PromptMaker, document: str, max_prompt_tokens: int, *, drop: str) -> tuple[Prompt, int]:
     """Cut tokens out of a document until its prompt fits.
 
     Args:
@@ -54,6 +45,9 @@ def truncated(maker: PromptMaker, document: str, max_prompt_tokens: int, *, drop
         document: the text.
         max_prompt_tokens: tokens that a prompt may have.
         drop: what goes: "end" or "middle".
+
+    Returns:
+        The prompt, and how many tokens of the document it lacks.
 
     Raises:
         RecordError: it cannot be made to fit.
@@ -66,7 +60,7 @@ def truncated(maker: PromptMaker, document: str, max_prompt_tokens: int, *, drop
         assert prompt.token_ids is not None
         excess = len(prompt.token_ids) - max_prompt_tokens
         if excess <= 0:
-            return FittedPrompt(prompt, sum(first <= start < last for start, _ in spans))
+            return prompt, sum(first <= start < last for start, _ in spans)
         # Where text is cut, its tokens may change.
         keep -= excess
         if keep < 1:

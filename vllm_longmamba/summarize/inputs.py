@@ -2,26 +2,20 @@
 
 import glob
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 STDIN = "-"
 _FORMATS = {
-    ".txt": "text",
-    ".md": "text",
-    ".markdown": "text",
-    ".html": "html",
-    ".htm": "html",
-    ".xhtml": "html",
+    **dict.fromkeys((".txt", ".md", ".markdown"), "text"),
+    **dict.fromkeys((".html", ".htm", ".xhtml"), "html"),
     ".pdf": "pdf",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
+    **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
     ".parquet": "parquet",
 }
-_KNOWN = f"known are {', '.join(_FORMATS)}, also with .gz or .zst"
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_KNOWN = f"known are {', '.join(_FORMATS)}, also with .gz or .zst"
 
 
 @dataclass(frozen=True)
@@ -56,15 +50,13 @@ class Inputs:
     def __init__(self, given: Sequence[str], stdin_format: str = "jsonl", exclude: Sequence[Path] = ()) -> None:
         self._given = list(given)
         self._stdin_format = stdin_format
-        self._exclude = {path.resolve() for path in exclude}
+        self._exclude = {os.path.realpath(path) for path in exclude}
         for name in given:
-            if name == STDIN or Path(name).is_dir():
+            if name == STDIN or os.path.isdir(name):
                 continue
-            if Path(name).is_file():
+            if os.path.lexists(name):
                 if _file(name) is None:
-                    raise ValueError(
-                        f"{name}: cannot tell its format; known are {', '.join(_FORMATS)}, also with .gz or .zst"
-                    )
+                    raise ValueError(f"{name}: cannot tell its format; {_KNOWN}")
             elif not glob.has_magic(name):
                 raise ValueError(f"{name}: no such file or folder")
             elif next(glob.iglob(name, recursive=True), None) is None:
@@ -74,43 +66,30 @@ class Inputs:
             self.total_bytes += file.size
             self.total_files += 1
         if self.total_files == 0:
-            raise ValueError(
-                f"{' '.join(given)}: no file to read; known are {', '.join(_FORMATS)}, also with .gz or .zst"
-            )
+            raise ValueError(f"{' '.join(given)}: no file to read; {_KNOWN}")
 
     def __iter__(self) -> Iterator[InputFile]:
         for name in self._given:
             if name == STDIN:
                 yield InputFile(STDIN, self._stdin_format, None, 0)
-            elif Path(name).exists():
+            elif os.path.lexists(name):
                 yield from self._below(name)
             else:
                 for match in sorted(glob.iglob(name, recursive=True)):
-                    if Path(match).is_file():
+                    if not os.path.isdir(match):
                         yield from self._below(match)
 
     def _below(self, name: str) -> Iterator[InputFile]:
-        if Path(name).is_file():
-            names: Iterator[str] = iter([name])
-        else:
-            names = _walk(name)
-        for each in names:
+        for each in _walk(name) if os.path.isdir(name) else [name]:
             file = _file(each)
-            if file is not None and Path(each).resolve() not in self._exclude:
+            if file is not None and os.path.realpath(each) not in self._exclude:
                 yield file
-
-
-def open_stdin() -> int:
-    """File descriptor of the bytes of standard input."""
-    return sys.stdin.fileno()
 
 
 def _walk(folder: str) -> Iterator[str]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield str(Path(parent) / name)
+        yield from (str(Path(parent) / name) for name in sorted(files) if not name.startswith("."))
 
 
 def _file(path: str) -> InputFile | None:
@@ -121,8 +100,6 @@ def _file(path: str) -> InputFile | None:
     format_ = _FORMATS.get(suffix)
     if format_ is None or (format_ == "parquet" and compression is not None):
         return None
-    try:
-        return InputFile(path, format_, compression, os.path.getsize(path))
-    except OSError:
-        # A dangling link, say: reading it gives the error row.
-        return InputFile(path, format_, compression, 0)
+    # What is missing or no file (a dangling link, a named pipe) becomes an error row when it is read.
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    return InputFile(path, format_, compression, size)

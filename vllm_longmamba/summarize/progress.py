@@ -4,13 +4,17 @@ import time
 from collections import Counter
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task
+from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as RichProgress
-from rich.text import Text
 
 from vllm_longmamba.summarize.records import Row
 
 _LINE_INTERVAL_S = 60.0
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print a line as it is: names may look like markup."""
+    console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 class Progress:
@@ -18,26 +22,21 @@ class Progress:
 
     Args:
         console: where to show.
-        total_bytes: size of all input files; 0 where nobody knows.
 
     Attributes:
+        total_bytes: size of all input files; 0 where nobody knows.
         documents: rows written, error rows included.
-        errors: error rows by kind.
-        prompt_tokens: of all prompts answered.
-        output_tokens: of all answers.
+        dropped: records under way that were given up.
         done_before: records that had a row already.
         repetitions: records that came again, with the same id and content.
-        dropped: records under way that were given up.
-        truncated: documents that were cut off.
-        reduced: documents that took map-reduce.
     """
 
-    def __init__(self, console: Console, total_bytes: int) -> None:
-        self.documents = self.prompt_tokens = self.output_tokens = 0
-        self.done_before = self.repetitions = self.dropped = self.truncated = self.reduced = 0
-        self.errors: Counter[str] = Counter()
-        self._console = console
-        self._total_bytes = total_bytes
+    def __init__(self, console: Console) -> None:
+        self.documents = self.dropped = self.done_before = self.repetitions = 0
+        self._tokens: Counter[str] = Counter()
+        self._fitted: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self._console, self.total_bytes = console, 0
         self._answered_bytes = self._passed_bytes = 0.0
         self._started: float | None = None
         self._ended: float | None = None
@@ -48,11 +47,9 @@ class Progress:
         """Start the clock, and show the bar where there is a terminal."""
         self._started = time.monotonic()
         if self._console.is_terminal:
-            bar = [BarColumn()] if self._total_bytes else []
-            self._bar = RichProgress(
-                SpinnerColumn(), *bar, _StateColumn(self), console=self._console, refresh_per_second=2
-            )
-            self._bar.add_task("", total=self._total_bytes or None)
+            columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False))
+            self._bar = RichProgress(*columns, console=self._console, refresh_per_second=2)
+            self._bar.add_task(self.state(), total=self.total_bytes or None)
             self._bar.start()
 
     def end(self) -> None:
@@ -69,85 +66,67 @@ class Progress:
             weight: bytes of the input that it stands for.
         """
         self.documents += 1
-        self.prompt_tokens += row.prompt_tokens
-        self.output_tokens += row.output_tokens
-        self.truncated += row.dropped_tokens > 0
-        self.reduced += row.steps is not None
+        self._tokens.update(prompt=row.prompt_tokens, output=row.output_tokens)
+        self._fitted.update(truncated=row.dropped_tokens > 0, reduced=row.steps is not None)
         if row.error is not None:
-            self.errors[row.error.partition(":")[0]] += 1
+            self._errors[row.error.partition(":")[0]] += 1
         self._answered_bytes += weight
-        self._show()
+        if self._bar is not None:
+            done = self._answered_bytes + self._passed_bytes
+            self._bar.update(self._bar.task_ids[0], completed=done, description=self.state())
+        elif time.monotonic() > self._line_due:
+            self._line_due = time.monotonic() + _LINE_INTERVAL_S
+            say(self._console, self.state())
 
-    def skipped(self, weight: float) -> None:
-        """Count a record that has a row already."""
-        self.done_before += 1
+    def skipped(self, weight: float, *, repeated: bool) -> None:
+        """Count a record that has a row already, or that came again."""
+        self.repetitions += repeated
+        self.done_before += not repeated
         self._passed_bytes += weight
-
-    def repeated(self, weight: float) -> None:
-        """Count a record that came again."""
-        self.repetitions += 1
-        self._passed_bytes += weight
-
-    @property
-    def seconds(self) -> float:
-        """Time between `begin` and now or `end`."""
-        if self._started is None:
-            return 0.0
-        return (self._ended or time.monotonic()) - self._started
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Prompt and output tokens of the answered documents, by the time."""
-        return (self.prompt_tokens + self.output_tokens) / max(self.seconds, 1e-9)
 
     def state(self) -> str:
         """One line: how much is done, how fast, and how long it will take."""
-        rate = self.documents / max(self.seconds, 1e-9)
-        parts = [f"{self.documents:,} documents", f"{rate:.3g}/s", f"{self.tokens_per_second:,.0f} tokens/s"]
-        if self.errors:
-            parts.append(f"{self.errors.total():,} errors")
+        seconds = self._seconds()
+        rate = self.documents / max(seconds, 1e-9)
+        parts = [f"{self.documents:,} documents", f"{rate:.3g}/s", f"{self._tokens_per_second():,.0f} tokens/s"]
+        if self._errors:
+            parts.append(f"{self._errors.total():,} errors")
         if self.done_before:
             parts.append(f"{self.done_before:,} done before")
-        left = self._total_bytes - self._answered_bytes - self._passed_bytes
-        if self._total_bytes and self._answered_bytes:
-            parts.append(f"ETA {duration(max(left, 0.0) / self._answered_bytes * self.seconds)}")
+        left = self.total_bytes - self._answered_bytes - self._passed_bytes
+        if self.total_bytes and self._answered_bytes:
+            parts.append(f"ETA {duration(max(left, 0.0) / self._answered_bytes * seconds)}")
         return ", ".join(parts)
 
     def report(self) -> list[str]:
         """Closing lines: counts, and errors by kind."""
         lines = [
-            f"{self.documents:,} rows written in {duration(self.seconds)}: {self.prompt_tokens:,} prompt and "
-            f"{self.output_tokens:,} output tokens, {self.tokens_per_second:,.0f} tokens/s"
+            f"{self.documents:,} rows written in {duration(self._seconds())}: {self._tokens['prompt']:,} prompt and "
+            f"{self._tokens['output']:,} output tokens, {self._tokens_per_second():,.0f} tokens/s"
         ]
         for count, what in (
             (self.done_before, "done before"),
             (self.repetitions, "left out: the same id and text once more"),
-            (self.truncated, "cut off to fit"),
-            (self.reduced, "answered by map-reduce"),
+            (self._fitted["truncated"], "cut off to fit"),
+            (self._fitted["reduced"], "answered by map-reduce"),
             (self.dropped, "given up while under way"),
         ):
             if count:
                 lines.append(f"{count:,} {what}")
-        if self.errors:
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.errors.most_common())
-            lines.append(f"{self.errors.total():,} error rows: {kinds}")
+        if self._errors:
+            lines.append(f"{self._errors.total():,} error rows: {counts(self._errors)}")
         return lines
 
-    def _show(self) -> None:
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._answered_bytes + self._passed_bytes)
-        elif time.monotonic() > self._line_due:
-            self._line_due = time.monotonic() + _LINE_INTERVAL_S
-            self._console.print(self.state(), highlight=False)
+    def _seconds(self) -> float:
+        return 0.0 if self._started is None else (self._ended or time.monotonic()) - self._started
+
+    def _tokens_per_second(self) -> float:
+        return self._tokens.total() / max(self._seconds(), 1e-9)
 
 
-class _StateColumn(ProgressColumn):
-    def __init__(self, progress: Progress) -> None:
-        super().__init__()
-        self._progress = progress
-
-    def render(self, task: Task) -> Text:
-        return Text(self._progress.state())
+def counts(kinds: Counter[str]) -> str:
+    """Such as "3 unreadable, 1 refused"."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
 
 
 def duration(seconds: float) -> str:

@@ -20,9 +20,13 @@ class JobStoppedError(Exception):
     """Nothing more can be answered (no server, a dead engine): the job ends, and can be resumed."""
 
 
+class DiskFullError(Exception):
+    """There is no room for another row. All rows so far are whole."""
+
+
 @dataclass(frozen=True)
 class Record:
-    """One document of the input, unread or as its bytes.
+    """One document of the input.
 
     Attributes:
         id: what the output calls it; unique within a job.
@@ -45,14 +49,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model answered to one prompt.
-
-    Attributes:
-        text: the answer.
-        prompt_tokens: tokens of the prompt.
-        output_tokens: tokens of the answer.
-        finish_reason: "stop" or "length".
-    """
+    """What a model answered to one prompt; `finish_reason` is "stop" or "length"."""
 
     text: str
     prompt_tokens: int
@@ -62,21 +59,7 @@ class Completion:
 
 @dataclass
 class Row:
-    """One line of the output, and the place of its record in the input.
-
-    Attributes:
-        id: of the record.
-        summary: the answer; None with an error.
-        prompt_tokens: tokens of all prompts that the answer took.
-        output_tokens: tokens of all answers that the answer took.
-        finish_reason: "stop" or "length", of the last answer.
-        seconds: from reading the record to its answer, waiting included.
-        error: "kind: detail", or None.
-        dropped_tokens: tokens of the document that were cut off to make it fit.
-        steps: map-reduce: the answers to the sections, in order, level by level; None otherwise.
-        hash: of the content and of every setting that changes the answer, in hexadecimal digits.
-        number: of the record among those to answer; not written.
-    """
+    """One row of the output: docs/summarize.md says what its columns hold."""
 
     id: str
     hash: str
@@ -88,7 +71,6 @@ class Row:
     error: str | None = None
     dropped_tokens: int = 0
     steps: list[dict[str, Any]] | None = None
-    number: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The row as it is written, keys in the order of the documentation."""
@@ -96,14 +78,13 @@ class Row:
 
 
 COLUMNS = (
-    "id",
-    "summary",
-    "prompt_tokens",
-    "output_tokens",
-    "finish_reason",
-    "seconds",
-    "error",
-    "dropped_tokens",
-    "steps",
-    "hash",
+    *("id", "summary", "prompt_tokens", "output_tokens", "finish_reason", "seconds"),
+    *("error", "dropped_tokens", "steps", "hash"),
 )
+
+
+def printable(text: str, length: int = 500) -> str:
+    """Words of others in a message of ours: one line, of limited length, without control characters."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text[: 2 * length])
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= length else shown[:length] + "..."

@@ -1,73 +1,82 @@
 """Everything that a job is told."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
-from vllm_longmamba.summarize.answering import DROPS, FITS, Fit
-from vllm_longmamba.summarize.backends import Sampling
-from vllm_longmamba.summarize.sources import SourceOptions
+# Of vLLM's arguments those that change answers.
+_ENGINE = ("model_impl", "dtype", "quantization", "additional_config")
 
-PROMPT_KINDS = ("auto", "base", "chat")
-STDIN_FORMATS = ("jsonl", "text")
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled: as vLLM's `SamplingParams` of the same names."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of a request; without a temperature there is nothing to seed."""
+        given = asdict(self) | {"stop": list(self.stop)}
+        needless = {"seed": self.temperature == 0, "stop": not self.stop}
+        return {name: value for name, value in given.items() if not needless.get(name)}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What happens to documents that do not fit.
+
+    Attributes:
+        mode: "error", "truncate" or "map-reduce".
+        drop: truncate: what goes, "end" or "middle".
+        reduce_instruction: map-reduce: instruction for the answers of sections; None takes that for documents.
+    """
+
+    mode: str = "error"
+    drop: str = "end"
+    reduce_instruction: str | None = None
 
 
 @dataclass(frozen=True)
 class JobSettings:
-    """A whole job.
+    """A whole job; the options of `longmamba summarize` explain themselves.
 
     Attributes:
-        inputs: folders, files, glob patterns, "-".
-        output: .jsonl or .parquet.
-        model: name or folder; with a server: its name there, or None for the first.
-        base_url: of a server; None runs the engine here.
-        api_key: for the server.
-        timeout_s, retry_for_s: see `ServerOptions`.
-        ray_address: of a Ray cluster; None runs no Ray.
-        replicas, replica_resources: see `RayOptions`.
-        tokenizer: name or folder; None takes the model's.
-        table, min_retention: of LongMamba.
-        max_model_len: tokens of prompt and answer; None takes what the model or the server says.
-        dtype, tensor_parallel_size: as for vllm serve.
-        engine_args: any other arguments of vLLM's engine.
-        prompt_kind: "base", "chat", or "auto": chat where the tokenizer has a chat template.
-        instruction, template: see `PromptMaker`; the template's source.
-        fit: what happens to documents that do not fit.
-        sampling: how answers are sampled.
+        engine: keyword arguments of vLLM's `AsyncEngineArgs`; unused with a server.
+        model: name of the model on a server; None takes the first.
+        template: source of the Jinja template.
+        replica_resources: Ray: of each GPU worker of a replica; None takes a GPU where the cluster has any, else a CPU.
         concurrency: prompts under way at a time; None takes what suits the backend.
-        source: how files and rows become records.
-        encoding: of text files.
-        stdin_format: "jsonl" or "text".
-        limit: records to look at; None is all.
-        overwrite, retry_errors: see `Output.open`.
+        max_bytes: larger documents (after decompression) are error rows.
     """
 
     inputs: tuple[str, ...]
     output: Path
+    engine: dict[str, Any] = field(default_factory=dict)
     model: str | None = None
     base_url: str | None = None
-    api_key: str = "none"
+    api_key: str | None = None
     timeout_s: float = 3600.0
     retry_for_s: float = 600.0
     ray_address: str | None = None
     replicas: int = 1
     replica_resources: dict[str, float] | None = None
     tokenizer: str | None = None
-    table: str | None = None
-    min_retention: float | None = None
     max_model_len: int | None = None
-    dtype: str = "auto"
-    tensor_parallel_size: int = 1
-    engine_args: dict[str, Any] = field(default_factory=dict)
     prompt_kind: str = "auto"
     instruction: str | None = None
     template: str | None = None
     fit: Fit = field(default_factory=Fit)
     sampling: Sampling = field(default_factory=Sampling)
     concurrency: int | None = None
-    source: SourceOptions = field(default_factory=SourceOptions)
+    text_column: str = "text"
+    id_column: str | None = None
+    max_bytes: int = 256 * 2**20
     encoding: str = "utf-8"
     stdin_format: str = "jsonl"
     limit: int | None = None
@@ -76,10 +85,10 @@ class JobSettings:
 
     def __post_init__(self) -> None:
         for option, value, known in (
-            ("--prompt", self.prompt_kind, PROMPT_KINDS),
-            ("--fit", self.fit.mode, FITS),
-            ("--drop", self.fit.drop, DROPS),
-            ("--stdin-format", self.stdin_format, STDIN_FORMATS),
+            ("--prompt", self.prompt_kind, ("auto", "base", "chat")),
+            ("--fit", self.fit.mode, ("error", "truncate", "map-reduce")),
+            ("--drop", self.fit.drop, ("end", "middle")),
+            ("--stdin-format", self.stdin_format, ("jsonl", "text")),
         ):
             if value not in known:
                 raise ValueError(f"{option} must be one of {', '.join(known)}, got {value!r}")
@@ -95,25 +104,19 @@ class JobSettings:
     def answer_settings(self) -> dict[str, Any]:
         """All settings that change an answer, as plain values: what a resumed job must have in common."""
         return {
+            **{name: self.engine.get(name) for name in _ENGINE},
             "model": self.model,
-            "model_impl": self.engine_args.get("model_impl"),
             "tokenizer": self.tokenizer,
-            "table": self.table,
-            "min_retention": self.min_retention,
             "max_model_len": self.max_model_len,
-            "dtype": self.dtype,
             "prompt": self.prompt_kind,
             "instruction": self.instruction,
             "template": self.template,
+            "encoding": self.encoding,
             "fit": self.fit.mode,
             "drop": self.fit.drop,
             "reduce_instruction": self.fit.reduce_instruction,
-            "max_tokens": self.sampling.max_tokens,
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "seed": self.sampling.seed,
+            **asdict(self.sampling),
             "stop": list(self.sampling.stop),
-            "encoding": self.encoding,
         }
 
     def answer_hash(self) -> bytes:

@@ -2,128 +2,143 @@
 
 import io
 import json
+import os
+import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from blake3 import blake3
 
-from vllm_longmamba.summarize.inputs import STDIN, InputFile, open_stdin
-from vllm_longmamba.summarize.records import Record
+from vllm_longmamba.summarize.inputs import STDIN, InputFile
+from vllm_longmamba.summarize.records import Record, RecordError
+from vllm_longmamba.summarize.settings import JobSettings
 
-_PARQUET_BATCH_ROWS = 64
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """How rows and files become records.
-
-    Attributes:
-        text_column: column of JSONL and parquet rows that holds the document.
-        id_column: column that holds the id; None takes "id" where a row has it, and `file#row` elsewhere.
-        max_bytes: longer documents are error rows, so that one file cannot fill the memory. Counts after decompression.
-    """
-
-    text_column: str = "text"
-    id_column: str | None = None
-    max_bytes: int = 256 * 2**20
+_BATCH_ROWS = 64
+_BATCH_BYTES = 16 * 2**20
 
 
-def read_records(files: Iterable[InputFile], options: SourceOptions) -> Iterator[Record]:
+def read_records(files: Iterable[InputFile], settings: JobSettings) -> Iterator[Record]:
     """All records of all files, in order, one at a time in memory.
 
     Args:
         files: what to read.
-        options: columns and limits.
+        settings: columns and limits.
 
     Yields:
         Records; those with an error have no content. A file that breaks off gives its rows so far, and one error.
     """
-    readers: dict[str, Callable[[InputFile, SourceOptions], Iterator[Record]]] = {
+    readers: dict[str, Callable[[InputFile, JobSettings], Iterator[Record]]] = {
         "jsonl": _read_jsonl,
         "parquet": _read_parquet,
     }
     for file in files:
         try:
-            yield from readers.get(file.format, _read_document)(file, options)
-        except OSError as error:
-            yield _failed(file.path, file.path, "unreadable", _reason(error), weight=0.0)
+            yield from readers.get(file.format, _read_document)(file, settings)
+        except (OSError, RecordError) as error:
+            yield _failed(file.path, file.path, error, file.size if file.format != "jsonl" else 0.0)
 
 
-def _read_document(file: InputFile, options: SourceOptions) -> Iterator[Record]:
-    try:
-        with _open(file) as (stream, _):
-            content = stream.read(options.max_bytes + 1)
-    except OSError as error:
-        yield _failed(file.path, file.path, "unreadable", _reason(error), weight=file.size)
-        return
-    if len(content) > options.max_bytes:
-        yield _too_large(file.path, file.path, options, file.size)
-        return
+def _read_document(file: InputFile, settings: JobSettings) -> Iterator[Record]:
+    with _open(file) as (stream, _):
+        content = stream.read(settings.max_bytes + 1)
+    if len(content) > settings.max_bytes:
+        raise _too_large(settings)
     yield Record(file.path, file.path, file.format, content, blake3(content).digest(16), file.size)
 
 
-def _read_jsonl(file: InputFile, options: SourceOptions) -> Iterator[Record]:
+def _read_jsonl(file: InputFile, settings: JobSettings) -> Iterator[Record]:
     with _open(file) as (stream, raw):
         position, row = 0, 0
-        while line := stream.readline(options.max_bytes + 1):
+        while line := stream.readline(settings.max_bytes + 1):
             row += 1
-            where = f"{file.path}#{row}"
-            too_large = len(line) > options.max_bytes
+            too_large = len(line) > settings.max_bytes
             while too_large and line and not line.endswith(b"\n"):
                 line = stream.readline(2**20)
             before, position = position, _position(raw)
+            where, weight = f"{file.path}#{row}", position - before
             if too_large:
-                yield _too_large(where, where, options, position - before)
+                yield _failed(where, where, _too_large(settings), weight)
             elif line.strip():
-                yield _from_line(line, where, position - before, options)
+                yield _from_line(line, where, weight, settings)
 
 
-def _from_line(line: bytes, where: str, weight: float, options: SourceOptions) -> Record:
+def _from_line(line: bytes, where: str, weight: float, settings: JobSettings) -> Record:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return _failed(where, where, "bad row", f"not JSON: {error}", weight, line)
+        return _failed(where, where, RecordError("bad row", f"not JSON: {error}"), weight, line)
     if not isinstance(values, dict):
-        return _failed(where, where, "bad row", f"not a JSON object but {type(values).__name__}", weight, line)
-    return _from_row(values, where, weight, options)
+        error_ = RecordError("bad row", f"not a JSON object but {type(values).__name__}")
+        return _failed(where, where, error_, weight, line)
+    return _from_row(values, where, weight, settings)
 
 
-def _read_parquet(file: InputFile, options: SourceOptions) -> Iterator[Record]:
+def _read_parquet(file: InputFile, settings: JobSettings) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     row = 0
+    text, id_ = settings.text_column, settings.id_column or "id"
     try:
-        with pq.ParquetFile(file.path, pre_buffer=False) as table:
-            rows = table.metadata.num_rows
-            wanted = {options.text_column, options.id_column or "id"}
-            columns = [name for name in table.schema_arrow.names if name in wanted]
-            for batch in table.iter_batches(_PARQUET_BATCH_ROWS, columns=columns):
-                for values in batch.to_pylist():
-                    row += 1
-                    yield _from_row(values, f"{file.path}#{row}", file.size / rows, options)
-    except pa.ArrowException as error:
-        yield _failed(file.path, file.path, "unreadable", f"after row {row}: {_reason(error)}", weight=0.0)
+        # As a dictionary, a long value that many rows share is in memory once.
+        with _open(file) as (_, raw), pq.ParquetFile(raw, pre_buffer=False, read_dictionary=[text]) as table:
+            weight = file.size / max(table.metadata.num_rows, 1)
+            columns = [name for name in table.schema_arrow.names if name in (text, id_)]
+            for group in range(table.num_row_groups):
+                about = table.metadata.row_group(group)
+                rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES * about.num_rows // max(about.total_byte_size, 1)))
+                for batch in table.iter_batches(rows, [group], columns=columns, use_threads=False):
+                    for index in range(batch.num_rows):
+                        row += 1
+                        values = {name: _value(batch[name], index, settings) for name in batch.schema.names}
+                        yield _from_row(values, f"{file.path}#{row}", weight, settings)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise RecordError("unreadable", f"after row {row}: {_reason(error)}") from None
 
 
-def _from_row(values: dict[str, Any], where: str, weight: float, options: SourceOptions) -> Record:
+def _value(column: Any, index: int, settings: JobSettings) -> Any:
+    """A value of a parquet column; a `RecordError` in its place if Python cannot hold it, or it is too large."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_dictionary(column.type):
+        number = column.indices[index].as_py()
+        if number is None:
+            return None
+        column, index = column.dictionary, number
+    # Unlike `column[index]`, a slice does not copy.
+    cell = column.slice(index, 1)
+    try:
+        if cell.null_count or not (pa.types.is_string(cell.type) or pa.types.is_large_string(cell.type)):
+            return cell[0].as_py()
+        if pc.binary_length(cell)[0].as_py() > settings.max_bytes:
+            return _too_large(settings)
+        return str(cell[0].as_buffer(), "utf-8")
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        return RecordError("bad row", _reason(error))
+
+
+def _from_row(values: dict[str, Any], where: str, weight: float, settings: JobSettings) -> Record:
+    given, text = values.get(settings.id_column or "id"), values.get(settings.text_column)
     record_id = where
-    given = values.get(options.id_column or "id")
-    if isinstance(given, str | int) and not isinstance(given, bool):
-        record_id = str(given)
-    elif options.id_column is not None:
-        return _failed(where, where, "bad row", f"no string or integer in column {options.id_column!r}", weight)
-    text = values.get(options.text_column)
-    if not isinstance(text, str):
-        came = (
-            f"it has {', '.join(map(repr, values)) or 'nothing'}" if options.text_column not in values else repr(text)
-        )
-        return _failed(record_id, where, "bad row", f"no text in column {options.text_column!r}: {came[:200]}", weight)
-    if len(text) > options.max_bytes:
-        return _too_large(record_id, where, options, weight)
+    try:
+        if isinstance(given, str | int) and not isinstance(given, bool):
+            record_id = str(given)
+        elif settings.id_column is not None:
+            raise RecordError("bad row", f"no string or integer in column {settings.id_column!r}")
+        if isinstance(text, RecordError):
+            raise text
+        if not isinstance(text, str):
+            has = f"it has {', '.join(map(repr, values)) or 'nothing'}"
+            came = repr(text) if settings.text_column in values else has
+            raise RecordError("bad row", f"no text in column {settings.text_column!r}: {came[:200]}")
+        if len(text) > settings.max_bytes:
+            raise _too_large(settings)
+    except (RecordError, ValueError) as error:
+        # A ValueError: an integer of more digits than Python prints.
+        return _failed(record_id, where, error, weight)
     digest = blake3(text.encode("utf-8", "surrogatepass")).digest(16)
     return Record(record_id, where, "text", text, digest, weight)
 
@@ -131,7 +146,8 @@ def _from_row(values: dict[str, Any], where: str, weight: float, options: Source
 @contextmanager
 def _open(file: InputFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The decompressed stream, and the file below it, whose position is the progress."""
-    with open(open_stdin(), "rb", closefd=False) if file.path == STDIN else Path(file.path).open("rb") as raw:
+    descriptor = open_stdin() if file.path == STDIN else _open_regular(file.path)
+    with open(descriptor, "rb", closefd=file.path != STDIN) as raw:
         if file.compression is None:
             yield raw, raw
             return
@@ -139,6 +155,20 @@ def _open(file: InputFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
         # Unlike the gzip and zstandard modules, it reports a truncated file in both formats.
         yield io.BufferedReader(pa.CompressedInputStream(raw, file.compression)), raw
+
+
+def open_stdin() -> int:
+    """File descriptor of the bytes of standard input."""
+    return sys.stdin.fileno()
+
+
+def _open_regular(path: str) -> int:
+    # Without O_NONBLOCK, opening a named pipe waits for its other end.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("not a regular file but a pipe, a socket or a device")
+    return descriptor
 
 
 def _position(raw: IO[bytes]) -> int:
@@ -149,14 +179,14 @@ def _position(raw: IO[bytes]) -> int:
         return 0
 
 
-def _failed(record_id: str, where: str, kind: str, detail: str, weight: float, content: bytes = b"") -> Record:
-    error = f"{kind}: {detail}"
-    digest = blake3(content or error.encode("utf-8", "replace")).digest(16)
-    return Record(record_id, where, "text", b"", digest, weight, error)
+def _failed(record_id: str, where: str, error: Exception, weight: float, content: bytes = b"") -> Record:
+    said = str(error) if isinstance(error, RecordError) else f"unreadable: {_reason(error)}"
+    digest = blake3(content or said.encode("utf-8", "replace")).digest(16)
+    return Record(record_id, where, "text", b"", digest, weight, said)
 
 
-def _too_large(record_id: str, where: str, options: SourceOptions, weight: float) -> Record:
-    return _failed(record_id, where, "too large", f"more than {options.max_bytes} bytes (--max-bytes)", weight)
+def _too_large(settings: JobSettings) -> RecordError:
+    return RecordError("too large", f"more than {settings.max_bytes} bytes (--max-bytes)")
 
 
 def _reason(error: BaseException) -> str:

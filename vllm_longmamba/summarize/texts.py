@@ -1,60 +1,50 @@
-"""Turns the content of a record into text: HTML and PDF through libraries, in processes of their own."""
+"""Turns the content of a record into text: HTML and PDF through libraries, in processes that can be killed."""
 
+import asyncio
 import io
 import multiprocessing
 import os
+import resource
 import signal
 import threading
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
+from typing import Any
 
 from vllm_longmamba.summarize.records import Record, RecordError
 
-_BLOCKS = [
-    "address",
-    "article",
-    "aside",
-    "blockquote",
-    "br",
-    "dd",
-    "div",
-    "dl",
-    "dt",
-    "fieldset",
-    "figcaption",
-    "figure",
-]
-_BLOCKS += ["footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "nav", "ol", "p"]
-_BLOCKS += ["pre", "section", "table", "tr", "ul"]
-_NO_TEXT = ["script", "style", "noscript", "template", "head", "svg"]
-_MAX_PROCESSES = 4
+_PROCESSES = min(4, os.cpu_count() or 1)
+_SECONDS = 60.0
+# Memory of a parser: so much, and a multiple of what it parses.
+_BASE_BYTES, _BYTES_A_BYTE = 2**30, 12
 
 
 class TextExtractor:
-    """Text of records. Parsers run in other processes: they are slow, and may crash on what they are given.
+    """Text of records.
 
     Args:
         encoding: of text files.
+        max_bytes: longest text of an HTML page or a PDF.
+        seconds: longest time for one of them.
     """
 
-    def __init__(self, encoding: str = "utf-8") -> None:
-        self._encoding = encoding
-        self._lock = threading.Lock()
-        self._pool: ProcessPoolExecutor | None = None
+    def __init__(self, encoding: str = "utf-8", max_bytes: int = 256 * 2**20, seconds: float = _SECONDS) -> None:
+        self._encoding, self._max_bytes, self._seconds = encoding, max_bytes, min(seconds, _SECONDS)
+        self._pool: Any = None
 
-    def text(self, record: Record) -> str:
-        """The document of a record. May be called from several threads.
+    async def text(self, record: Record) -> str:
+        """The document of a record.
 
         Raises:
-            RecordError: it is not text of that encoding, cannot be parsed, or holds no text.
+            RecordError: it could not be read, is not text of that encoding, cannot be parsed, or holds no text.
         """
+        if record.error is not None:
+            raise RecordError(*record.error.split(": ", 1))
         if isinstance(record.content, str):
             text = record.content
         elif record.kind == "text":
             text = self._decode(record.content)
         else:
-            text = self._parse(record.kind, record.content)
+            text = await self._parse(record.kind, record.content)
         if not text.strip():
             hint = " (a PDF of scanned pages has none)" if record.kind == "pdf" else ""
             raise RecordError("empty", f"no text in {record.where}{hint}")
@@ -65,11 +55,11 @@ class TextExtractor:
         return text
 
     def close(self) -> None:
-        """End the processes."""
-        with self._lock:
-            if self._pool is not None:
-                self._pool.shutdown(wait=False, cancel_futures=True)
-                self._pool = None
+        """Kill the processes."""
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
 
     def _decode(self, content: bytes) -> str:
         try:
@@ -82,51 +72,48 @@ class TextExtractor:
             raise RecordError("unreadable", f"no text file: a zero byte at character {text.index(chr(0))}")
         return text
 
-    def _parse(self, kind: str, content: bytes) -> str:
-        parse = {"html": html_text, "pdf": pdf_text}[kind]
-        # A crash fails all that the pool is doing; the second attempt tells who it was.
-        for attempt in (1, 2):
-            pool = self._started_pool()
-            try:
-                return pool.submit(parse, content).result()
-            except BrokenProcessPool:
-                self._drop(pool)
-                if attempt == 2:
-                    raise RecordError("unreadable", f"the {kind} parser crashed") from None
-            except ImportError as error:
-                raise RecordError("unreadable", f"{error}; pip install 'vllm-longmamba[summarize]'") from None
-            except Exception as error:
-                # Whatever a parser makes of a damaged file; it ends this record only.
-                raise RecordError("unreadable", f"{kind}: {type(error).__name__}: {error}") from None
-        raise AssertionError("unreachable")
+    async def _parse(self, kind: str, content: bytes) -> str:
+        from pebble import ProcessExpired, ProcessPool
 
-    def _started_pool(self) -> ProcessPoolExecutor:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ProcessPoolExecutor(
-                    min(_MAX_PROCESSES, os.cpu_count() or 1), multiprocessing.get_context("spawn"), _live_with_parent
-                )
-            return self._pool
+        if self._pool is None:
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPool(_PROCESSES, initializer=_live_with_parent, context=spawn)
+        try:
+            parse = {"html": html_text, "pdf": pdf_text}[kind]
+            task = self._pool.schedule(_parse, (parse, content, self._max_bytes), timeout=self._seconds)
+            text: str = await asyncio.wrap_future(task)
+            return text
+        except TimeoutError:
+            raise RecordError("unreadable", f"{kind}: not parsed after {self._seconds:g} s") from None
+        except ProcessExpired:
+            raise RecordError("unreadable", f"the {kind} parser crashed") from None
+        except ImportError as error:
+            raise RecordError("unreadable", f"{error}; pip install 'vllm-longmamba[summarize]'") from None
+        except Exception as error:
+            # Whatever a parser makes of a damaged file; it ends this record only.
+            raise RecordError("unreadable", f"{kind}: {type(error).__name__}: {error}") from None
 
-    def _drop(self, pool: ProcessPoolExecutor) -> None:
-        with self._lock:
-            if self._pool is pool:
-                self._pool = None
-        pool.shutdown(wait=False)
+
+def _parse(parse: Callable[[bytes], str], content: bytes, max_bytes: int) -> str:
+    limit = _BASE_BYTES + _BYTES_A_BYTE * len(content)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    text = parse(content)
+    if len(text) > max_bytes:
+        raise ValueError(f"its text has more than {max_bytes} characters (--max-bytes)")
+    return text
 
 
 def html_text(content: bytes) -> str:
-    """The visible text of an HTML page; its encoding is the one it declares, or detected."""
-    from bs4 import BeautifulSoup
+    """The visible text of an HTML page, without its form fields; in UTF-8, or the encoding that it declares."""
+    from resiliparse.extract.html2text import extract_plain_text
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
-    page = BeautifulSoup(content, "html.parser")
-    for element in page(_NO_TEXT):
-        element.decompose()
-    for element in page(_BLOCKS):
-        element.insert_before("\n")
-        element.insert_after("\n")
-    lines = (" ".join(line.split()) for line in page.get_text().splitlines())
-    return _without_blank_runs(lines)
+    try:
+        page = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        page = bytes_to_str(content, detect_encoding(content, from_html_meta=True) or "latin-1")
+    # Of the extractors that were tried it alone takes linear time on every nesting, and knows blocks, cells and <pre>.
+    return extract_plain_text(page, list_bullets=False, alt_texts=False, skip_elements=["svg", "template"])
 
 
 def pdf_text(content: bytes) -> str:
@@ -141,14 +128,6 @@ def pdf_text(content: bytes) -> str:
     if reader.is_encrypted and not reader.decrypt(""):
         raise ValueError("encrypted with a password")
     return "\n\n".join(page.extract_text() for page in reader.pages)
-
-
-def _without_blank_runs(lines: Iterable[str]) -> str:
-    kept: list[str] = []
-    for line in lines:
-        if line or (kept and kept[-1]):
-            kept.append(line)
-    return "\n".join(kept).strip()
 
 
 def _live_with_parent() -> None:
