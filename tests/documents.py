@@ -11,8 +11,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 # Blocks of these languages hold commands; others are settings, logs or data.
 SHELL = ("", "bash", "sh", "console")
 _BLOCK = re.compile(
-    r"^```(?P<language>[a-z]*)\n(?P<fenced>.*?)^```$|(?<=\n\n)(?P<indented>(?:    .*\n|\n(?=    ))+)",
-    re.MULTILINE | re.DOTALL,
+    r"^```(?P<language>[a-z]*)\n(?P<fenced>(?s:.*?))^```$|(?<=\n\n)(?P<indented>(?:    .*\n|\n(?=    ))+)",
+    re.MULTILINE,
 )
 _LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 _PROGRAMS = ("bash", "docker", "longmamba", "make", "mkdocs", "pip", "python", "python3", "vllm")
@@ -46,7 +46,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Snippet:
-    """Python code of a page."""
+    """Python code of a page: a block with those before it, on which it builds."""
 
     page: str
     code: str
@@ -60,9 +60,11 @@ class Snippet:
 def steps(page: Path) -> list[Command | Snippet]:
     """Commands and snippets of a page in their order."""
     found: list[Command | Snippet] = []
+    code = ""
     for language, block in _blocks(page):
         if language == "python":
-            found.append(Snippet(page.name, block))
+            code += block
+            found.append(Snippet(page.name, code))
         elif language in SHELL:
             found += _commands(block, page.name)
     return found

@@ -25,10 +25,51 @@ CLIENTS = ("examples/serve_client.py", "--base-url")
 DEFAULT_ADDRESS = "http://localhost:8000/v1"
 
 
+PAGE = """# Page
+
+    pip install it  # first
+
+Text, not
+    a block.
+
+```python
+x = 1
+```
+
+A [link](there.md) and `[no](link)`.
+
+    A=1 make it \\
+        --quickly
+
+    make more
+
+```json
+make nothing
+```
+
+```python
+y = x
+```
+"""
+
+
 def test_commands_are_found() -> None:
     assert [command.words[1] for command in all_commands("make")][:2] == ["demo", "test"]
     assert len(all_commands("longmamba")) > 10
     assert len(all_commands("vllm")) > 5
+
+
+def test_blocks_are_told_apart(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    assert steps(page) == [
+        Command("page.md", ("pip", "install", "it")),
+        Snippet("page.md", "x = 1\n"),
+        Command("page.md", ("make", "it", "--quickly")),
+        Command("page.md", ("make", "more")),
+        Snippet("page.md", "x = 1\ny = x\n"),
+    ]
+    assert links(page) == ["there.md"]
 
 
 def _parse(words: Sequence[str]) -> None:
