@@ -20,7 +20,7 @@ from vllm_longmamba.layers.prompt_filter import PromptFilter
 
 
 class DtRecorder(Protocol):
-    """Receives the steps of a layer while the model is calibrated."""
+    """Receives the dt of a layer while the model is calibrated."""
 
     def record(self, layer_index: int, dt: torch.Tensor) -> torch.Tensor | None:
         """Take dt (tokens, channels) float32 of one prompt: softplus(dt_raw + dt_bias).
@@ -113,11 +113,11 @@ class FilteredMixer:
     def _record_dt(self, dt: torch.Tensor, dt_bias: torch.Tensor) -> None:
         if self.dt_recorder is None:
             return
-        step = torch.nn.functional.softplus(dt.float() + dt_bias.float())
-        threshold = self.dt_recorder.record(self.layer_index, step)
+        after_softplus = torch.nn.functional.softplus(dt.float() + dt_bias.float())
+        threshold = self.dt_recorder.record(self.layer_index, after_softplus)
         if threshold is not None:
             # As filter_dt_ does: softplus(-inf) is exactly 0.
-            dt.masked_fill_(step <= threshold, -torch.inf)
+            dt.masked_fill_(after_softplus <= threshold, -torch.inf)
 
     def _recurrence(self, x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> dict[str, Any]:
         """What every kernel of the recurrence takes, by its name there."""

@@ -1,4 +1,4 @@
-"""vLLM's Mamba-2 mixer with the filter, on vLLM's SSD kernels: a raw dt of -inf makes softplus exactly 0 there."""
+"""vLLM's Mamba-2 mixer with the filter: in this project's kernels on a GPU, in front of vLLM's elsewhere."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from vllm_longmamba.layers.step_metadata import FilterRows, LongMamba2Backend
 
 
 class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
-    """Mamba-2 mixer that filters the raw dt in front of vLLM's own kernels: softplus(-inf) is exactly 0."""
+    """Mamba-2 mixer that filters. Where vLLM's kernels run, a raw dt of -inf in front of them makes softplus exactly 0."""
 
     def get_attn_backend(self) -> type[LongMamba2Backend]:
         """See vLLM's `MambaBase`."""
