@@ -14,7 +14,7 @@ from vllm_longmamba.layers.step_metadata import FilterRows, LongMamba2Backend
 
 
 class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
-    """Mamba-2 mixer that filters. Where vLLM's kernels run, a raw dt of -inf in front of them makes softplus exactly 0."""
+    """Mamba-2 mixer that filters. In front of vLLM's kernels, a raw dt of -inf does it: softplus(-inf) is exactly 0."""
 
     def get_attn_backend(self) -> type[LongMamba2Backend]:
         """See vLLM's `MambaBase`."""
