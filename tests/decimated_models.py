@@ -12,14 +12,20 @@ from tiny_models import random_token_ids
 
 from vllm_longmamba.torch_reference import DeciMamba, LayerPlan, LayerView, Plain, Prompt, ReadingMethod, TorchModel
 
-# Least relative distance between the scores of the last token that is kept and of the first that is dropped: float32
-# moves them by some 1e-6.
-LEAST_GAP = 1e-5
+
+class TooClose(AssertionError):
+    """Rounding could turn the choice over: take another prompt."""
 
 
 @dataclass(frozen=True)
 class CheckedDeciMamba(DeciMamba):
-    """Fails for a prompt whose choice float32 could turn over."""
+    """Fails for a prompt with two tokens that nearly are equally large, of which one is kept.
+
+    Attributes:
+        least_gap: relative distance of their scores; float32 moves them by some 1e-6.
+    """
+
+    least_gap: float = 1e-5
 
     def plan(self, layer: LayerView, prompt: Prompt) -> LayerPlan:
         plan = super().plan(layer, prompt)
@@ -28,7 +34,8 @@ class CheckedDeciMamba(DeciMamba):
             ordered, count = scores.sort(descending=True).values, self.tokens_kept(layer.index)
             if count < len(ordered):
                 gap = float((ordered[count - 1] - ordered[count]) / ordered[count])
-                assert gap > LEAST_GAP, f"layer {layer.index}: take another prompt, the gap is {gap:.1e}"
+                if gap < self.least_gap:
+                    raise TooClose(f"layer {layer.index}: take another prompt, the gap is {gap:.1e}")
         return plan
 
 
