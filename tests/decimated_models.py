@@ -13,7 +13,7 @@ from tiny_models import random_token_ids
 from vllm_longmamba.torch_reference import DeciMamba, LayerPlan, LayerView, Plain, Prompt, ReadingMethod, TorchModel
 
 
-class TooClose(AssertionError):
+class TooCloseError(AssertionError):
     """Rounding could turn the choice over: take another prompt."""
 
 
@@ -35,7 +35,7 @@ class CheckedDeciMamba(DeciMamba):
             if count < len(ordered):
                 gap = float((ordered[count - 1] - ordered[count]) / ordered[count])
                 if gap < self.least_gap:
-                    raise TooClose(f"layer {layer.index}: take another prompt, the gap is {gap:.1e}")
+                    raise TooCloseError(f"layer {layer.index}: take another prompt, the gap is {gap:.1e}")
         return plan
 
 

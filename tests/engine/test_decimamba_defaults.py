@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from decimated_models import CASES, CheckedDeciMamba, TooClose
+from decimated_models import CASES, CheckedDeciMamba, TooCloseError
 from tiny_models import random_token_ids
 
 from vllm_longmamba.torch_reference import Plain, ReadingMethod, TorchModel
@@ -63,7 +63,7 @@ def test_nothing_but_the_settings_given(name: str, models: dict[str, Path], answ
             continue
         try:
             decimated = distance(CheckedDeciMamba(**SETTINGS, least_gap=LEAST_GAP), prompt, tokens, actual)
-        except TooClose:
+        except TooCloseError:
             continue
         compared += 1
         # bfloat16 moves log-probabilities by some 0.1; a dropped token by whole units, if it is not one of little dt.
