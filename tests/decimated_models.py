@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import tiny_models
 import torch
+from references.torch_models import DeciMamba, LayerPlan, LayerView, Plain, Prompt, ReadingMethod, TorchModel
 from tiny_models import random_token_ids
-
-from vllm_longmamba.torch_reference import DeciMamba, LayerPlan, LayerView, Plain, Prompt, ReadingMethod, TorchModel
 
 
 class TooCloseError(AssertionError):

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from decimated_models import CASES, CheckedDeciMamba, TooCloseError
+from references.torch_models import Plain, ReadingMethod, TorchModel
 from tiny_models import random_token_ids
-
-from vllm_longmamba.torch_reference import Plain, ReadingMethod, TorchModel
 
 pytestmark = pytest.mark.engine
 
