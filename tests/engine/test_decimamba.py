@@ -16,6 +16,7 @@ from tiny_models import random_token_ids
 
 from .harness import LOGPROB_TOLERANCE, Completion, completion, sampling
 
+SLOW = pytest.mark.slow
 pytestmark = pytest.mark.engine
 
 
@@ -59,9 +60,13 @@ def test_log_probabilities_of_dropped_tokens_are_refused(
         running.generate([long], asking, use_tqdm=False)
 
 
-def test_requests_come_and_go_and_are_preempted(engine: Callable[..., Any], model: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param("mamba1", marks=SLOW), pytest.param("mamba2", marks=SLOW), "falcon_mamba"]
+)
+def test_requests_come_and_go_and_are_preempted(
+    name: str, engine: Callable[..., Any], model: Callable[[str], Path]
+) -> None:
     """A resumed request is read again over prompt and generated tokens, which are all kept."""
-    name = "falcon_mamba"
     running = engine(model(name), **CASES[name].arguments).llm.llm_engine
     prompts = CASES[name].prompts()[2:]
     scheduler = running.engine_core.engine_core.scheduler
@@ -79,7 +84,7 @@ def test_requests_come_and_go_and_are_preempted(engine: Callable[..., Any], mode
         check(name, model(name), prompt, completion(finished[str(number)]))
 
 
-@pytest.mark.parametrize("name", ["mamba1", pytest.param("mamba2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mamba1", pytest.param("mamba2", marks=SLOW)])
 def test_tensor_parallel(
     name: str, engine: Callable[..., Any], model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
