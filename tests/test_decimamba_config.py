@@ -9,7 +9,7 @@ import pytest
 from tiny_models import write_mamba1_original, write_mamba2_original
 
 from vllm_longmamba.decimamba_options import DeciMambaOptions, options_from_config
-from vllm_longmamba.engine.decimamba_config import refuse_prompt_logprobs
+from vllm_longmamba.engine.decimamba_config import refuse_request
 
 SETTINGS = {"layers": [1], "L_base": 100}
 
@@ -161,9 +161,16 @@ def test_a_hybrid_is_refused(tmp_path: Path) -> None:
 def test_prompt_logprobs(length: int, sampling: dict[str, Any] | None, refused: str | None) -> None:
     vllm_config = SimpleNamespace(additional_config={"decimamba": SETTINGS})
     parameters = None if sampling is None else SimpleNamespace(**sampling)
-    request = SimpleNamespace(prompt_token_ids=[0] * length, sampling_params=parameters)
+    request = SimpleNamespace(prompt_token_ids=[0] * length, sampling_params=parameters, resumable=False)
     if refused is None:
-        refuse_prompt_logprobs(vllm_config, request)
+        refuse_request(vllm_config, request)
     else:
         with pytest.raises(ValueError, match=refused):
-            refuse_prompt_logprobs(vllm_config, request)
+            refuse_request(vllm_config, request)
+
+
+def test_a_streamed_prompt() -> None:
+    vllm_config = SimpleNamespace(additional_config={"decimamba": SETTINGS})
+    request = SimpleNamespace(prompt_token_ids=[0], sampling_params=None, resumable=True)
+    with pytest.raises(ValueError, match="a prompt cannot be streamed in"):
+        refuse_request(vllm_config, request)

@@ -282,7 +282,7 @@ FIELDS += [
     ("vllm.config:ParallelConfig", "pipeline_parallel_size", "decimamba_config.py"),
     ("vllm.engine.arg_utils:EngineArgs", "enable_chunked_prefill", "patches.py"),
     ("vllm:SamplingParams", "prompt_logprobs", "decimamba_config.py"),
-    ("vllm.v1.engine:EngineCoreRequest", "sampling_params", "decimamba_config.py"),
+    ("vllm.v1.engine:EngineCoreRequest", "sampling_params resumable", "decimamba_config.py"),
     (
         f"{MAMBA2}:Mamba2AttentionMetadata",
         "nums_dict batch_ptr token_chunk_offset_ptr cu_chunk_seqlen_p seq_idx_p last_chunk_indices_p",

@@ -57,25 +57,31 @@ class DeciMambaModelConfig:
         """Part of vLLM's hook interface; nothing to do here."""
 
 
-def refuse_prompt_logprobs(vllm_config: Any, request: Any) -> None:
-    """A token that is dropped has no output: refuse requests for it.
+def refuse_request(vllm_config: Any, request: Any) -> None:
+    """Refuse what a prompt that loses tokens cannot have.
 
     Args:
         vllm_config: configuration of the engine.
         request: vLLM's `EngineCoreRequest`.
 
     Raises:
-        ValueError: log-probabilities of the tokens of a prompt that is decimated are asked for.
+        ValueError: the prompt comes piece by piece; or log-probabilities of its tokens are asked for, some of which are
+            dropped and have no output.
     """
+    if request.resumable:
+        raise ValueError(
+            "--model-impl decimamba: a prompt cannot be streamed in, because tokens are chosen over all of it; send it "
+            "as one request"
+        )
     sampling = request.sampling_params
     names = ("prompt_logprobs", "prompt_logprob_token_ids")
     asked = next((name for name in names if getattr(sampling, name, None) is not None), None)
-    if asked is None or not options_from_config(vllm_config.additional_config).is_decimated(prompt_length(request)):
-        return
-    raise ValueError(
-        f"--model-impl decimamba: {asked} was asked for, but a prompt of {prompt_length(request)} tokens is decimated, "
-        "and tokens that are dropped have no log-probabilities; leave it out"
-    )
+    length = prompt_length(request)
+    if asked is not None and options_from_config(vllm_config.additional_config).is_decimated(length):
+        raise ValueError(
+            f"--model-impl decimamba: {asked} was asked for, but a prompt of {length} tokens is decimated, and tokens "
+            "that are dropped have no log-probabilities; leave it out"
+        )
 
 
 def _resolved_options(vllm_config: Any) -> DeciMambaOptions:

@@ -163,9 +163,9 @@ def _check_request(original: Callable[..., Any]) -> Callable[..., Any]:
 
             salt_request(self.vllm_config, request, self.longmamba_table)
         elif model_impl == DECIMAMBA:
-            from vllm_longmamba.engine.decimamba_config import refuse_prompt_logprobs
+            from vllm_longmamba.engine.decimamba_config import refuse_request
 
-            refuse_prompt_logprobs(self.vllm_config, request)
+            refuse_request(self.vllm_config, request)
         return original(self, request)
 
     return preprocess_add_request
