@@ -1,4 +1,4 @@
-"""DeciMamba through a real engine: log-probabilities against the torch reference, which shares no code with it.
+"""DeciMamba through a real engine: log-probabilities against the torch reference.
 
 Every kind of step is in tests/layers/test_decimated_models.py; here is what vLLM makes of requests.
 """

@@ -1,4 +1,4 @@
-"""vLLM's models of DeciMamba's mixers, step by step, against the torch reference, which shares no code with them."""
+"""vLLM's models of DeciMamba's mixers, step by step, against the torch reference."""
 
 from collections.abc import Iterator
 from pathlib import Path
