@@ -5,8 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_longmamba.architectures import (
+    DECIMAMBA,
+    DECIMATED,
     SUPPORTED,
     is_mamba1,
+    own_model_impl,
     stock_name,
     supported_architecture,
     uses_longmamba,
@@ -27,6 +30,25 @@ def test_long_name(architecture: str) -> None:
 def test_stock_name(architecture: str) -> None:
     assert stock_name(f"Long{architecture}") == architecture
     assert stock_name(architecture) == architecture
+
+
+@pytest.mark.parametrize("architecture", DECIMATED)
+def test_names_of_decimamba(architecture: str) -> None:
+    assert variant_name(architecture, DECIMAMBA) == f"Deci{architecture}"
+    assert stock_name(f"Deci{architecture}") == architecture
+    assert variant_name(f"Deci{architecture}") == f"Long{architecture}"
+    assert supported_architecture([f"Deci{architecture}"], DECIMAMBA) == architecture
+
+
+def test_a_name_of_vllm_that_begins_like_one_of_ours() -> None:
+    assert stock_name("DeciLMForCausalLM") == "DeciLMForCausalLM"
+
+
+def test_hybrids_are_not_decimated() -> None:
+    with pytest.raises(
+        ValueError, match=r"Zamba2ForCausalLM has no DeciMamba variant\. Supported are MambaForCausalLM, F"
+    ):
+        supported_architecture("Zamba2ForCausalLM", DECIMAMBA)
 
 
 @pytest.mark.parametrize(
@@ -74,15 +96,25 @@ def test_uses_longmamba(config: object, expected: bool) -> None:
     assert uses_longmamba(config) is expected
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"), [("longmamba", "longmamba"), ("decimamba", "decimamba"), ("vllm", None), (None, None)]
+)
+def test_own_model_impl(given: str | None, expected: str | None) -> None:
+    assert own_model_impl(SimpleNamespace(model_impl=given)) == expected
+
+
 def test_register_architectures() -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from vllm_longmamba.engine.config import LongMambaModelConfig
+    from vllm_longmamba.engine.decimamba_config import DeciMambaModelConfig
 
     register_architectures()
-    first = {name: ModelRegistry.models[name] for name in map(variant_name, SUPPORTED)}
+    hooks = dict.fromkeys(map(variant_name, SUPPORTED), LongMambaModelConfig)
+    hooks |= dict.fromkeys((variant_name(name, DECIMAMBA) for name in DECIMATED), DeciMambaModelConfig)
+    first = {name: ModelRegistry.models[name] for name in hooks}
     register_architectures()
     for name, registered in first.items():
         assert ModelRegistry.models[name] is registered
-        assert MODELS_CONFIG_MAP[name] is LongMambaModelConfig
+        assert MODELS_CONFIG_MAP[name] is hooks[name]

@@ -15,6 +15,7 @@ import typer
 from documents import PAGES, ROOT, Command, Snippet, all_commands, links, steps
 from example_modules import load_example
 
+from vllm_longmamba import decimamba_options
 from vllm_longmamba.cli import app
 from vllm_longmamba.options import options_from_config
 
@@ -108,8 +109,9 @@ def test_wrong_commands_do_not_parse(words: tuple[str, ...]) -> None:
     ids=lambda command: command.text,
 )
 def test_options_are_known(command: Command) -> None:
-    given = command.words[command.words.index("--additional-config") + 1]
-    options_from_config(json.loads(given))
+    given = json.loads(command.words[command.words.index("--additional-config") + 1])
+    options_from_config(given)
+    decimamba_options.options_from_config(given)
 
 
 @pytest.mark.parametrize("program", ["python", "bash"])

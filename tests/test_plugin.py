@@ -127,6 +127,7 @@ CORE = SimpleNamespace(vllm_config=SimpleNamespace(model_config=STOCK))
 PLAIN = SimpleNamespace(model_impl="auto", hf_config=SimpleNamespace())
 REQUEST = SimpleNamespace(cache_salt="mine", num_prompt_tokens=4)
 STOCK_CALLS: dict[str, tuple[Any, ...]] = {
+    "_set_default_chunked_prefill_and_prefix_caching_args": (SimpleNamespace(enable_chunked_prefill=None), PLAIN),
     "_rebind_kernels": ([],),
     "inspect_model_cls": (None, ["LlamaForCausalLM"], PLAIN),
     "resolve_model_cls": (None, ["LlamaForCausalLM"], PLAIN),
@@ -154,6 +155,21 @@ def test_patches_pass_stock_models_through(patch: Patch) -> None:
 
 def patch_named(name: str) -> Patch:
     return next(patch for patch in PATCHES if patch.name == name)
+
+
+@pytest.mark.parametrize(
+    ("model_impl", "given", "expected"),
+    [("decimamba", None, False), ("decimamba", True, True), ("longmamba", None, True), ("auto", None, True)],
+)
+def test_only_decimamba_takes_whole_prompts_by_default(model_impl: str, given: bool | None, expected: bool) -> None:
+    def original(self: Any, model_config: Any) -> None:
+        if self.enable_chunked_prefill is None:
+            self.enable_chunked_prefill = True
+
+    arguments = SimpleNamespace(enable_chunked_prefill=given)
+    wrapped = patch_named("_set_default_chunked_prefill_and_prefix_caching_args").wrap(original)
+    wrapped(arguments, SimpleNamespace(model_impl=model_impl))
+    assert arguments.enable_chunked_prefill is expected
 
 
 def test_prompt_lengths_are_exposed_for_one_call_only() -> None:

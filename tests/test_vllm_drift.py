@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from vllm_longmamba.architectures import SUPPORTED
+from vllm_longmamba.architectures import DECIMATED, SUPPORTED
 from vllm_longmamba.engine.patches import PATCHES, Patch
 
 MIXER1 = "vllm.model_executor.layers.mamba.mamba_mixer:MambaMixer"
@@ -65,6 +65,13 @@ SYMBOLS = [
     ("vllm.v1.core.sched.output:NewRequestData.prompt_len", "model_state.py"),
     ("vllm.transformers_utils.config:HFConfigParser", "checkpoint_config.py"),
     ("vllm.model_executor.model_loader.default_loader:DefaultModelLoader", "table_lookup.py"),
+]
+
+# Of DeciMamba.
+SYMBOLS += [
+    (f"{MIXER1.partition(':')[0]}:mamba_mixer", "decimated_mamba2.py, as the custom op of a whole layer"),
+    ("vllm.model_executor.layers.mamba.mamba_mixer2:Mixer2RMSNormGated.forward_cuda", "decimated_mamba2.py"),
+    ("vllm.model_executor.layers.mamba.mamba_mixer2:Mixer2RMSNormGated.forward_native", "decimated_mamba2.py"),
 ]
 
 # Leading parameters, in order: (module:name, parameters, used by).
@@ -175,6 +182,22 @@ SIGNATURES = [
     ("vllm.transformers_utils.repo_utils:file_or_path_exists", "model config_name revision", "engine_config.py"),
 ]
 
+# Of DeciMamba.
+SIGNATURES += [
+    (f"{MIXER2}.forward", "self hidden_states mup_vector", "decimated_mamba2.py overrides it"),
+    ("vllm.distributed:tensor_model_parallel_all_reduce", "input_", "decimated_mixer.py"),
+    (
+        f"{MAMBA}:BaseMambaAttentionMetadataBuilder._compute_chunk_metadata",
+        "chunk_size num_prefills num_computed_tokens_p_cpu query_start_loc_p_cpu",
+        "decimated_metadata.py",
+    ),
+    (
+        "vllm.v1.attention.backends.utils:compute_causal_conv1d_metadata",
+        "query_start_loc_p_cpu device",
+        "decimated_metadata.py",
+    ),
+]
+
 # Parameters that must be accepted somewhere: (module:name, parameters, used by).
 KEYWORDS = [
     ("vllm.model_executor.layers.mamba.ops.causal_conv1d:causal_conv1d_fn", "metadata", "mixer1.py"),
@@ -246,6 +269,24 @@ FIELDS = [
         "vllm.config:ParallelConfig",
         "data_parallel_size distributed_executor_backend",
         "calibrate_at_start.py",
+    ),
+]
+
+# Of DeciMamba.
+FIELDS += [
+    (
+        "vllm.config:SchedulerConfig",
+        "enable_chunked_prefill long_prefill_token_threshold max_num_scheduled_tokens",
+        "decimamba_config.py",
+    ),
+    ("vllm.config:ParallelConfig", "pipeline_parallel_size", "decimamba_config.py"),
+    ("vllm.engine.arg_utils:EngineArgs", "enable_chunked_prefill", "patches.py"),
+    ("vllm:SamplingParams", "prompt_logprobs", "decimamba_config.py"),
+    ("vllm.v1.engine:EngineCoreRequest", "sampling_params resumable", "decimamba_config.py"),
+    (
+        f"{MAMBA2}:Mamba2AttentionMetadata",
+        "nums_dict batch_ptr token_chunk_offset_ptr cu_chunk_seqlen_p seq_idx_p last_chunk_indices_p",
+        "decimated_metadata.py",
     ),
 ]
 
@@ -434,6 +475,41 @@ SOURCES = [
     ),
 ]
 
+# Of DeciMamba.
+SOURCES += [
+    (
+        "vllm.v1.core.sched.scheduler:Scheduler.schedule",
+        r"not self\.scheduler_config\.enable_chunked_prefill\s+and num_new_tokens > request_token_budget",
+        "without chunked prefill a prompt waits until it fits a step",
+        "decimamba_config.py",
+    ),
+    (
+        "vllm.engine.arg_utils:EngineArgs._set_default_max_num_seqs_and_batched_tokens_args",
+        r"if not self\.enable_chunked_prefill:[\s\S]{0,200}max\(\s*model_config\.max_model_len",
+        "without chunked prefill a step takes max_model_len tokens by default",
+        "patches.py",
+    ),
+    (
+        "vllm.config:SchedulerConfig.verify_max_model_len",
+        r"self\.max_num_batched_tokens < max_model_len\s+and not self\.enable_chunked_prefill",
+        "without chunked prefill fewer tokens are refused",
+        "decimamba_config.py",
+    ),
+    (
+        f"{MIXER2}.forward",
+        r"gate = projected_states\[\.\.\., : self\.tped_intermediate_size\]\s+"
+        r"hidden_states = self\.norm\(ssm_output, gate\)",
+        "what follows conv_ssm_forward",
+        "decimated_mamba2.py",
+    ),
+    (
+        "vllm.config:VllmConfig.compute_hash",
+        r"additional_config",
+        "models compiled for other decimating layers are not taken",
+        "decimated_mamba2.py",
+    ),
+]
+
 # Every name that the plugin imports from vLLM, read from its sources, so that none is forgotten above.
 SOURCE_FILES = sorted((Path(__file__).resolve().parent.parent / "vllm_longmamba").rglob("*.py"))
 IMPORTS = sorted(
@@ -560,12 +636,15 @@ def test_every_model_on_the_mixers_is_supported() -> None:
 
 @pytest.mark.parametrize("architecture", SUPPORTED)
 def test_variant_of_every_supported_model(architecture: str) -> None:
-    from vllm_longmamba.engine import models
+    from vllm_longmamba.engine import decimamba_models, models
 
     module, class_name = SUPPORTED[architecture]
     stock = resolve(f"vllm.model_executor.models.{module}:{class_name}")
     variant = getattr(models, f"Long{architecture}")
     assert issubclass(variant, models.LongMambaModel)
     assert issubclass(variant, stock)
+    if architecture in DECIMATED:
+        assert issubclass(getattr(decimamba_models, f"Deci{architecture}"), decimamba_models.DeciMambaModel)
+        assert issubclass(getattr(decimamba_models, f"Deci{architecture}"), stock)
     assert {"vllm_config", "prefix"} <= set(inspect.signature(stock.__init__).parameters)
     assert "weights" in inspect.signature(stock.load_weights).parameters

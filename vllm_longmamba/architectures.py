@@ -1,9 +1,11 @@
-"""The vLLM model classes that have a LongMamba variant, and the names of the variants."""
+"""The vLLM model classes that have a variant of this plugin's, and the names of the variants."""
 
 from typing import Any
 
 MODEL_IMPL = "longmamba"
-PREFIX = "Long"
+DECIMAMBA = "decimamba"
+# The plugin's values of --model-impl, and what the names of their variants begin with.
+PREFIXES = {MODEL_IMPL: "Long", DECIMAMBA: "Deci"}
 
 # Architecture (as config.json names it) -> vLLM module and class, all built on MambaMixer or MambaMixer2.
 # tests/test_vllm_drift.py compares this with the model classes of the installed vLLM.
@@ -19,36 +21,50 @@ SUPPORTED: dict[str, tuple[str, str]] = {
     "GraniteMoeHybridForCausalLM": ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
 }
 
+# Decimated layers need a residual stream that nothing but Mamba layers adds to.
+DECIMATED = ("MambaForCausalLM", "FalconMambaForCausalLM", "Mamba2ForCausalLM")
 
-def variant_name(architecture: str) -> str:
-    """Name of the LongMamba variant of a vLLM architecture, e.g. "MambaForCausalLM" -> "LongMambaForCausalLM"."""
-    return architecture if architecture.startswith(PREFIX) else PREFIX + architecture
+
+def supported_by(model_impl: str) -> tuple[str, ...]:
+    """The architectures that have a variant for one of the plugin's values of --model-impl."""
+    return DECIMATED if model_impl == DECIMAMBA else tuple(SUPPORTED)
+
+
+def variant_name(architecture: str, model_impl: str = MODEL_IMPL) -> str:
+    """Name of the variant of a vLLM architecture, e.g. "MambaForCausalLM" -> "LongMambaForCausalLM"."""
+    return PREFIXES[model_impl] + stock_name(architecture)
 
 
 def stock_name(architecture: str) -> str:
-    """Name of the vLLM architecture that a LongMamba variant extends."""
-    return architecture.removeprefix(PREFIX)
+    """Name of the vLLM architecture that a variant extends; other names are returned as they are."""
+    for prefix in PREFIXES.values():
+        if architecture.removeprefix(prefix) in SUPPORTED:
+            return architecture.removeprefix(prefix)
+    return architecture
 
 
-def supported_architecture(architectures: str | list[str]) -> str:
-    """The first architecture of a model that has a LongMamba variant.
+def supported_architecture(architectures: str | list[str], model_impl: str = MODEL_IMPL) -> str:
+    """The first architecture of a model that has a variant.
 
     Args:
         architectures: what config.json lists, stock names or names of variants.
+        model_impl: the plugin's value of --model-impl that is asked for.
 
     Returns:
         The stock name.
 
     Raises:
-        ValueError: none of them is built on vLLM's Mamba mixers.
+        ValueError: none of them has one.
     """
     named = [architectures] if isinstance(architectures, str) else list(architectures)
+    supported = supported_by(model_impl)
     for architecture in named:
-        if stock_name(architecture) in SUPPORTED:
+        if stock_name(architecture) in supported:
             return stock_name(architecture)
+    method = {MODEL_IMPL: "LongMamba", DECIMAMBA: "DeciMamba"}[model_impl]
     raise ValueError(
-        f"--model-impl longmamba: the model's architecture {' / '.join(named) or '(none)'} has no LongMamba variant. "
-        f"Supported are {', '.join(SUPPORTED)}. Leave --model-impl out to serve this model with stock vLLM."
+        f"--model-impl {model_impl}: the model's architecture {' / '.join(named) or '(none)'} has no {method} variant. "
+        f"Supported are {', '.join(supported)}. Leave --model-impl out to serve this model with stock vLLM."
     )
 
 
@@ -57,6 +73,12 @@ def is_mamba1(architecture: str) -> bool:
     return SUPPORTED[stock_name(architecture)][0] in ("mamba", "jamba")
 
 
+def own_model_impl(model_config: Any) -> str | None:
+    """The plugin's value of --model-impl that a vLLM `ModelConfig` was made with; None for vLLM's own values."""
+    given = getattr(model_config, "model_impl", None)
+    return given if given in PREFIXES else None
+
+
 def uses_longmamba(model_config: Any) -> bool:
     """Whether a vLLM `ModelConfig` was made with `--model-impl longmamba`."""
-    return getattr(model_config, "model_impl", None) == MODEL_IMPL
+    return own_model_impl(model_config) == MODEL_IMPL

@@ -87,16 +87,25 @@ def options_from_config(additional_config: Any) -> LongMambaOptions:
     Raises:
         ValueError: an unknown option, or a value of the wrong type or range.
     """
-    given = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
+    given = options_given(additional_config, KEY, [field.name for field in fields(LongMambaOptions)])
+    return LongMambaOptions(**given)
+
+
+def options_given(additional_config: Any, key: str, known: list[str]) -> dict[str, Any]:
+    """What a user gave under one key of vLLM's additional config; their values are not looked at.
+
+    Raises:
+        ValueError: no mapping, or a name that is not known.
+    """
+    given = additional_config.get(key, {}) if isinstance(additional_config, dict) else {}
     if not isinstance(given, dict):
-        raise ValueError(f"additional_config[{KEY!r}] must be a mapping of options, but is {given!r}")
-    known = [field.name for field in fields(LongMambaOptions)]
+        raise ValueError(f"additional_config[{key!r}] must be a mapping of options, but is {given!r}")
     unknown = [str(name) for name in given if name not in known]
     if unknown:
         raise ValueError(
-            f"additional_config[{KEY!r}]: unknown option {', '.join(sorted(unknown))}; known are {', '.join(known)}"
+            f"additional_config[{key!r}]: unknown option {', '.join(sorted(unknown))}; known are {', '.join(known)}"
         )
-    return LongMambaOptions(**given)
+    return given
 
 
 def expand_home(path: str, name: str) -> Path:

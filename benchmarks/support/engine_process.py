@@ -84,6 +84,7 @@ class _Engine:
         if is_ours:
             own = {"table": str(folder / "table.safetensors")}
             arguments |= {"model_impl": "longmamba", "additional_config": {"longmamba": own}}
+        arguments |= options.get("arguments", {})
         self.vocab_size = 200
         self.llm = LLM(str(folder), **arguments)
 

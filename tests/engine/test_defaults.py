@@ -38,7 +38,8 @@ def answers(
         shutil.copyfile(tiny_table(family)[0], model / "longmamba.safetensors")
     (folder / "prompts.json").write_text(json.dumps(PROMPTS))
     script = Path(__file__).with_name("default_engines.py")
-    command = [sys.executable, str(script), str(folder / "out.json"), str(folder / "prompts.json")]
+    arguments = json.dumps({"model_impl": "longmamba"})
+    command = [sys.executable, str(script), str(folder / "out.json"), str(folder / "prompts.json"), arguments]
     # conftest.py keeps engines in the test's process; here they are where vLLM puts them.
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     result = subprocess.run(

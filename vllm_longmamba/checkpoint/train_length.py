@@ -65,6 +65,12 @@ def _extend_positions(config: Any, longest: int) -> None:
     config.max_position_embeddings = longest
 
 
+def is_state_spaces(config: Any) -> bool:
+    """Whether a transformers config is that of a model of state-spaces, or of its twin in Hugging Face's format."""
+    vocabulary = getattr(config, "vocab_size", None)
+    return config.model_type in ("mamba", "mamba2") and vocabulary in _STATE_SPACES_VOCABULARY
+
+
 def train_length(config: Any, options: LongMambaOptions) -> int:
     """Tokens of the sequences a model was trained on (the paper's L).
 
@@ -79,7 +85,7 @@ def train_length(config: Any, options: LongMambaOptions) -> int:
     if options.train_length is not None:
         return options.train_length
     vocabulary = getattr(config, "vocab_size", None)
-    if config.model_type in ("mamba", "mamba2") and vocabulary in _STATE_SPACES_VOCABULARY:
+    if is_state_spaces(config):
         return _STATE_SPACES_LENGTH
     if config.model_type == "falcon_mamba":
         return _FALCON_MAMBA_LENGTH

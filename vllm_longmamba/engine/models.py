@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.distributed.parallel_state import (
@@ -18,7 +18,7 @@ from vllm.distributed.parallel_state import (
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_longmamba.architectures import PREFIX, SUPPORTED, stock_name, variant_name
+from vllm_longmamba.architectures import MODEL_IMPL, SUPPORTED, stock_name, supported_by, variant_name
 from vllm_longmamba.calibration.settings import from_config
 from vllm_longmamba.checkpoint.loaded_weights import complete_weights
 from vllm_longmamba.checkpoint.table_lookup import weight_patterns
@@ -31,31 +31,41 @@ from vllm_longmamba.layers.replace_table import replace_table
 from vllm_longmamba.options import options_from_config
 from vllm_longmamba.tables import ThresholdTable, load_table
 
-_MIXERS = {"MambaMixer": LongMambaMixer, "MambaMixer2": LongMambaMixer2}
 _ORIGINAL_NAMES = WeightsMapper(orig_to_new_prefix={"backbone.embedding.": "backbone.embeddings."})
 _TABLE_TENSORS = "longmamba."
 
 
 class LongMambaModel:
-    """Mixin in front of a vLLM model class."""
+    """Mixin in front of a vLLM model class.
+
+    Attributes:
+        mixers: by which of this plugin's each of vLLM's mixers is replaced.
+    """
+
+    mixers: ClassVar[dict[str, type]] = {"MambaMixer": LongMambaMixer, "MambaMixer2": LongMambaMixer2}
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
-        """Build the stock model of LongMamba mixers and give them their thresholds.
+        """Build the stock model of this plugin's mixers and set them up.
 
         Raises:
             ValueError: the threshold table does not fit the model.
             RuntimeError: the stock class no longer builds its layers from vLLM's Mamba mixers.
         """
         apply_patches(in_worker=True)
-        with _filtered_mixers():
+        with _built_of(self.mixers):
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
         mixers = _number_mixers(self)
-        options = options_from_config(vllm_config.additional_config)
-        if options.filter and mixers:
-            replace_table(self, PromptFilter.from_options(_table(vllm_config, mixers), options))
+        if mixers:
+            self._set_up(mixers, vllm_config)
         self._awaits_checkpoint = vllm_config.load_config.load_format != "dummy"
         if self._awaits_checkpoint:
             self.allow_patterns_overrides = weight_patterns(vllm_config.model_config)
+
+    def _set_up(self, mixers: list[Any], vllm_config: Any) -> None:
+        """Give the mixers their thresholds."""
+        options = options_from_config(vllm_config.additional_config)
+        if options.filter:
+            replace_table(self, PromptFilter.from_options(_table(vllm_config, mixers), options))
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -105,10 +115,10 @@ def _number_mixers(model: Any) -> list[FilteredMixer]:
 
 
 @contextmanager
-def _filtered_mixers() -> Iterator[None]:
-    """Let vLLM's pluggable mixers be built as LongMamba mixers, for the duration of one model's construction."""
-    before = {name: op_registry_oot.get(name) for name in _MIXERS}
-    op_registry_oot.update(_MIXERS)
+def _built_of(mixers: dict[str, type]) -> Iterator[None]:
+    """Let vLLM's pluggable mixers be built as others, for the duration of one model's construction."""
+    before = {name: op_registry_oot.get(name) for name in mixers}
+    op_registry_oot.update(mixers)
     try:
         yield
     finally:
@@ -119,21 +129,33 @@ def _filtered_mixers() -> Iterator[None]:
                 op_registry_oot[name] = mixer
 
 
-def _make_variant(architecture: str) -> type:
-    module, class_name = SUPPORTED[architecture]
-    stock = getattr(import_module(f"vllm.model_executor.models.{module}"), class_name)
+def make_variant(name: str, model_impl: str, mixin: type, module: str) -> type:
+    """The variant of a vLLM model class.
+
+    Args:
+        name: of the variant.
+        model_impl: the plugin's value of --model-impl that it is for.
+        mixin: to stand in front of vLLM's class.
+        module: that the variant is an attribute of.
+
+    Raises:
+        AttributeError: there is no such variant.
+    """
+    architecture = stock_name(name)
+    if architecture not in supported_by(model_impl) or name != variant_name(architecture, model_impl):
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    vllm_module, class_name = SUPPORTED[architecture]
+    stock = getattr(import_module(f"vllm.model_executor.models.{vllm_module}"), class_name)
     attributes: dict[str, Any] = {
-        "__module__": __name__,
-        "__doc__": f"vLLM's {class_name} with LongMamba's filter in its Mamba layers.",
+        "__module__": module,
+        "__doc__": f"vLLM's {class_name} for --model-impl {model_impl}.",
     }
-    if module in ("mamba", "mamba2"):
+    if vllm_module in ("mamba", "mamba2"):
         attributes["hf_to_vllm_mapper"] = stock.hf_to_vllm_mapper | _ORIGINAL_NAMES
-    return type(variant_name(architecture), (LongMambaModel, stock), attributes)
+    return type(name, (mixin, stock), attributes)
 
 
 def __getattr__(name: str) -> type:
-    if name.startswith(PREFIX) and stock_name(name) in SUPPORTED:
-        variant = _make_variant(stock_name(name))
-        globals()[name] = variant
-        return variant
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    variant = make_variant(name, MODEL_IMPL, LongMambaModel, __name__)
+    globals()[name] = variant
+    return variant

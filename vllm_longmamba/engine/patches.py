@@ -1,7 +1,7 @@
 """Every change to vLLM's own code, in one place.
 
 vLLM has no public hook at these points. Each patch is applied once, is a wrapper that calls the original, does nothing
-for models without `--model-impl longmamba`, and checks first that what it wraps is still what it was written for.
+for models without a `--model-impl` of this plugin, and checks first that what it wraps is what it was written for.
 """
 
 import inspect
@@ -96,37 +96,40 @@ def apply_patches(*, in_worker: bool = False) -> None:
 
 def _inspect_variant(original: Callable[..., Any]) -> Callable[..., Any]:
     def inspect_model_cls(self: Any, architectures: Any, model_config: Any) -> Any:
-        from vllm_longmamba.architectures import supported_architecture, uses_longmamba, variant_name
+        from vllm_longmamba.architectures import own_model_impl, supported_architecture, variant_name
         from vllm_longmamba.engine.config import prepare_model_config, refuse_original_format
 
-        if not uses_longmamba(model_config):
+        model_impl = own_model_impl(model_config)
+        if model_impl is None:
             refuse_original_format(model_config)
             return original(self, architectures, model_config)
-        architecture = supported_architecture(architectures)
+        architecture = supported_architecture(architectures, model_impl)
         prepare_model_config(model_config)
         # The variant differs from the stock class in nothing that vLLM inspects.
         info, _ = original(self, [architecture], model_config)
-        return info, variant_name(architecture)
+        return info, variant_name(architecture, model_impl)
 
     return inspect_model_cls
 
 
 def _resolve_variant(original: Callable[..., Any]) -> Callable[..., Any]:
     def resolve_model_cls(self: Any, architectures: Any, model_config: Any) -> Any:
-        from vllm_longmamba.architectures import supported_architecture, uses_longmamba, variant_name
+        from vllm_longmamba.architectures import own_model_impl, supported_architecture, variant_name
 
-        if not uses_longmamba(model_config):
+        model_impl = own_model_impl(model_config)
+        if model_impl is None:
             return original(self, architectures, model_config)
-        return original(self, [variant_name(supported_architecture(architectures))], model_config)
+        architecture = supported_architecture(architectures, model_impl)
+        return original(self, [variant_name(architecture, model_impl)], model_config)
 
     return resolve_model_cls
 
 
 def _expose_prompt_lengths(original: Callable[..., Any]) -> Callable[..., Any]:
     def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_longmamba.architectures import uses_longmamba
+        from vllm_longmamba.architectures import own_model_impl
 
-        if not uses_longmamba(self.model_config):
+        if own_model_impl(self.model_config) is None:
             return original(self, *args, **kwargs)
         from vllm_longmamba.engine.prompt_lengths import shown_to_builders
 
@@ -150,16 +153,36 @@ def _provide_table(original: Callable[..., Any]) -> Callable[..., Any]:
     return _initialize_kv_caches
 
 
-def _salt_prefix_cache(original: Callable[..., Any]) -> Callable[..., Any]:
+def _check_request(original: Callable[..., Any]) -> Callable[..., Any]:
     def preprocess_add_request(self: Any, request: Any) -> Any:
-        from vllm_longmamba.architectures import uses_longmamba
-        from vllm_longmamba.engine.prefix_cache import salt_request
+        from vllm_longmamba.architectures import DECIMAMBA, MODEL_IMPL, own_model_impl
 
-        if uses_longmamba(self.vllm_config.model_config):
+        model_impl = own_model_impl(self.vllm_config.model_config)
+        if model_impl == MODEL_IMPL:
+            from vllm_longmamba.engine.prefix_cache import salt_request
+
             salt_request(self.vllm_config, request, self.longmamba_table)
+        elif model_impl == DECIMAMBA:
+            from vllm_longmamba.engine.decimamba_config import refuse_request
+
+            refuse_request(self.vllm_config, request)
         return original(self, request)
 
     return preprocess_add_request
+
+
+def _default_to_whole_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _set_default_chunked_prefill_and_prefix_caching_args(self: Any, model_config: Any) -> Any:
+        from vllm_longmamba.architectures import DECIMAMBA, own_model_impl
+
+        is_default = self.enable_chunked_prefill is None
+        result = original(self, model_config)
+        if is_default and own_model_impl(model_config) == DECIMAMBA:
+            # vLLM then raises max_num_batched_tokens to max_model_len, or refuses a smaller one.
+            self.enable_chunked_prefill = False
+        return result
+
+    return _set_default_chunked_prefill_and_prefix_caching_args
 
 
 def _separate_generated_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,6 +210,14 @@ def _hide_llvmlite(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 PATCHES = (
+    Patch(
+        "vllm.engine.arg_utils",
+        "EngineArgs",
+        "_set_default_chunked_prefill_and_prefix_caching_args",
+        ("self", "model_config"),
+        _default_to_whole_prompts,
+        "DeciMamba takes a prompt in one step; a model's config hook comes too late to tell a default from a choice",
+    ),
     Patch(
         "vllm.triton_utils.dispatcher",
         None,
@@ -234,8 +265,9 @@ PATCHES = (
         "EngineCore",
         "preprocess_add_request",
         ("self", "request"),
-        _salt_prefix_cache,
-        "a cached state depends on the table and on the prompt's row, which vLLM's block hashes do not contain",
+        _check_request,
+        "a cached state depends on the table and on the prompt's row, which vLLM's block hashes do not contain; and "
+        "DeciMamba has no log-probabilities of the prompt tokens that it drops, which a request can ask for",
     ),
     Patch(
         "vllm.v1.core.kv_cache_utils",

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.config.mamba import MambaBackendEnum
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update as vllm_causal_conv1d_update
 
@@ -48,6 +49,7 @@ class FilteredMixer:
     A: torch.nn.Parameter
     D: torch.nn.Parameter
     conv1d: Any
+    out_proj: Any
     activation: str
     kv_cache: tuple[torch.Tensor, ...]
     register_buffer: Any
@@ -145,6 +147,16 @@ class FilteredMixer:
             some_rows = torch.empty(len(arguments["x"]), dtype=torch.int32, device="meta")
             filters = {"dt_threshold": self.dt_threshold, "token_rows": some_rows}
             compile_ahead(selective_state_update, arguments | filters, most_decodes, PER_DECODE_TOKEN)
+
+    def _project_out(self, scanned: torch.Tensor, output: torch.Tensor) -> None:
+        """Write the layer's last projection of (tokens, d_inner) to (tokens, d_model)."""
+        layer = self.out_proj
+        is_plain = type(layer) is RowParallelLinear and isinstance(layer.quant_method, UnquantizedLinearMethod)
+        if is_plain and layer.tp_size == 1 and layer.bias is None and scanned.is_cuda:
+            # The same product without a copy of the result.
+            torch.mm(scanned, layer.weight.t(), out=output)
+        else:
+            output.copy_(layer(scanned)[0])
 
     def _convolve_prompts(self, x: torch.Tensor, metadata: Any, **filter_arguments: Any) -> torch.Tensor:
         convolved: torch.Tensor = causal_conv1d(

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn
 from vllm.model_executor.layers.mamba.ops.ssu_dispatch import selective_state_update as vllm_selective_state_update
@@ -45,15 +45,6 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
             self._prefill(x[num_decodes:], z[num_decodes:], metadata, rows, scanned[num_decodes:])
         self._project_out(scanned, output[:tokens])
         return None
-
-    def _project_out(self, scanned: torch.Tensor, output: torch.Tensor) -> None:
-        layer = self.out_proj
-        is_plain = type(layer) is RowParallelLinear and isinstance(layer.quant_method, UnquantizedLinearMethod)
-        if is_plain and layer.tp_size == 1 and layer.bias is None and scanned.is_cuda:
-            # The same product without a copy of the result.
-            torch.mm(scanned, layer.weight.t(), out=output)
-        else:
-            output.copy_(layer(scanned)[0])
 
     def _prefill(self, x: torch.Tensor, z: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor) -> None:
         if self.runs_own_kernels():

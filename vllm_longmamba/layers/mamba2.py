@@ -80,10 +80,18 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
         self, x_B_C: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
     ) -> None:
         """Convolution and SSM of prompts."""
-        is_ours = ssd_supports(self.head_dim, self.ssm_state_size) and metadata.checkpoint_chunk_idx is None
-        if not is_ours:
-            return self._prefill_by_vllm(x_B_C, dt, metadata, rows, out)
-        x, B, C = self.split_hidden_states_B_C_fn(self._convolve_prompts(x_B_C, metadata))
+        if self._has_own_ssd(metadata):
+            self._ssd(self._convolve_prompts(x_B_C, metadata), dt, metadata, rows, out)
+        else:
+            self._prefill_by_vllm(x_B_C, dt, metadata, rows, out)
+
+    def _has_own_ssd(self, metadata: Any) -> bool:
+        return ssd_supports(self.head_dim, self.ssm_state_size) and metadata.checkpoint_chunk_idx is None
+
+    def _ssd(
+        self, convolved: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
+    ) -> None:
+        x, B, C = self.split_hidden_states_B_C_fn(convolved)
         is_filtered = rows.prefill_rows is not None
         self._run_prefill(
             ssd,
@@ -103,7 +111,6 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
             seq_prompt_tokens=rows.prefill_prompt_tokens,
             out=out.view(len(dt), -1, self.head_dim),
         )
-        return None
 
     def _prefill_by_vllm(
         self, x_B_C: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
@@ -118,12 +125,29 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
             filters = {"dt": dt, "dt_bias": self.dt_bias, "dt_threshold": self.dt_threshold}
             filters |= {"seq_rows": rows.prefill_rows, "seq_prompt_tokens": rows.prefill_prompt_tokens}
         convolved = self._convolve_prompts(x_B_C, metadata, **filters)
+        states = self._ssd_by_vllm(convolved, dt, metadata, out)
+        if metadata.checkpoint_chunk_idx is not None:
+            store_prefill_checkpoint(
+                metadata.checkpoint_meta,
+                metadata.checkpoint_chunk_idx,
+                x_B_C.transpose(0, 1),
+                self._conv_state(),
+                states,
+                state,
+                metadata.query_start_loc_p,
+                state_len=self.conv_kernel_size - 1,
+            )
+            states = states[metadata.last_chunk_indices_p]
+        state[slots] = states
+
+    def _ssd_by_vllm(self, convolved: torch.Tensor, dt: torch.Tensor, metadata: Any, out: torch.Tensor) -> torch.Tensor:
+        """Returns the last state of each prompt, or those of all chunks where the prefix cache keeps some."""
+        state, slots = self.kv_cache[1], metadata.state_indices_tensor_p
         x, B, C = self.split_hidden_states_B_C_fn(convolved)
         initial_states = None
         if metadata.has_initial_states_p is not None and metadata.prep_initial_states:
             initial_states = torch.where(metadata.has_initial_states_p[:, None, None, None], state[slots], 0)
-        has_checkpoints = metadata.checkpoint_chunk_idx is not None
-        states = mamba_chunk_scan_combined_varlen(
+        states: torch.Tensor = mamba_chunk_scan_combined_varlen(
             x.view(len(dt), -1, self.head_dim),
             dt,
             self.A,
@@ -137,21 +161,9 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
             cu_chunk_seqlens=metadata.cu_chunk_seqlen_p,
             last_chunk_indices=metadata.last_chunk_indices_p,
             initial_states=initial_states,
-            return_intermediate_states=has_checkpoints,
+            return_intermediate_states=metadata.checkpoint_chunk_idx is not None,
             dt_softplus=True,
             out=out.view(len(dt), -1, self.head_dim),
             state_dtype=state.dtype,
         )
-        if has_checkpoints:
-            store_prefill_checkpoint(
-                metadata.checkpoint_meta,
-                metadata.checkpoint_chunk_idx,
-                x_B_C.transpose(0, 1),
-                self._conv_state(),
-                states,
-                state,
-                metadata.query_start_loc_p,
-                state_len=self.conv_kernel_size - 1,
-            )
-            states = states[metadata.last_chunk_indices_p]
-        state[slots] = states
+        return states

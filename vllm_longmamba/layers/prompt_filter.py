@@ -125,19 +125,35 @@ def step_rows_from_metadata(prompt_filter: PromptFilter, common: Any) -> StepRow
     Raises:
         RuntimeError: the model runner did not pass the prompt lengths on.
     """
-    num_reqs = common.num_reqs
-    starts = common.query_start_loc_cpu.numpy()
-    query_lengths = starts[1 : num_reqs + 1] - starts[:num_reqs]
     is_decoding = common.is_prefilling is not None and not common.is_prefilling.numpy().any()
     if common.rswa_prefix_lens is None and is_decoding and not prompt_filter.filters_generated:
-        return StepRows.without_prompts(query_lengths)
+        return StepRows.without_prompts(_query_lengths(common))
+    return prompt_filter.step_rows(*step_lengths(common))
+
+
+def step_lengths(common: Any) -> tuple[Int32Array, Int32Array, Int32Array]:
+    """Read a step's lengths from what vLLM tells every metadata builder; host data only, no device synchronisation.
+
+    Returns:
+        (num_reqs,) tokens of each request's prompt, of the request after this step, and of the request in this step, as
+        `PromptFilter.step_rows` takes them.
+
+    Raises:
+        RuntimeError: the model runner did not pass the prompt lengths on.
+    """
     if common.rswa_prefix_lens is None or common.seq_lens_cpu_upper_bound is None:
         raise RuntimeError(
             "vllm_longmamba: vLLM's model runner did not pass the prompt lengths on, without which prompts cannot be "
             "filtered; this vLLM has changed, please report it"
         )
+    num_reqs = common.num_reqs
     prompt_lengths = np.zeros(num_reqs, np.int32)
     given = common.rswa_prefix_lens.cpu().numpy()[:num_reqs]
     prompt_lengths[: given.shape[0]] = given
-    sequence_lengths = common.seq_lens_cpu_upper_bound.numpy()[:num_reqs]
-    return prompt_filter.step_rows(prompt_lengths, sequence_lengths, query_lengths)
+    return prompt_lengths, common.seq_lens_cpu_upper_bound.numpy()[:num_reqs], _query_lengths(common)
+
+
+def _query_lengths(common: Any) -> Int32Array:
+    starts = common.query_start_loc_cpu.numpy()
+    lengths: Int32Array = starts[1 : common.num_reqs + 1] - starts[: common.num_reqs]
+    return lengths
