@@ -19,6 +19,8 @@ TOLERANCE = 1e-3
 @pytest.fixture(scope="module", params=CASES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Model"]:
     """Each case in turn."""
+    if torch.cuda.is_available():
+        pytest.skip("on the CPU only; tests/engine/test_decimamba.py runs on a GPU")
     case = CASES[request.param]
     folder = case.write(tmp_path_factory.mktemp("decimated") / request.param, **case.model)
     stepped = SteppedModel(folder, **case.arguments)
