@@ -33,6 +33,9 @@ for family in mamba1 mamba2 zamba2; do
 done
 wanted prefix_cache && tests prefix_cache engine/test_prefix_cache.py
 wanted preemption && tests preemption engine/test_preemption.py
+for family in mamba1 mamba2 falcon_mamba; do
+  wanted "decimamba_$family" && tests "decimamba_$family" engine/test_decimamba.py -k "$family and not tensor_parallel"
+done
 wanted calibrate && tests calibrate engine/test_calibrate.py
 wanted calibrate_at_start && tests calibrate_at_start engine/test_calibrate_at_start.py
 wanted evaluate && tests evaluate evaluate/test_eval_engine.py
@@ -43,9 +46,11 @@ if [ "$only" != all ]; then
   for family in mamba1 mamba2 zamba2 falcon_mamba jamba granite_hybrid falcon_h1 nemotron_h; do
     wanted "defaults_$family" && tests "defaults_$family" engine/test_defaults.py -k "[$family]"
   done
+  wanted defaults_decimamba && tests defaults_decimamba engine/test_decimamba_defaults.py
 fi
 export VLLM_USE_V2_MODEL_RUNNER=0
 wanted runner_v1 && tests runner_v1 engine/test_gpu.py engine/test_preemption.py -k "cuda_graphs or resumed"
+wanted decimamba_runner_v1 && tests decimamba_runner_v1 engine/test_decimamba.py -k "cuda_graphs or preempted"
 
 failed=0
 for index in "${!pids[@]}"; do

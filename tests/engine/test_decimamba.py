@@ -84,6 +84,17 @@ def test_requests_come_and_go_and_are_preempted(
         check(name, model(name), prompt, completion(finished[str(number)]))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_cuda_graphs(name: str, engine: Callable[..., Any], model: Callable[[str], Path]) -> None:
+    """Decode steps replay graphs; compiled, the layers that drop tokens are one custom op each."""
+    running = engine(model(name), **CASES[name].arguments, enforce_eager=False)
+    prompts = CASES[name].prompts()
+    for batch in (prompts[3:], prompts, prompts[5:6]):
+        for prompt, result in zip(batch, running.generate(batch, max_tokens=12), strict=True):
+            check(name, model(name), prompt, result)
+
+
 @pytest.mark.parametrize("name", ["mamba1", pytest.param("mamba2", marks=SLOW)])
 def test_tensor_parallel(
     name: str, engine: Callable[..., Any], model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
