@@ -33,7 +33,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="tokens of a prompt")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each kind, after one that is not")
-    parser.add_argument("--tiny", action="store_true", help="tiny models, to try the script out without a GPU")
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny models, to try the script out; without a GPU, mamba2-1.3b only"
+    )
     return parser.parse_args()
 
 
