@@ -45,6 +45,11 @@ class EngineContestant:
         self._arguments = {**_DEFAULTS, "model_impl": MODEL_IMPL, **arguments}
         self._filters = filters
         self._starting = starting
+        if self._arguments["model_impl"] != MODEL_IMPL:
+            raise ValueError(
+                f"evaluation: model_impl must be {MODEL_IMPL!r} for every method, but is "
+                f"{self._arguments['model_impl']!r}; leave it out"
+            )
         with starting():
             config = _engine_config(self._arguments)
         self._check(config)
@@ -53,11 +58,6 @@ class EngineContestant:
 
     def _check(self, config: Any) -> None:
         """Refuse an engine that is not what the report will call it, whatever led there."""
-        if config.model_config.model_impl != MODEL_IMPL:
-            raise ValueError(
-                f"evaluation: model_impl must be {MODEL_IMPL!r} for every method, but the engine has "
-                f"{config.model_config.model_impl!r}; leave it out"
-            )
         if options_from_config(config.additional_config).filter and not self._filters:
             raise ValueError(
                 "evaluation: the plain model runs without the filter, but its engine runs with it; leave filter out of "
