@@ -140,7 +140,7 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
             weight = layer.weight if projects_dt else None
             return {**self._recurrence(x, dt, B, C), "z": z, "dt_bias": layer.bias, "dt_weight": weight, **where}
 
-        projects_dt = can_project and len(x) <= MOST_PROJECTED
+        projects_dt = can_project and x.numel() <= MOST_PROJECTED
         if can_project and self._most_decodes is not None:
             # vLLM's warm-up; the way that this batch does not take.
             self._compile_decode(arguments(not projects_dt), self._most_decodes)
