@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tiny_models import random_token_ids
 
+from vllm_longmamba.layers import mamba1
 from vllm_longmamba.layers.filtered_mixer import FilteredMixer
 
 from .conftest import longmamba
@@ -38,6 +39,8 @@ def test_gpu_path(
         return True
 
     monkeypatch.setattr(FilteredMixer, "runs_own_kernels", runs_own_kernels)
+    # On a CPU, vLLM packs the weight of dt_proj, which an update of few tokens would read.
+    monkeypatch.setattr(mamba1, "MOST_PROJECTED", 0)
     prompts = [random_token_ids(length, seed=length) for length in LENGTHS]
     for prompt, result in zip(prompts, running.generate(prompts), strict=True):
         assert_exact(tiny_model(family), prompt, result, table if is_filtered else None)
