@@ -69,14 +69,13 @@ def test_calibrate_by_default(run: Run, tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("command", ["calibrate", "inspect", "import-table"])
+@pytest.mark.parametrize("command", ["calibrate", "inspect"])
 def test_help_shows_the_defaults(command: str) -> None:
     """Square brackets are markup to typer, which drops them."""
     result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
     expected = {
         "calibrate": "(default: unclamped; with --clamp-percent: paper)",
         "inspect": "(default: training lengths x 2^n)",
-        "import-table": "(default: what is known of the model)",
     }
     assert expected[command] in " ".join(result.output.replace("│", " ").split())
 

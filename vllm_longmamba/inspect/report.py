@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -13,6 +13,9 @@ from vllm_longmamba.inspect.measure import measure
 from vllm_longmamba.inspect.pictures import retention_picture, save, threshold_picture
 from vllm_longmamba.inspect.summary import default_lengths, fitting_lengths, layer_table, measured_table, provenance
 from vllm_longmamba.tables import load_table
+
+if TYPE_CHECKING:
+    from vllm_longmamba.checkpoint.table_lookup import Weights
 
 
 def report(
@@ -89,9 +92,22 @@ def _find(model_or_table: str, table_path: Path | None, text: Path | None) -> tu
                 f"(`longmamba inspect MODEL --table {given} --text FILE`)"
             )
         return given, False
-    from vllm_longmamba.checkpoint.shapes import open_model
     from vllm_longmamba.checkpoint.table_lookup import find_table
     from vllm_longmamba.options import LongMambaOptions
 
     options = LongMambaOptions(table=None if table_path is None else str(table_path))
-    return find_table(model_or_table, open_model(model_or_table).weights, options), True
+    return find_table(model_or_table, _weights(model_or_table), options), True
+
+
+def _weights(model: str) -> "Weights":
+    """The weight files of a model, as vLLM finds (and for a model on the hub, downloads) them."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    from vllm_longmamba.architectures import MODEL_IMPL
+    from vllm_longmamba.checkpoint.table_lookup import locate_weights
+
+    # Ours makes original checkpoints readable.
+    load_general_plugins()
+    arguments = EngineArgs(model=model, model_impl=MODEL_IMPL)
+    return locate_weights(arguments.create_model_config(), arguments.create_load_config())
