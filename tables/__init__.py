@@ -22,7 +22,6 @@ from .metadata import (
 )
 from .ranges import check_budget, check_unfiltered_end
 from .row_lengths import default_row_lengths
-from .stability import LayerStability, table_stability
 from .storage import (
     TableError,
     is_table_file,
@@ -49,7 +48,6 @@ __all__ = [
     "UNCLAMPED",
     "ClosedLoop",
     "LayerCalibration",
-    "LayerStability",
     "LayerThresholds",
     "TableError",
     "TableMetadata",
@@ -73,6 +71,5 @@ __all__ = [
     "save_bytes",
     "save_table",
     "table_from_bytes",
-    "table_stability",
     "table_to_bytes",
 ]

@@ -30,7 +30,7 @@ logger = logging.getLogger("vllm.longmamba")
 def provide_table(executor: Any, vllm_config: Any, kv_cache_config: Any) -> ThresholdTable | None:
     """Give the workers of an engine the table that the front end did not find.
 
-    `longmamba calibrate` may ask for several tables; the engine goes on with the first.
+    `longmamba tune` may ask for several tables; the engine goes on with the first.
 
     Args:
         executor: vLLM's executor, its model loaded and its cache allocated.
