@@ -1,7 +1,6 @@
 """A threshold table, and what was measured with it, as tables for the terminal."""
 
 import numpy as np
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -10,21 +9,12 @@ from rich.text import Text
 from vllm_longmamba.inspect.measure import Measurements
 from vllm_longmamba.tables import ThresholdTable
 
-_QUANTILES = (0.1, 0.5, 0.9)
 _BAR_WIDTH = 5
-# Characters that the first two columns of the layers take, and each length.
-_WIDTH_OF_SHARE = 30
-_WIDTH_OF_LENGTH = 25
 
 
-def fitting_lengths(width: int) -> int:
-    """How many prompt lengths a table of layers can show side by side in a terminal of so many columns, at least 1."""
-    return max(1, (width - _WIDTH_OF_SHARE) // _WIDTH_OF_LENGTH)
-
-
-def default_lengths(table: ThresholdTable, number: int) -> list[int]:
-    """Some prompt lengths that a table filters: 2, 4, 8, ... training lengths, as many as wanted."""
-    lengths = [2 ** (power + 1) * table.metadata.train_length for power in range(number)]
+def default_lengths(table: ThresholdTable) -> list[int]:
+    """Some prompt lengths that a table filters: 2, 4 and 8 training lengths, as far as it goes."""
+    lengths = [factor * table.metadata.train_length for factor in (2, 4, 8)]
     return [length for length in lengths if length <= table.row_lengths[-1]] or [int(table.row_lengths[-1])]
 
 
@@ -63,28 +53,24 @@ def provenance(table: ThresholdTable, source: str, own_theta: float) -> Table:
 
 
 def layer_table(table: ThresholdTable, lengths: list[int], layers: list[int]) -> Table:
-    """Layers by share of global channels and quantiles of the global channels' thresholds.
+    """Layers by share of global channels and the median of these channels' thresholds.
 
     Args:
         table: the table.
         lengths: prompt lengths in tokens, one column each.
         layers: indices of layers, one row each.
     """
-    names = "/".join(f"{100 * quantile:g}" for quantile in _QUANTILES)
-    result = Table(
-        title=f"Layers (thresholds of dt: {names} % quantiles of the global channels)",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
+    title = "Layers (thresholds of dt: median of the global channels)"
+    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     result.add_column("layer", justify="right")
     result.add_column("global channels")
     for length in lengths:
-        result.add_column(_column_name(table, length), justify="right", no_wrap=True)
+        result.add_column(_column_name(table, length), justify="right")
     counts = np.zeros(2, dtype=int)
     for layer in layers:
         is_global = table.is_global(layer)
         counts += (int(is_global.sum()), len(is_global))
-        cells = [_quantiles(table, layer, table.row_of(length), is_global) for length in lengths]
+        cells = [_median(table, layer, length) for length in lengths]
         result.add_row(str(layer), _share(int(is_global.sum()), len(is_global)), *cells)
     result.add_section()
     result.add_row("all", _share(int(counts[0]), int(counts[1])), *[""] * len(lengths))
@@ -105,8 +91,8 @@ def measured_table(table: ThresholdTable, measured: Measurements) -> RenderableT
             ""
             if filtered is None or not kept
             else f"{min(kept.values()):.1%} (layer {min(kept, key=kept.__getitem__)})",
-            f"{np.mean([layer.distance.mean() for layer in plain.values()]):.0f}",
-            "" if filtered is None else f"{np.mean([layer.distance.mean() for layer in filtered.values()]):.0f}",
+            f"{np.mean([layer.distance for layer in plain.values()]):.0f}",
+            "" if filtered is None else f"{np.mean([layer.distance for layer in filtered.values()]):.0f}",
         )
     return Group(
         result,
@@ -139,10 +125,10 @@ def _share(count: int, channels: int) -> str:
     return f"{'█' * filled}{'·' * (_BAR_WIDTH - filled)} {count / channels:4.0%} {count}/{channels}"
 
 
-def _quantiles(table: ThresholdTable, layer: int, row: int, is_global: torch.Tensor) -> str:
+def _median(table: ThresholdTable, layer: int, length: int) -> str:
+    row, is_global = table.row_of(length), table.is_global(layer)
     if row == 0:
         return "no filter"
     if not bool(is_global.any()):
         return "-"
-    values = table.layers[layer].dt_threshold[row][is_global].double().numpy()
-    return " ".join(f"{value:.2g}" for value in np.quantile(values, _QUANTILES))
+    return f"{np.median(table.layers[layer].dt_threshold[row][is_global].numpy()):.2g}"
