@@ -20,7 +20,7 @@ from .metadata import (
     TableMetadata,
     check_combine,
 )
-from .ranges import check_budget, check_unfiltered_end
+from .ranges import check_range
 from .row_lengths import default_row_lengths
 from .storage import (
     TableError,
@@ -53,9 +53,8 @@ __all__ = [
     "TableMetadata",
     "ThresholdTable",
     "budget_thresholds",
-    "check_budget",
     "check_combine",
-    "check_unfiltered_end",
+    "check_range",
     "combine_thresholds",
     "default_row_lengths",
     "filtered_channels",

@@ -24,9 +24,8 @@ from vllm_longmamba.tables import (
     LayerThresholds,
     TableMetadata,
     ThresholdTable,
-    check_budget,
     check_combine,
-    check_unfiltered_end,
+    check_range,
     default_row_lengths,
     read_channel_budgets,
 )
@@ -105,8 +104,8 @@ class CalibrationSettings:
         # JSON knows no tuples.
         for name in _TUPLES:
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_budget(self.budget, "CalibrationSettings")
-        check_unfiltered_end(self.unfiltered_end, "CalibrationSettings")
+        for name in ("budget", "unfiltered_end"):
+            check_range(name, getattr(self, name), "CalibrationSettings")
         if self.method is None:
             object.__setattr__(self, "method", PAPER if self.clamp_percent else UNCLAMPED)
         if self.method not in METHODS:

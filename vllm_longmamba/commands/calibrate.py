@@ -124,7 +124,9 @@ def calibrate(
         with explained_start(engine.verbose):
             table = make_table(arguments.pop("model"), settings, **arguments)
         path = output or cached_table_path(table.metadata.weights_fingerprint, quantization)
-        make_private_folder(path.parent) if output is None else path.parent.mkdir(parents=True, exist_ok=True)
+        if output is None:
+            make_private_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_table(table, path)
     except (ValueError, OSError) as error:
         console.print(f"[bold red]longmamba calibrate:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
