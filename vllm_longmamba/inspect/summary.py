@@ -2,14 +2,11 @@
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vllm_longmamba.inspect.measure import Measurements
+from vllm_longmamba.inspect.measure import Measurement, Measurements
 from vllm_longmamba.tables import ThresholdTable
-
-_BAR_WIDTH = 5
 
 
 def default_lengths(table: ThresholdTable) -> list[int]:
@@ -63,7 +60,7 @@ def layer_table(table: ThresholdTable, lengths: list[int], layers: list[int]) ->
     title = "Layers (thresholds of dt: median of the global channels)"
     result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     result.add_column("layer", justify="right")
-    result.add_column("global channels")
+    result.add_column("global channels", justify="right")
     for length in lengths:
         result.add_column(_column_name(table, length), justify="right")
     counts = np.zeros(2, dtype=int)
@@ -77,31 +74,28 @@ def layer_table(table: ThresholdTable, lengths: list[int], layers: list[int]) ->
     return result
 
 
-def measured_table(table: ThresholdTable, measured: Measurements) -> RenderableType:
+def measured_table(table: ThresholdTable, measured: Measurements) -> Table:
     """What the filter does to prompts of a text: tokens kept, and how far back the layers look."""
-    result = Table(title=f"Measured on {measured.text}", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("prompt", "kept, mean", "kept, least layer", "mean distance, plain", "filtered"):
+    result = Table(
+        title=f"Measured on {measured.text}",
+        title_justify="left",
+        caption="kept: share of a prompt's tokens that enter a global channel, mean of the layers.\n"
+        "mean distance: tokens that the last token looks back, mean of layers and channels.",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    for name in ("prompt", "kept", "mean distance, plain", "filtered"):
         result.add_column(name, justify="right")
     for length, plain in measured.plain.items():
+        kept = list(kept_by_layer(table, measured, length).values())
         filtered = measured.filtered.get(length)
-        kept = kept_by_layer(table, measured, length)
         result.add_row(
-            f"{length}",
-            "all" if filtered is None else f"{np.mean(list(kept.values())):.1%}" if kept else "no global channel",
-            ""
-            if filtered is None or not kept
-            else f"{min(kept.values()):.1%} (layer {min(kept, key=kept.__getitem__)})",
-            f"{np.mean([layer.distance for layer in plain.values()]):.0f}",
-            "" if filtered is None else f"{np.mean([layer.distance for layer in filtered.values()]):.0f}",
+            str(length),
+            "all" if filtered is None else f"{np.mean(kept):.1%}" if kept else "no global channel",
+            _distance(plain),
+            "" if filtered is None else _distance(filtered),
         )
-    return Group(
-        result,
-        Text(
-            "kept: share of a prompt's tokens that enter a global channel. mean distance: tokens that the last token "
-            "looks back, mean over layers and channels.",
-            style="italic",
-        ),
-    )
+    return result
 
 
 def kept_by_layer(table: ThresholdTable, measured: Measurements, length: int) -> dict[int, float]:
@@ -115,14 +109,17 @@ def kept_by_layer(table: ThresholdTable, measured: Measurements, length: int) ->
     return shares
 
 
+def _distance(measurement: Measurement) -> str:
+    return f"{np.mean([layer.distance for layer in measurement.values()]):.0f}"
+
+
 def _column_name(table: ThresholdTable, length: int) -> str:
     row_length = int(table.row_lengths[table.row_of(length)])
     return f"S = {length}" if row_length == length else f"S = {length} (row {row_length})"
 
 
 def _share(count: int, channels: int) -> str:
-    filled = round(_BAR_WIDTH * count / channels)
-    return f"{'█' * filled}{'·' * (_BAR_WIDTH - filled)} {count / channels:4.0%} {count}/{channels}"
+    return f"{count}/{channels} {count / channels:4.0%}"
 
 
 def _median(table: ThresholdTable, layer: int, length: int) -> str:
