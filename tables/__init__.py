@@ -20,9 +20,8 @@ from .metadata import (
     TableMetadata,
     check_combine,
 )
-from .ranges import check_budget, check_unfiltered_end
+from .ranges import check_range
 from .row_lengths import default_row_lengths
-from .stability import LayerStability, table_stability
 from .storage import (
     TableError,
     is_table_file,
@@ -49,15 +48,13 @@ __all__ = [
     "UNCLAMPED",
     "ClosedLoop",
     "LayerCalibration",
-    "LayerStability",
     "LayerThresholds",
     "TableError",
     "TableMetadata",
     "ThresholdTable",
     "budget_thresholds",
-    "check_budget",
     "check_combine",
-    "check_unfiltered_end",
+    "check_range",
     "combine_thresholds",
     "default_row_lengths",
     "filtered_channels",
@@ -73,6 +70,5 @@ __all__ = [
     "save_bytes",
     "save_table",
     "table_from_bytes",
-    "table_stability",
     "table_to_bytes",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .closed_loop import combine_thresholds
 from .metadata import MEAN, check_combine
-from .ranges import check_budget, check_clamp_percent, check_train_length
+from .ranges import check_range
 from .row_lengths import check_row_lengths
 from .stretch import crossing_values
 from .table import NO_FILTER, LayerThresholds
@@ -50,12 +50,12 @@ class LayerCalibration:
                 "LayerCalibration: A must be (channels,) or (channels, d_state), negative and finite, got shape "
                 f"{tuple(A.shape)}; pass A = -exp(A_log), not A_log"
             )
-        check_train_length(train_length, "LayerCalibration")
-        check_clamp_percent(clamp_percent, "LayerCalibration")
+        check_range("train_length", train_length, "LayerCalibration")
+        check_range("clamp_percent", clamp_percent, "LayerCalibration")
         check_combine(combine, "LayerCalibration")
         # Of many channels two numbers tell; a NaN is its own smallest and largest.
         for one in (budget.min().item(), budget.max().item()) if isinstance(budget, Tensor) else (budget,):
-            check_budget(one, "LayerCalibration")
+            check_range("budget", one, "LayerCalibration")
         lengths = check_row_lengths(np.asarray(row_lengths), train_length, "LayerCalibration")
         self.train_length = train_length
         self.clamp_percent = float(clamp_percent)

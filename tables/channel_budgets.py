@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .ranges import check_budget
+from .ranges import check_range
 from .unfiltered import read_place
 
 
@@ -29,7 +29,7 @@ def read_channel_budgets(names: Iterable[str]) -> dict[tuple[int, int], float]:
             budget = float(value)
         except ValueError:
             raise ValueError(f"channel_budgets: must be LAYER.CHANNEL=BUDGET, such as 3.2=4, got {name!r}") from None
-        check_budget(budget, "channel_budgets")
+        check_range("budget", budget, "channel_budgets")
         if (layer, channel) in found:
             raise ValueError(f"channel_budgets: {name!r} is no channel, LAYER.CHANNEL, or named twice")
         found[layer, channel] = budget

@@ -3,16 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .ranges import (
-    MOST_TOKENS,
-    check_budget,
-    check_clamp_percent,
-    check_count,
-    check_min_retention,
-    check_seed,
-    check_train_length,
-    check_unfiltered_end,
-)
+from .ranges import MOST_TOKENS, check_range
 
 FORMAT_VERSION = 2
 
@@ -34,6 +25,9 @@ COMBINE = (MEDIAN, "min", MEAN, CLIPPED)
 # The one of a method where none is given. Without a clamp a threshold hangs on the few largest dt's of a sequence, and
 # the plain mean on the sequence with the largest ones: docs/closed_loop.md.
 DEFAULT_COMBINE = {UNCLAMPED: CLIPPED, PAPER: MEAN, CLOSED_LOOP: MEDIAN}
+
+_TEXTS = ("model_id", "weights_fingerprint", "corpus", "tool_version", "method")
+_RANGED = ("train_length", "clamp_percent", "min_retention", "num_sequences", "seed", "budget", "unfiltered_end")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +51,8 @@ class ClosedLoop:
 
     def __post_init__(self) -> None:
         check_combine(self.combine, "ClosedLoop")
-        check_count("text_tokens", self.text_tokens, "ClosedLoop")
-        check_budget(self.budget, "ClosedLoop")
+        check_range("text_tokens", self.text_tokens, "ClosedLoop")
+        check_range("budget", self.budget, "ClosedLoop")
         # 5 and 5.0 must write the same bytes.
         object.__setattr__(self, "budget", float(self.budget))
         object.__setattr__(self, "lengths", tuple(self.lengths))
@@ -120,7 +114,7 @@ class TableMetadata:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        for name in ("model_id", "weights_fingerprint", "corpus", "tool_version", "method"):
+        for name in _TEXTS:
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"TableMetadata.{name} must be str, got {getattr(self, name)!r}; pass a str")
         if self.format_version != FORMAT_VERSION:
@@ -129,13 +123,8 @@ class TableMetadata:
                 "leave it out to get this release's"
             )
         check_combine(self.combine, "TableMetadata")
-        check_train_length(self.train_length, "TableMetadata")
-        check_clamp_percent(self.clamp_percent, "TableMetadata")
-        check_min_retention(self.min_retention, "TableMetadata")
-        check_count("num_sequences", self.num_sequences, "TableMetadata")
-        check_seed(self.seed, "TableMetadata")
-        check_budget(self.budget, "TableMetadata")
-        check_unfiltered_end(self.unfiltered_end, "TableMetadata")
+        for name in _RANGED:
+            check_range(name, getattr(self, name), "TableMetadata")
         for name in ("clamp_percent", "min_retention", "budget"):
             # 5 and 5.0 must write the same bytes.
             object.__setattr__(self, name, float(getattr(self, name)))
@@ -179,8 +168,8 @@ class TableMetadata:
         Raises:
             ValueError: a missing or unknown field, one of another type, or one outside its range.
         """
+        given = values.get("closed_loop")
         try:
-            given = values.get("closed_loop")
             return cls(**{**values, "closed_loop": None if given is None else ClosedLoop(**given)})
         except TypeError as error:
             raise ValueError(f"TableMetadata: {error}") from error

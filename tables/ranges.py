@@ -1,5 +1,6 @@
-"""The numbers of a table and the ranges they lie in: each check names the place, the rule and what came."""
+"""The numbers of a table and the ranges they lie in."""
 
+import math
 import sys
 from typing import Any
 
@@ -9,65 +10,34 @@ MOST_TOKENS = 1 << 30
 MOST_ROWS = 1 << 17
 _MOST = (1 << 63) - 1
 
-
-def check_budget(budget: float, place: str) -> None:
-    """Raises ValueError unless budget is a finite number above 0."""
-    if not _is_number(budget) or not 0 < budget <= sys.float_info.max:
-        raise ValueError(
-            f"{place}: budget must be a factor above 0, got {_shown(budget)}; 1 keeps what the training length has"
-        )
-
-
-def check_unfiltered_end(unfiltered_end: int, place: str) -> None:
-    """Raises ValueError unless unfiltered_end is a number of tokens that a prompt can have."""
-    _check_int(
-        "unfiltered_end", unfiltered_end, place, "a number of tokens", 0, MOST_TOKENS, "0 filters all of a prompt"
-    )
-
-
-def check_train_length(train_length: int, place: str) -> None:
-    """Raises ValueError unless train_length is a number of tokens with two to interpolate between."""
-    advice = "pass the model's training length"
-    _check_int("train_length", train_length, place, "a number of tokens", 2, MOST_TOKENS, advice)
+_INTEGERS = ("train_length", "unfiltered_end", "num_sequences", "text_tokens", "seed")
+# Name -> the lowest and the highest, what it must be, and what to do.
+_RANGES: dict[str, tuple[float, float, str, str]] = {
+    # Two tokens to interpolate between.
+    "train_length": (2, MOST_TOKENS, f"be a number of tokens, 2 to {MOST_TOKENS}", "pass the model's training length"),
+    "unfiltered_end": (0, MOST_TOKENS, f"be a number of tokens, 0 to {MOST_TOKENS}", "0 filters all of a prompt"),
+    "num_sequences": (1, _MOST, f"be an integer, 1 to {_MOST}", "pass how many there were"),
+    "text_tokens": (1, _MOST, f"be an integer, 1 to {_MOST}", "pass how many there were"),
+    "seed": (-_MOST - 1, _MOST, f"be an integer, {-_MOST - 1} to {_MOST}", "pass the seed that chose the sequences"),
+    "budget": (math.nextafter(0, 1), sys.float_info.max, "be a factor above 0", "1 keeps what the training length has"),
+    "clamp_percent": (0, math.nextafter(100, 0), "lie in [0, 100)", "the paper takes 5 or 20"),
+    "min_retention": (0, 1, "lie in [0, 1]", "the paper searches 1e-40 to 1e-1"),
+}
 
 
-def check_count(name: str, count: int, place: str) -> None:
-    """Raises ValueError unless count is an integer above 0."""
-    _check_int(name, count, place, "an integer", 1, _MOST, "pass how many there were")
+def check_range(name: str, value: Any, place: str) -> None:
+    """Raises ValueError unless a number of a table is of its type and lies in its range.
 
-
-def check_seed(seed: int, place: str) -> None:
-    """Raises ValueError unless seed is an integer of 64 bits."""
-    _check_int("seed", seed, place, "an integer", -_MOST - 1, _MOST, "pass the seed that chose the sequences")
-
-
-def check_clamp_percent(clamp_percent: float, place: str) -> None:
-    """Raises ValueError unless 0 <= clamp_percent < 100."""
-    if not _is_number(clamp_percent) or not 0 <= clamp_percent < 100:
-        raise ValueError(
-            f"{place}: clamp_percent must lie in [0, 100), got {_shown(clamp_percent)}; the paper takes 5 or 20"
-        )
-
-
-def check_min_retention(min_retention: float, place: str) -> None:
-    """Raises ValueError unless 0 <= min_retention <= 1."""
-    if not _is_number(min_retention) or not 0 <= min_retention <= 1:
-        raise ValueError(
-            f"{place}: min_retention must lie in [0, 1], got {_shown(min_retention)}; the paper searches 1e-40 to 1e-1"
-        )
-
-
-def _check_int(name: str, value: int, place: str, what: str, low: int, high: int, advice: str) -> None:
-    if isinstance(value, float) or not _is_number(value) or not low <= value <= high:
-        raise ValueError(f"{place}: {name} must be {what}, {low} to {high}, got {_shown(value)}; {advice}")
-
-
-def _is_number(value: Any) -> bool:
+    Args:
+        name: train_length, unfiltered_end, num_sequences, text_tokens, seed, budget, clamp_percent or min_retention.
+        value: what came.
+        place: who asks, for the message.
+    """
+    low, high, rule, advice = _RANGES[name]
     # bool is an int in Python, but true is no number.
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _shown(value: Any) -> str:
-    # Python refuses to write integers of more than 4300 digits.
-    is_huge = isinstance(value, int) and abs(value) > _MOST
-    return f"an integer of {value.bit_length()} bits" if is_huge else repr(value)
+    is_number = isinstance(value, int if name in _INTEGERS else (int, float)) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        # Python refuses to write integers of more than 4300 digits.
+        is_huge = isinstance(value, int) and abs(value) > _MOST
+        shown = f"an integer of {value.bit_length()} bits" if is_huge else repr(value)
+        raise ValueError(f"{place}: {name} must {rule}, got {shown}; {advice}")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .ranges import MOST_ROWS, MOST_TOKENS, check_train_length
+from .ranges import MOST_ROWS, MOST_TOKENS, check_range
 
 
 def default_row_lengths(train_length: int, max_length: int) -> np.ndarray:
@@ -18,7 +18,7 @@ def default_row_lengths(train_length: int, max_length: int) -> np.ndarray:
     Raises:
         ValueError: train_length below 2, max_length below 1, or more than MOST_ROWS rows.
     """
-    check_train_length(train_length, "default_row_lengths")
+    check_range("train_length", train_length, "default_row_lengths")
     if max_length < 1:
         raise ValueError(
             f"default_row_lengths: max_length must be at least 1 token, got {max_length}; pass the longest prompt"

@@ -74,10 +74,16 @@ def load_table(path: str | os.PathLike[str]) -> ThresholdTable:
     Raises:
         TableError: no file, no table, a damaged one, or one of another format version.
     """
-    return _assemble(path, *_read(path, with_tensors=True))
+    # A file of weights, which may be large, is refused before its tensors are read.
+    read_metadata(path)
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise _error(path, f"the file cannot be read ({error})") from error
+    return table_from_bytes(content, path)
 
 
-def table_from_bytes(content: bytes, place: str = "in memory") -> ThresholdTable:
+def table_from_bytes(content: bytes, place: str | os.PathLike[str] = "in memory") -> ThresholdTable:
     """Reads a table from what `table_to_bytes` returned: the same that `load_table` reads from a file.
 
     Args:
@@ -93,7 +99,18 @@ def table_from_bytes(content: bytes, place: str = "in memory") -> ThresholdTable
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__")
     except (SafetensorError, KeyError) as error:  # KeyError: a type of numbers that NumPy has not
         raise _error(place, f"this is no safetensors file, or a truncated one ({error})") from error
-    return _assemble(place, header, tensors)
+    metadata, checksum = _parse(place, header)
+    if checksum != _checksum(metadata, tensors):
+        raise _error(place, "the file is damaged, its contents do not have its checksum", metadata.model_id)
+    try:
+        row_lengths = _take(tensors, "longmamba.row_lengths")
+        indices = sorted(int(match[1]) for match in map(_RETENTION_KEY.fullmatch, tensors) if match)
+        layers = {layer: _take_layer(tensors, layer) for layer in indices}
+        if tensors:
+            raise ValueError(f"tensors {sorted(tensors)} are unknown or lack their layer's retention")
+        return ThresholdTable(metadata=metadata, row_lengths=row_lengths, layers=layers)
+    except (TypeError, ValueError) as error:
+        raise _error(place, f"the contents do not fit together ({error})", metadata.model_id) from error
 
 
 def table_to_bytes(table: ThresholdTable) -> bytes:
@@ -112,7 +129,15 @@ def read_metadata(path: str | os.PathLike[str]) -> TableMetadata:
     Raises:
         TableError: no file, no table, a truncated one, or one of another format version.
     """
-    header, _ = _read(path, with_tensors=False)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata()
+    except FileNotFoundError as error:
+        raise _error(path, "there is no such file") from error
+    except OSError as error:
+        raise _error(path, f"the file cannot be read ({error})") from error
+    except SafetensorError as error:
+        raise _error(path, f"this is no safetensors file, or a truncated one ({error})") from error
     return _parse(path, header)[0]
 
 
@@ -127,21 +152,6 @@ def is_table_file(path: str | os.PathLike[str]) -> bool:
 
 def _error(place: str | os.PathLike[str], problem: str, model_id: str = "MODEL") -> TableError:
     return TableError(f"threshold table {place}: {problem}; make a new one with `longmamba calibrate {model_id}`")
-
-
-def _read(path: str | os.PathLike[str], with_tensors: bool) -> tuple[dict[str, str] | None, dict[str, np.ndarray]]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = file.metadata()
-            # A file of weights, which may be large, is refused before its tensors are read.
-            names = list(file.keys()) if with_tensors and _METADATA_KEY in (header or {}) else []
-            return header, {name: file.get_tensor(name) for name in names}
-    except FileNotFoundError as error:
-        raise _error(path, "there is no such file") from error
-    except OSError as error:
-        raise _error(path, f"the file cannot be read ({error})") from error
-    except (SafetensorError, TypeError, AttributeError) as error:  # the last two: numbers that NumPy has not
-        raise _error(path, f"this is no safetensors file, or a truncated one ({error})") from error
 
 
 def _parse(place: str | os.PathLike[str], header: dict[str, str] | None) -> tuple[TableMetadata, Any]:
@@ -166,23 +176,6 @@ def _parse(place: str | os.PathLike[str], header: dict[str, str] | None) -> tupl
         return TableMetadata.from_dict(content), checksum
     except ValueError as error:
         raise _error(place, f"the metadata is wrong ({error})") from error
-
-
-def _assemble(
-    place: str | os.PathLike[str], header: dict[str, str] | None, tensors: dict[str, np.ndarray]
-) -> ThresholdTable:
-    metadata, checksum = _parse(place, header)
-    if checksum != _checksum(metadata, tensors):
-        raise _error(place, "the file is damaged, its contents do not have its checksum", metadata.model_id)
-    try:
-        row_lengths = _take(tensors, "longmamba.row_lengths")
-        indices = sorted(int(match[1]) for match in map(_RETENTION_KEY.fullmatch, tensors) if match)
-        layers = {layer: _take_layer(tensors, layer) for layer in indices}
-        if tensors:
-            raise ValueError(f"tensors {sorted(tensors)} are unknown or lack their layer's retention")
-        return ThresholdTable(metadata=metadata, row_lengths=row_lengths, layers=layers)
-    except (TypeError, ValueError) as error:
-        raise _error(place, f"the contents do not fit together ({error})", metadata.model_id) from error
 
 
 def _checksum(metadata: TableMetadata, tensors: dict[str, np.ndarray]) -> str:

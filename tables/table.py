@@ -11,7 +11,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from .metadata import TableMetadata
-from .ranges import check_min_retention, check_unfiltered_end
+from .ranges import check_range
 from .row_lengths import check_row_lengths
 
 # A threshold that no dt reaches (dt >= 0): nothing is filtered.
@@ -172,7 +172,7 @@ class ThresholdTable:
         """
         if unfiltered_end is None:
             return self.metadata.unfiltered_end
-        check_unfiltered_end(unfiltered_end, "ThresholdTable")
+        check_range("unfiltered_end", unfiltered_end, "ThresholdTable")
         return unfiltered_end
 
     def digest(self, min_retention: float | None = None, unfiltered_end: int | None = None) -> str:
@@ -217,5 +217,5 @@ class ThresholdTable:
     def _theta(self, min_retention: float | None) -> float:
         if min_retention is None:
             return self.metadata.min_retention
-        check_min_retention(min_retention, "ThresholdTable")
+        check_range("min_retention", min_retention, "ThresholdTable")
         return float(min_retention)

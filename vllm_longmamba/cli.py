@@ -7,7 +7,6 @@ import typer
 from vllm_longmamba import __version__
 from vllm_longmamba.commands import evaluate
 from vllm_longmamba.commands.calibrate import calibrate
-from vllm_longmamba.commands.import_table import import_table
 from vllm_longmamba.commands.inspect import inspect
 from vllm_longmamba.commands.lm_eval import longbench_e, ruler
 from vllm_longmamba.commands.summarize import summarize
@@ -24,7 +23,6 @@ app.command()(calibrate)
 evaluate.app.command()(ruler)
 evaluate.app.command("longbench-e")(longbench_e)
 app.add_typer(evaluate.app, name="eval")
-app.command()(import_table)
 app.command()(inspect)
 app.command()(summarize)
 app.command()(tune)

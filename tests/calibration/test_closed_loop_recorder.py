@@ -16,7 +16,6 @@ from vllm_longmamba.calibration.closed_loop import (
     close_loop,
     closed_loop_sequences,
     long_sequences,
-    start_length,
 )
 from vllm_longmamba.calibration.recorder import CalibrationRecorder
 from vllm_longmamba.calibration.sequences import draw_sequences
@@ -66,8 +65,7 @@ def test_recorder(combine: str, factor: float) -> None:
     is_global = torch.exp(A.double() * plain.sum(1)).mean(0) > THETA
     assert is_global.tolist() == [True, False, True]
     sequences = {length: dt_of(3, length, seed=length) for length in (18, 36)}
-    for length, given in sequences.items():
-        made.start_length(length)
+    for given in sequences.values():
         for sequence in given:
             for layer in range(2):
                 # The token that follows is filtered with the others, but does not count.
@@ -91,11 +89,10 @@ def test_recorder_refuses_what_is_missing_or_cut() -> None:
     with pytest.raises(RuntimeError, match=r"must have seen 1 sequences of each of \[18, 36\] tokens"):
         made.finish()
     for length in (18, 36):
-        made.start_length(length)
         for layer in range(2):
-            assert made.record(layer, torch.rand(length - 1, 3)) is None
-            made.record(layer, torch.rand(length, 3))
-    with pytest.raises(RuntimeError, match=r"chunks of \[17, 35\] tokens; raise --max-num-batched-tokens to 37"):
+            assert made.record(layer, torch.rand(length, 3)) is None
+            assert made.record(layer, torch.rand(length + 1, 3)) is not None
+    with pytest.raises(RuntimeError, match=r"chunks of \[18, 36\] tokens; raise --max-num-batched-tokens to 37"):
         made.finish()
 
 
@@ -112,10 +109,9 @@ def test_close_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     for layer in range(2):
         calibration.record(layer, torch.rand(LENGTH, 3))
     close_loop(worker)
-    start_length(worker, 18)
     for mixer in mixers:
         assert mixer.dt_recorder is worker.longmamba_recorder
-        assert mixer.dt_recorder.record(mixer.layer_index, torch.rand(18, 3)) is not None
+        assert mixer.dt_recorder.record(mixer.layer_index, torch.rand(19, 3)) is not None
     assert sorted(worker.longmamba_recorder.finish()) == [0, 1]
 
 

@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from calibration_settings import PAPER_SETTINGS
 
 from vllm_longmamba.calibration.worker import merge_workers, start_calibration
+from vllm_longmamba.tables import LayerThresholds
 
 A = torch.tensor([-0.01, 0.5, -0.1])
 
@@ -37,8 +37,8 @@ def test_start_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_merge_workers() -> None:
     """Two stages of two ranks each, in any order: channels by rank, layers of both stages."""
 
-    def part(value: float) -> Any:
-        return torch.full((2,), value, dtype=torch.float64), torch.full((3, 2), value)
+    def part(value: float) -> LayerThresholds:
+        return LayerThresholds(torch.full((2,), value, dtype=torch.float64), torch.full((3, 2), value))
 
     results = [(1, {5: part(0.4)}), (0, {0: part(0.1)}), (1, {0: part(0.2)}), (0, {5: part(0.3)})]
     merged = merge_workers(results)

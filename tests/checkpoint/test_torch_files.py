@@ -22,16 +22,14 @@ class Malicious:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
-@pytest.mark.parametrize("on_meta", [True, False])
-def test_load_torch_file(zipped: bool, on_meta: bool, tmp_path: Path) -> None:
+def test_load_torch_file(zipped: bool, tmp_path: Path) -> None:
     whole = torch.randn(7, 3)
     tensors = {"w": whole, "again": whole, "part": whole[2:4], "none": torch.zeros(0, 5), "number": torch.tensor(0.5)}
     torch.save(tensors, tmp_path / "w.bin", _use_new_zipfile_serialization=zipped)
     for load in (load_torch_file, load_weights_file):
-        loaded = load(tmp_path / "w.bin", on_meta=on_meta)
+        loaded = load(tmp_path / "w.bin")
         assert {name: tensor.shape for name, tensor in loaded.items()} == {n: t.shape for n, t in tensors.items()}
-        assert {tensor.is_meta for tensor in loaded.values()} == {on_meta}
-        assert on_meta or all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 def test_load_torch_file_of_one_tensor(tmp_path: Path) -> None:
@@ -45,11 +43,10 @@ def test_load_torch_file_refuses_expanded_tensors(in_dict: bool, zipped: bool, t
     file, expanded = tmp_path / "w.bin", torch.zeros(1, dtype=torch.uint8).expand(TEN_GB)
     torch.save({"w": expanded} if in_dict else expanded, file, _use_new_zipfile_serialization=zipped)
     message = rf"must be stored in full, but \({TEN_GB},\) of torch.uint8 are {TEN_GB} bytes, of which the file of "
-    for on_meta in (False, True):
-        with pytest.raises(ValueError, match=message) as refusal:
-            load_torch_file(file, on_meta=on_meta)
-        assert str(refusal.value).startswith(str(file))
-        assert "save it with .contiguous()" in str(refusal.value)
+    with pytest.raises(ValueError, match=message) as refusal:
+        load_torch_file(file)
+    assert str(refusal.value).startswith(str(file))
+    assert "save it with .contiguous()" in str(refusal.value)
     if in_dict:
         with pytest.raises(ValueError, match=message):
             weights_fingerprint([str(file)])

@@ -81,15 +81,19 @@ def stored(cache: Path) -> Path:
 
 
 def assert_thresholds_agree(found: LayerThresholds, expected: LayerThresholds) -> None:
-    """Equal up to rounding.
+    """Equal up to rounding, which moves a few thresholds to the next sample.
 
-    A threshold is the sample at which a sum passes a bound. Where the sum all but equals the bound, rounding decides
-    between two neighbouring samples, which differ by some per cent: this happens to a few of some thousand thresholds.
+    In each sequence a threshold is the sample at which the running sum of dt exceeds its budget. float32 dt's that are
+    added up in another order (two ranks, another kernel) change that sum by up to 5e-6. Where it exceeds the budget by
+    less, the next sample is taken: it differs by some per cent, the mean of five sequences by a fifth of that. A sample
+    is about a twentieth of the budget or less, so this is to be expected in 5 * 2 * 5e-6 / 0.05, one threshold in a
+    thousand. 2 + count // 250 of a layer's thresholds exceed the 0.999 quantile of the Poisson distribution of that
+    mean. Seen with two ranks: 1 of 6 * 168, by 0.5 %, whose sum exceeds the budget by 1.2e-6 in one sequence.
     """
     np.testing.assert_allclose(found.retention, expected.retention, rtol=1e-3)
     np.testing.assert_allclose(found.dt_threshold, expected.dt_threshold, rtol=0.1)
-    is_close = np.isclose(found.dt_threshold, expected.dt_threshold, rtol=1e-3, atol=0)
-    assert is_close.mean() > 0.995
+    moved = ~np.isclose(found.dt_threshold, expected.dt_threshold, rtol=1e-3, atol=0)
+    assert moved.sum() <= 2 + moved.size // 250
 
 
 def assert_table_of_the_sample(model: Path, table: ThresholdTable) -> None:

@@ -1,11 +1,9 @@
 """Hidden attention against the recurrence that it unrolls, token by token."""
 
-import math
-
 import pytest
 import torch
 
-from vllm_longmamba.inspect.hidden_attention import LayerInputs, attention, decay, mean_distance, receptive_field
+from vllm_longmamba.inspect.hidden_attention import LayerInputs, attention, mean_distance, receptive_field
 
 SHAPES = pytest.mark.parametrize(
     ("channels", "d_state_of_A", "groups", "d_state"),
@@ -92,23 +90,3 @@ def test_mean_distance_of_uniform_attention() -> None:
     ones = torch.ones(11, 1, 1)
     inputs = LayerInputs(torch.ones(11, 1), torch.full((1, 1), -1e-12), ones, ones)
     assert float(mean_distance(inputs, [0])[0]) == pytest.approx(5.0)
-
-
-@SHAPES
-def test_decay(channels: int, d_state_of_A: int, groups: int, d_state: int) -> None:
-    inputs = make_inputs(19, channels, d_state_of_A, groups, d_state)
-    curve = decay(inputs, torch.tensor([1, 7, 19]))
-    assert curve.shape == (3, channels)
-    for row, passed in enumerate((1, 7, 19)):
-        for channel in range(channels):
-            total = float(inputs.dt[:passed, channel].double().sum())
-            left = [math.exp(total * float(rate)) for rate in inputs.A[channel].double()]
-            assert float(curve[row, channel]) == pytest.approx(math.log10(sum(left) / len(left)))
-
-
-def test_decay_far_below_the_smallest_number() -> None:
-    inputs = LayerInputs(
-        torch.full((4, 1), 1000.0), torch.tensor([[-1.0, -2.0]]), torch.ones(4, 1, 2), torch.ones(4, 1, 2)
-    )
-    expected = (-4000 - math.log(2)) / math.log(10)
-    assert float(decay(inputs, torch.tensor([4]))[0, 0]) == pytest.approx(expected)

@@ -7,7 +7,6 @@ from small_tables import ROW_LENGTHS, small_table
 from vllm_longmamba.inspect.channels import (
     check_layers,
     choose_channels,
-    choose_layers,
     parse_channel,
     parse_numbers,
 )
@@ -58,18 +57,9 @@ def test_check_layers() -> None:
         check_layers([0, 1, 2], table)
 
 
-def test_choose_layers() -> None:
-    local, both = [1e-9, 1e-8], [1e-9, 0.5]
-    assert choose_layers(table_of(local, both, local, both)) == [1, 3]
-    assert choose_layers(table_of(local, both, local, both, theta=1e-8)) == [1, 3]
-    assert choose_layers(table_of(local, both, local, both, theta=1e-12)) == [0, 1, 2, 3]
-    assert choose_layers(table_of(local, local)) == [0, 1]
-    assert choose_layers(table_of(*[both] * 8)) == [1, 3, 5, 7]
-
-
 def test_choose_channels() -> None:
     table = table_of([1e-9, 1e-4, 0.9, 0.2, 0.5], [0.3, 1e-9, 1e-9, 1e-9, 1e-9], [1e-9] * 5)
     # The middle one of the global channels of both layers that have some; the best local one of the first of them.
-    assert choose_channels(table, [0, 1, 2]) == [(0, 4), (1, 0), (0, 1)]
-    assert choose_channels(table, [2]) == [(2, 0)]
-    assert choose_channels(table_of([0.5]), [0]) == [(0, 0)]
+    assert choose_channels(table) == [(0, 4), (1, 0), (0, 1)]
+    assert choose_channels(table_of([1e-9] * 5)) == [(0, 0)]
+    assert choose_channels(table_of([0.5])) == [(0, 0)]

@@ -12,9 +12,9 @@ from small_tables import small_table, write_small_table
 from typer.testing import CliRunner
 
 from vllm_longmamba.cli import app
-from vllm_longmamba.inspect import measured_pictures, pictures
+from vllm_longmamba.inspect import pictures
 from vllm_longmamba.inspect.measure import LayerMeasurement, Measurements, choose_lengths
-from vllm_longmamba.inspect.summary import default_lengths, fitting_lengths, kept_by_layer, measured_table
+from vllm_longmamba.inspect.summary import default_lengths, kept_by_layer, measured_table
 from vllm_longmamba.tables import LayerThresholds, TableMetadata, ThresholdTable, leave_unfiltered, save_table
 
 L = 8
@@ -37,16 +37,12 @@ def table() -> ThresholdTable:
     return ThresholdTable(metadata, np.array([8, 16, 32, 64]), layers)
 
 
-def measurement(length: int, kept: float, slope: float) -> dict[int, LayerMeasurement]:
-    positions = np.arange(1, length + 1)
+def measurement(length: int, kept: float) -> dict[int, LayerMeasurement]:
     pixels = np.where(np.tri(4, dtype=bool), 10.0 ** -np.arange(4.0)[:, None], np.nan)
     return {
         layer: LayerMeasurement(
             kept=np.array([1.0, 1.0, kept, kept / 2]),
-            positions=positions,
-            decay=slope * positions[:, None] * np.array([100.0, 10.0, 1.0, 0.5]),
-            distance_channels=np.arange(4),
-            distance=np.array([0.0, 1.0, 2.0, 3.0]) * length * (layer + 1),
+            distance=1.5 * length * (layer + 1),
             maps={2: pixels, 0: pixels},
         )
         for layer in (0, 1)
@@ -55,8 +51,8 @@ def measurement(length: int, kept: float, slope: float) -> dict[int, LayerMeasur
 
 @pytest.fixture
 def measured() -> Measurements:
-    plain = {length: measurement(length, 1.0, -0.1) for length in (8, 16, 32)}
-    filtered = {16: measurement(16, 0.4, -0.05), 32: measurement(32, 0.2, -0.02)}
+    plain = {length: measurement(length, 1.0) for length in (8, 16, 32)}
+    filtered = {16: measurement(16, 0.4), 32: measurement(32, 0.2)}
     return Measurements("a book", [(0, 2), (0, 0)], plain, filtered)
 
 
@@ -81,14 +77,14 @@ def test_table_in_the_terminal(tmp_path: Path) -> None:
     assert not any(line.startswith(("budget", "unfiltered end")) for line in lines)
     # Retentions 1e-6, 1e-3 and 1, theta 1e-2: one global channel, of thresholds 0.1, 0.2, 0.3 in rows 1, 2, 3.
     assert "layer global channels S = 9 (row 8) S = 13 (row 12) S = 20" in lines
-    assert "0 ██··· 33% 1/3 no filter 0.1 0.1 0.1 0.3 0.3 0.3" in lines
-    assert "all ██··· 33% 2/6" in lines
+    assert "0 1/3 33% no filter 0.1 0.3" in lines
+    assert "all 2/6 33%" in lines
 
     _, output = inspect(tmp_path / "table.safetensors", "--layers", "2", "--min-retention", "1e-5", "--lengths", "20")
     lines = [" ".join(line.split()) for line in output.splitlines()]
     assert "min_retention 1e-05 (the table's own: 0.01)" in lines
-    assert "2 ███·· 67% 2/3 0.3 0.3 0.3" in lines
-    assert "all ███·· 67% 2/3" in lines
+    assert "2 2/3 67% 0.3" in lines
+    assert "all 2/3 67%" in lines
 
 
 def test_what_is_left_unfiltered_is_not_counted(tmp_path: Path) -> None:
@@ -97,7 +93,7 @@ def test_what_is_left_unfiltered_is_not_counted(tmp_path: Path) -> None:
     assert code == 0
     lines = [" ".join(line.split()) for line in output.splitlines()]
     assert "left unfiltered 0.2" in lines
-    assert "all █···· 17% 1/6" in lines
+    assert "all 1/6 17%" in lines
 
 
 def test_budget_and_unfiltered_end_in_the_terminal(tmp_path: Path) -> None:
@@ -152,9 +148,9 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_lengths_that_are_shown(table: ThresholdTable) -> None:
-    assert [fitting_lengths(width) for width in (20, 80, 120)] == [1, 2, 3]
-    assert default_lengths(table, 2) == [16, 32]
-    assert default_lengths(table, 9) == [16, 32, 64]
+    assert default_lengths(table) == [16, 32, 64]
+    short = replace(table, row_lengths=np.array([8, 9, 10, 15]))
+    assert default_lengths(short) == [15]
 
 
 def test_lengths_that_are_measured() -> None:
@@ -181,7 +177,7 @@ def test_measured_table(table: ThresholdTable, measured: Measurements) -> None:
     console.print(measured_table(table, measured))
     lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
     assert "8 all 18" in lines
-    assert "16 30.0% 30.0% (layer 0) 36 36" in lines
+    assert "16 30.0% 36 36" in lines
 
 
 def texts(figure: Any) -> list[str]:
@@ -197,9 +193,10 @@ def test_retention_picture(table: ThresholdTable) -> None:
     assert mesh.shape == (2, 40)
     assert [mesh[0, column] for column in (0, 37, 39)] == [25, 25, 50]
     assert [mesh[1, column] for column in (0, 10, 20, 30)] == [25] * 4
-    assert [bar.get_width() for bar in figure.axes[1].patches] == [50, 0]
-    assert "θ = 0.01" in texts(figure)
-    assert "θ = 0.5" in texts(pictures.retention_picture(with_theta(table, 0.5)))
+    assert "Retention of the channels of org/model (red: θ = 0.01)" in texts(figure)
+    assert "Retention of the channels of org/model (red: θ = 0.5)" in texts(
+        pictures.retention_picture(with_theta(table, 0.5))
+    )
 
 
 def test_threshold_picture(table: ThresholdTable) -> None:
@@ -211,15 +208,14 @@ def test_threshold_picture(table: ThresholdTable) -> None:
 
 
 def test_kept_picture(table: ThresholdTable, measured: Measurements) -> None:
-    axes = measured_pictures.kept_picture(table, measured).axes[0]
-    layer, mean, reference = axes.lines
+    axes = pictures.kept_picture(table, measured).axes[0]
+    layer, reference = axes.lines
     np.testing.assert_allclose(layer.get_ydata(), [75, 30, 15])
-    np.testing.assert_allclose(mean.get_ydata(), [75, 30, 15])
     np.testing.assert_allclose(reference.get_ydata(), [100, 50, 25])
 
 
 def test_receptive_field_picture(table: ThresholdTable, measured: Measurements) -> None:
-    figure = measured_pictures.receptive_field_picture(table, measured)
+    figure = pictures.receptive_field_picture(table, measured)
     images = [axes.images[0] for axes in figure.axes if axes.images]
     assert len(images) == 6
     assert images[0].get_array()[3, 0] == -3
@@ -229,31 +225,9 @@ def test_receptive_field_picture(table: ThresholdTable, measured: Measurements) 
         assert title in titles
 
 
-def test_decay_picture(table: ThresholdTable, measured: Measurements) -> None:
-    figure = measured_pictures.decay_picture(table, measured, [0])
-    lines = {label: line for line, label in zip(*figure.axes[0].get_legend_handles_labels(), strict=True)}
-    assert lines["local"].get_ydata()[-1] == pytest.approx(-320)
-    assert lines["global, plain"].get_ydata()[-1] == pytest.approx(-3.2)
-    assert lines["global, filtered"].get_ydata()[-1] == pytest.approx(-0.64)
-    # The plain decay over the 8 tokens of training.
-    np.testing.assert_allclose(lines["decay over the training length"].get_ydata(), [-0.8, -0.4])
-    without_global = measured_pictures.decay_picture(table, measured, [0, 1])
-    assert "layer 1: 0 of 4 channels global" in texts(without_global)
-
-
-def test_mean_distance_picture(measured: Measurements) -> None:
-    axes = measured_pictures.mean_distance_picture(measured).axes[0]
-    lines = {line.get_label(): line for line in axes.lines}
-    assert list(lines) == ["S = 8, plain", "S = 16, plain", "S = 16, filtered", "S = 32, plain", "S = 32, filtered"]
-    np.testing.assert_allclose(lines["S = 16, filtered"].get_ydata(), [24, 48])
-
-
 def test_pictures_of_short_prompts_only(table: ThresholdTable) -> None:
-    measured = Measurements("a book", [(0, 2)], {8: measurement(8, 1.0, -0.1)}, {})
-    figures = [
-        measured_pictures.kept_picture(with_theta(table, 0.9), measured),
-        measured_pictures.receptive_field_picture(table, measured),
-        measured_pictures.decay_picture(table, measured, [0]),
-        measured_pictures.mean_distance_picture(measured),
-    ]
-    assert [len([axes for axes in figure.axes if axes.images]) for figure in figures] == [0, 1, 0, 0]
+    measured = Measurements("a book", [(0, 2)], {8: measurement(8, 1.0)}, {})
+    # No layer has a global channel: only the line for comparison.
+    assert len(pictures.kept_picture(with_theta(table, 0.9), measured).axes[0].lines) == 1
+    figure = pictures.receptive_field_picture(table, measured)
+    assert len([axes for axes in figure.axes if axes.images]) == 1

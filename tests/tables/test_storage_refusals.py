@@ -177,9 +177,14 @@ def test_load_table_refuses_other_metadata(tmp_path: Path, metadata: dict[str, s
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
-def test_load_table_refuses_numbers_that_numpy_has_not(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_load_table_refuses_numbers_that_numpy_has_not(
+    dtype: torch.dtype, make_table: MakeTable, tmp_path: Path
+) -> None:
     path = tmp_path / "table"
-    save_torch_file({"longmamba.row_lengths": torch.zeros(3, dtype=dtype)}, path, {"longmamba": "{}"})
+    save_table(make_table(), path)
+    with safe_open(path, framework="numpy") as file:
+        header = file.metadata()
+    save_torch_file({"longmamba.row_lengths": torch.zeros(3, dtype=dtype)}, path, header)
     for read in (load_table, lambda path: table_from_bytes(path.read_bytes())):
         with pytest.raises(TableError, match="no safetensors file, or a truncated one"):
             read(path)

@@ -9,7 +9,7 @@ import pytest
 from vllm_longmamba.tables import (
     TableMetadata,
     ThresholdTable,
-    check_unfiltered_end,
+    check_range,
     load_table,
     save_table,
     table_from_bytes,
@@ -52,7 +52,7 @@ def test_the_end_is_saved(make_table: MakeTable, tmp_path: Path) -> None:
 def test_wrong_ends_are_refused(end: Any, make_metadata: Callable[..., TableMetadata], make_table: MakeTable) -> None:
     message = "unfiltered_end must be a number of tokens, 0 to 1073741824, got "
     with pytest.raises(ValueError, match=f"place: {message}"):
-        check_unfiltered_end(end, "place")
+        check_range("unfiltered_end", end, "place")
     with pytest.raises(ValueError, match=f"TableMetadata: {message}"):
         make_metadata(unfiltered_end=end)
     if end is None:

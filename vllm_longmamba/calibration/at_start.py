@@ -30,7 +30,7 @@ logger = logging.getLogger("vllm.longmamba")
 def provide_table(executor: Any, vllm_config: Any, kv_cache_config: Any) -> ThresholdTable | None:
     """Give the workers of an engine the table that the front end did not find.
 
-    `longmamba calibrate` may ask for several tables; the engine goes on with the first.
+    `longmamba tune` may ask for several tables; the engine goes on with the first.
 
     Args:
         executor: vLLM's executor, its model loaded and its cache allocated.
@@ -55,8 +55,10 @@ def provide_table(executor: Any, vllm_config: Any, kv_cache_config: Any) -> Thre
     min_retention = options_from_config(vllm_config.additional_config).min_retention
     made = []
     for settings in to_make:
-        stored = _stored_table(settings)
-        made.append(stored or _make_table(settings, min_retention, (executor, vllm_config, kv_cache_config)))
+        stored = read_stored(settings)
+        if stored is not None:
+            logger.info("LongMamba: thresholds from %s, made at an earlier start", settings.store)
+        made.append(stored or _make_table(settings, min_retention, executor, vllm_config, kv_cache_config))
     content, table = made[0]
     executor.collective_rpc(use_table, args=(content,))
     return table
@@ -90,15 +92,8 @@ def read_stored(settings: CalibrationSettings) -> tuple[bytes, ThresholdTable] |
     return (content, table) if table.metadata.weights_fingerprint == settings.weights_fingerprint else None
 
 
-def _stored_table(settings: CalibrationSettings) -> tuple[bytes, ThresholdTable] | None:
-    stored = read_stored(settings)
-    if stored is not None:
-        logger.info("LongMamba: thresholds from %s, made at an earlier start", settings.store)
-    return stored
-
-
 def _make_table(
-    settings: CalibrationSettings, min_retention: float | None, engine: tuple[Any, Any, Any]
+    settings: CalibrationSettings, min_retention: float | None, *engine: Any
 ) -> tuple[bytes, ThresholdTable]:
     started = time.monotonic()
     table = _calibrate(settings, *engine)
@@ -118,12 +113,13 @@ def _make_table(
 
 
 def _calibrate(settings: CalibrationSettings, executor: Any, vllm_config: Any, kv_cache_config: Any) -> ThresholdTable:
-    from vllm_longmamba.calibration.sequences import draw_sequences, tokenize
+    from vllm_longmamba.calibration.sequences import draw_sequences
     from vllm_longmamba.calibration.text import read_corpus
     from vllm_longmamba.calibration.worker import finish_calibration, merge_workers, start_calibration
 
     corpus = read_corpus([Path(path) for path in settings.texts], settings.text_column)
-    texts = tokenize(_tokenizer(vllm_config.model_config), corpus)
+    tokenizer = _tokenizer(vllm_config.model_config)
+    texts = [tokenizer.encode(text, add_special_tokens=False) for text in corpus.texts]
     metadata = settings.metadata(sum(map(len, texts)))
     sequences = draw_sequences(texts, metadata.train_length, settings.num_sequences, settings.seed)
     of_workers = executor.collective_rpc(start_calibration, args=(settings,))
@@ -212,21 +208,22 @@ class _Runner:
         self._scheduler.add_request(Request(name, prompt, self._params, None, block_hasher=self._hasher))
         self._number += 1
         while self._scheduler.has_requests():
-            _step(self._executor, self._scheduler)
+            self._step()
+
+    def _step(self) -> None:
+        output = self._scheduler.schedule()
+        if output.total_num_scheduled_tokens == 0 and self._scheduler.has_unfinished_requests():
+            raise RuntimeError(
+                "vllm_longmamba: vLLM's scheduler does not run the calibration sequences; please report it"
+            )
+        result = self._executor.execute_model(output)
+        if result is None:
+            result = self._executor.sample_tokens(None)
+        self._scheduler.update_from_output(output, result)
 
     def end(self) -> None:
         """Nothing may be run afterwards."""
         self._scheduler.shutdown()
-
-
-def _step(executor: Any, scheduler: Any) -> None:
-    output = scheduler.schedule()
-    if output.total_num_scheduled_tokens == 0 and scheduler.has_unfinished_requests():
-        raise RuntimeError("vllm_longmamba: vLLM's scheduler does not run the calibration sequences; please report it")
-    result = executor.execute_model(output)
-    if result is None:
-        result = executor.sample_tokens(None)
-    scheduler.update_from_output(output, result)
 
 
 def _store(settings: CalibrationSettings, content: bytes) -> bool:

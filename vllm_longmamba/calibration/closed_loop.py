@@ -61,25 +61,22 @@ class ClosedLoopRecorder:
         self._found: dict[int, dict[int, list[torch.Tensor]]] = {
             index: {length: [] for length in settings.measured_lengths} for index in self._layers
         }
-        self._prompt_length = 0
         self._cut: set[int] = set()
-
-    def start_length(self, length: int) -> None:
-        """The sequences that follow have this length."""
-        self._prompt_length = length
 
     def record(self, layer_index: int, dt: torch.Tensor) -> torch.Tensor | None:
         """Take the dt (tokens, channels) of a whole sequence and return its thresholds, -1.0 in local channels.
 
-        A token that follows the sequence is filtered, but does not count. A decode step comes here without tokens.
+        The last token, which follows the sequence, is filtered, but does not count. A decode step comes here without
+        tokens.
         """
         if dt.shape[0] == 0:
             return None
-        if dt.shape[0] < self._prompt_length:
+        length = dt.shape[0] - 1
+        if length not in self.settings.measured_lengths:
             self._cut.add(dt.shape[0])
             return None
-        thresholds = budget_thresholds(dt[: self._prompt_length], self._budgets[layer_index].to(dt.device))
-        self._found[layer_index][self._prompt_length].append(thresholds.cpu())
+        thresholds = budget_thresholds(dt[:length], self._budgets[layer_index].to(dt.device))
+        self._found[layer_index][length].append(thresholds.cpu())
         return torch.where(self._is_global[layer_index].to(dt.device), thresholds, NO_FILTER)
 
     def finish(self) -> dict[int, LayerThresholds]:
@@ -118,11 +115,6 @@ def close_loop(worker: Any) -> None:
         mixer.dt_recorder = worker.longmamba_recorder
 
 
-def start_length(worker: Any, length: int) -> None:
-    """Tell the worker's `ClosedLoopRecorder` how long the sequences are that follow."""
-    worker.longmamba_recorder.start_length(length)
-
-
 def run_closed_loop(
     settings: CalibrationSettings, executor: Any, texts: Sequence[list[int]], run: Callable[[list[int]], None]
 ) -> None:
@@ -132,9 +124,8 @@ def run_closed_loop(
         settings: those of the calibration.
         executor: vLLM's executor, whose workers have recorded the sequences of the training length.
         texts: tokens of each text.
-        run: runs a sequence through the model.
+        run: runs a sequence, and one token that follows it, through the model.
     """
     executor.collective_rpc(close_loop)
     for sequence in closed_loop_sequences(texts, settings.measured_lengths, settings.num_sequences, settings.seed):
-        executor.collective_rpc(start_length, args=(len(sequence),))
         run(sequence)

@@ -1,11 +1,11 @@
 """What an engine's front end settles about a calibration, before any weight is loaded."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from vllm_longmamba.calibration.sequences import model_name
 from vllm_longmamba.calibration.settings import CalibrationSettings
-from vllm_longmamba.calibration.text import Corpus, read_corpus
+from vllm_longmamba.calibration.text import read_corpus
 from vllm_longmamba.checkpoint.fingerprint import DUMMY
 from vllm_longmamba.checkpoint.table_lookup import cache_folder
 from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN, train_length
@@ -50,13 +50,20 @@ def complete(settings: CalibrationSettings, vllm_config: Any, fingerprint: str) 
         ValueError: an unreadable or too short text, or a closed loop that the engine cannot run.
     """
     model_config = vllm_config.model_config
-    texts, corpus = _read(settings)
+    try:
+        texts = [expand_home(path, "calibration_text").absolute() for path in settings.texts]
+        corpus = read_corpus(texts, settings.text_column)
+    except OSError as error:
+        raise ValueError(
+            f"the text to calibrate on (option calibration_text, or --text) cannot be read: {error}; name another file"
+        ) from error
+    model = model_config.model
     settings = replace(
         settings,
         clamp_percent=settings.clamp(model_config.architecture),
         min_retention=settings.theta,
-        texts=texts,
-        model_id=model_name(model_config.model),
+        texts=tuple(map(str, texts)),
+        model_id=Path(model).resolve().name if Path(model).is_dir() else model,
         weights_fingerprint=fingerprint,
         dtype=str(model_config.dtype).removeprefix("torch."),
         quantization=model_config.quantization,
@@ -81,16 +88,6 @@ def calibration_obstacle(vllm_config: Any) -> str | None:
         ),
     }
     return next((obstacle for obstacle, applies in obstacles.items() if applies), None)
-
-
-def _read(settings: CalibrationSettings) -> tuple[tuple[str, ...], Corpus]:
-    try:
-        paths = [expand_home(path, "calibration_text").absolute() for path in settings.texts]
-        return tuple(map(str, paths)), read_corpus(paths, settings.text_column)
-    except OSError as error:
-        raise ValueError(
-            f"the text to calibrate on (option calibration_text, or --text) cannot be read: {error}; name another file"
-        ) from error
 
 
 def _check_length(characters: int, settings: CalibrationSettings) -> None:

@@ -1,22 +1,8 @@
 """Which tokens a model is calibrated on: windows drawn from texts."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-
-from vllm_longmamba.calibration.text import Corpus
-
-
-def model_name(model: str) -> str:
-    """What a table's metadata call a model: its name, or that of its folder."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def tokenize(tokenizer: Any, corpus: Corpus) -> list[list[int]]:
-    """The tokens of each text, without special tokens."""
-    return [tokenizer.encode(text, add_special_tokens=False) for text in corpus.texts]
 
 
 def draw_sequences(texts: Sequence[list[int]], length: int, number: int, seed: int) -> list[list[int]]:

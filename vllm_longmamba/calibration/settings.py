@@ -24,9 +24,8 @@ from vllm_longmamba.tables import (
     LayerThresholds,
     TableMetadata,
     ThresholdTable,
-    check_budget,
     check_combine,
-    check_unfiltered_end,
+    check_range,
     default_row_lengths,
     read_channel_budgets,
 )
@@ -105,8 +104,8 @@ class CalibrationSettings:
         # JSON knows no tuples.
         for name in _TUPLES:
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_budget(self.budget, "CalibrationSettings")
-        check_unfiltered_end(self.unfiltered_end, "CalibrationSettings")
+        for name in ("budget", "unfiltered_end"):
+            check_range(name, getattr(self, name), "CalibrationSettings")
         if self.method is None:
             object.__setattr__(self, "method", PAPER if self.clamp_percent else UNCLAMPED)
         if self.method not in METHODS:
@@ -149,10 +148,12 @@ class CalibrationSettings:
         return self.combine
 
     def clamp(self, architecture: str) -> float:
-        """`clamp_percent`, or the method's for models of an architecture where none is given."""
+        """`clamp_percent`; where none is given, the method's: the paper has 20 for Mamba-1.4B and 5 for Mamba2-1.3B."""
         if self.clamp_percent is not None:
             return self.clamp_percent
-        return 0.0 if self.method == UNCLAMPED else default_clamp_percent(architecture)
+        if self.method == UNCLAMPED:
+            return 0.0
+        return 20.0 if is_mamba1(architecture) else 5.0
 
     @property
     def row_lengths(self) -> np.ndarray:
@@ -181,6 +182,11 @@ class CalibrationSettings:
         assert self.train_length is not None
         assert self.clamp_percent is not None
         is_closed = self.method == CLOSED_LOOP
+        closed_loop = None
+        if is_closed:
+            closed_loop = ClosedLoop(
+                combine=self.way_to_combine, lengths=self.measured_lengths, text_tokens=text_tokens, budget=self.budget
+            )
         return TableMetadata(
             model_id=self.model_id,
             weights_fingerprint=self.weights_fingerprint,
@@ -193,15 +199,10 @@ class CalibrationSettings:
             tool_version=f"vllm_longmamba {__version__}",
             method=self.method,
             combine=MEAN if is_closed else self.way_to_combine,
-            closed_loop=self._closed_loop(text_tokens) if is_closed else None,
+            closed_loop=closed_loop,
             budget=1.0 if is_closed else self.budget,
             channel_budgets=self.channel_budgets,
             unfiltered_end=self.unfiltered_end,
-        )
-
-    def _closed_loop(self, text_tokens: int) -> ClosedLoop:
-        return ClosedLoop(
-            combine=self.way_to_combine, lengths=self.measured_lengths, text_tokens=text_tokens, budget=self.budget
         )
 
     def empty_table(self, channels: dict[int, int]) -> ThresholdTable:
@@ -220,11 +221,6 @@ class CalibrationSettings:
             for index, count in channels.items()
         }
         return ThresholdTable(metadata=self.metadata(), row_lengths=self.row_lengths, layers=layers)
-
-
-def default_clamp_percent(architecture: str) -> float:
-    """The clamp of the paper for Mamba-1.4B and for Mamba2-1.3B (20 and 5 per cent), by the kind of the layers."""
-    return 20.0 if is_mamba1(architecture) else 5.0
 
 
 def to_config(settings: list[CalibrationSettings]) -> dict[str, Any]:

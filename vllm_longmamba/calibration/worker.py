@@ -12,8 +12,8 @@ from vllm_longmamba.layers.prompt_filter import PromptFilter
 from vllm_longmamba.options import options_from_config
 from vllm_longmamba.tables import LayerThresholds, merge_channel_shards, table_from_bytes
 
-# Tensor-parallel rank of a worker, and its channels of its layers: (retention, dt_threshold).
-WorkerLayers = tuple[int, dict[int, tuple[torch.Tensor, torch.Tensor]]]
+# Tensor-parallel rank of a worker, and its channels of its layers.
+WorkerLayers = tuple[int, dict[int, LayerThresholds]]
 
 
 def start_calibration(worker: Any, settings: CalibrationSettings) -> dict[int, int]:
@@ -52,9 +52,7 @@ def finish_calibration(worker: Any) -> WorkerLayers:
         mixer.dt_recorder = None
     layers = worker.longmamba_recorder.finish()
     worker.longmamba_recorder = None
-    return get_tensor_model_parallel_rank(), {
-        index: (layer.retention, layer.dt_threshold) for index, layer in layers.items()
-    }
+    return get_tensor_model_parallel_rank(), layers
 
 
 def use_table(worker: Any, content: bytes) -> None:
@@ -79,6 +77,6 @@ def merge_workers(results: Iterable[WorkerLayers]) -> dict[int, LayerThresholds]
     """Join what the workers returned: layers of pipeline stages, channels in tensor-parallel order."""
     shards: dict[int, list[LayerThresholds]] = {}
     for _, layers in sorted(results, key=lambda result: result[0]):
-        for index, (retention, dt_threshold) in layers.items():
-            shards.setdefault(index, []).append(LayerThresholds(retention, dt_threshold))
+        for index, layer in layers.items():
+            shards.setdefault(index, []).append(layer)
     return {index: merge_channel_shards(parts) for index, parts in sorted(shards.items())}

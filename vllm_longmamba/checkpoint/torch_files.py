@@ -11,12 +11,11 @@ import torch
 _MOST_NAMES = 4
 
 
-def load_weights_file(file: str | os.PathLike[str], *, on_meta: bool = False) -> dict[str, torch.Tensor]:
+def load_weights_file(file: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """Reads the weights of a checkpoint.
 
     Args:
         file: a .bin or .pt file.
-        on_meta: the tensors have shapes and types, but no data.
 
     Returns:
         Name -> dense tensor.
@@ -24,7 +23,7 @@ def load_weights_file(file: str | os.PathLike[str], *, on_meta: bool = False) ->
     Raises:
         ValueError: as `load_torch_file`, or the file holds anything but named tensors.
     """
-    content = load_torch_file(file, on_meta=on_meta)
+    content = load_torch_file(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file}: a checkpoint must map names to tensors, but is a {type(content).__name__}")
     for name, tensor in content.items():
@@ -34,12 +33,11 @@ def load_weights_file(file: str | os.PathLike[str], *, on_meta: bool = False) ->
     return content
 
 
-def load_torch_file(file: str | os.PathLike[str], *, on_meta: bool = False) -> Any:
+def load_torch_file(file: str | os.PathLike[str]) -> Any:
     """Reads a tensor, or a dict of them.
 
     Args:
         file: a file of `torch.save`. Those of torch 1.6 or later are mapped into memory, not copied.
-        on_meta: the tensors have shapes and types, but no data.
 
     Returns:
         What was saved. A tensor, or each value of a dict that is one, is dense and all of it is in the file.
@@ -51,7 +49,7 @@ def load_torch_file(file: str | os.PathLike[str], *, on_meta: bool = False) -> A
     content = _load(file, map_location="meta", mmap=False)
     named = content if isinstance(content, dict) else {"the file": content}
     _check_tensors(file, {str(name): tensor for name, tensor in named.items() if isinstance(tensor, torch.Tensor)})
-    return content if on_meta else _load(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
+    return _load(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
 
 
 def _load(file: str | os.PathLike[str], **arguments: Any) -> Any:

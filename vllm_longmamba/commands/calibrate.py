@@ -1,8 +1,7 @@
 """The `longmamba calibrate` command."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -36,13 +35,6 @@ def calibrate(
         ),
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Number of calibration sequences.")] = 5,
-    groups: Annotated[
-        int, typer.Option(min=1, help="Calibrate so often, each time on other sequences, and tell how far they agree.")
-    ] = 1,
-    groups_output: Annotated[
-        Path | None,
-        typer.Option(help="File (.npz) for mean and standard deviation of every threshold over the groups."),
-    ] = None,
     clamp_percent: Annotated[
         float | None,
         typer.Option(
@@ -60,7 +52,7 @@ def calibrate(
     max_length: Annotated[
         int, typer.Option(min=2, help="Longest prompt, in tokens, to make thresholds for.")
     ] = DEFAULT_MAX_MODEL_LEN,
-    seed: Annotated[int, typer.Option(help="Chooses the sequences; groups count up from it.")] = 0,
+    seed: Annotated[int, typer.Option(help="Chooses the sequences.")] = 0,
     method: Annotated[
         str | None,
         typer.Option(
@@ -104,7 +96,7 @@ def calibrate(
     engine: EngineOptions,
 ) -> None:
     """Make the threshold table of MODEL from text like that of its training."""
-    from vllm_longmamba.calibration.offline import calibrate_all
+    from vllm_longmamba.calibration.offline import calibrate as make_table
     from vllm_longmamba.calibration.settings import CalibrationSettings
     from vllm_longmamba.checkpoint.table_lookup import cached_table_path
     from vllm_longmamba.checkpoint.trusted_file import make_private_folder
@@ -112,8 +104,6 @@ def calibrate(
     from vllm_longmamba.tables import save_table
 
     try:
-        if groups_output is not None and groups < 2:
-            raise ValueError("--groups-output needs --groups 2 or more")
         settings = CalibrationSettings(
             num_sequences=sequences,
             clamp_percent=clamp_percent,
@@ -131,21 +121,16 @@ def calibrate(
             text_column=text_column,
         )
         arguments = engine_arguments(model, engine, quantization=quantization)
-        each = [replace(settings, seed=seed + group) for group in range(groups)]
         with explained_start(engine.verbose):
-            tables = calibrate_all(arguments.pop("model"), each, **arguments)
-        path = output or cached_table_path(tables[0].metadata.weights_fingerprint, quantization)
-        make_private_folder(path.parent) if output is None else path.parent.mkdir(parents=True, exist_ok=True)
-        save_table(tables[0], path)
-        if groups > 1:
-            _report_groups(tables, groups_output)
+            table = make_table(arguments.pop("model"), settings, **arguments)
+        path = output or cached_table_path(table.metadata.weights_fingerprint, quantization)
+        if output is None:
+            make_private_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_table(table, path)
     except (ValueError, OSError) as error:
         console.print(f"[bold red]longmamba calibrate:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
-    _report_table(tables[0], path)
-
-
-def _report_table(table: Any, path: Path) -> None:
     channels = sum(len(layer.retention) for layer in table.layers.values())
     global_channels = table.count_global()
     console.print(
@@ -154,23 +139,3 @@ def _report_table(table: Any, path: Path) -> None:
         markup=False,
         soft_wrap=True,
     )
-
-
-def _report_groups(tables: list[Any], groups_output: Path | None) -> None:
-    """Print how far the tables agree, and write all of it."""
-    from vllm_longmamba.calibration.stability_report import UNSTABLE, stability_table, unstable_layers, write_stability
-    from vllm_longmamba.tables import table_stability
-
-    layers = table_stability(tables)
-    Console().print(stability_table(layers, len(tables)))
-    if groups_output is not None:
-        write_stability(layers, tables[0].row_lengths, groups_output)
-        console.print(f"wrote {groups_output}", markup=False, soft_wrap=True)
-    unstable = unstable_layers(layers)
-    if unstable:
-        named = ", ".join(str(layer) for layer in unstable)
-        console.print(
-            f"[bold yellow]The calibration is unstable in layers {named}[/]: {UNSTABLE}. Give more --sequences, or "
-            "text that is more like what the model was trained on.",
-            soft_wrap=True,
-        )

@@ -130,6 +130,7 @@ def tune(
         from vllm_longmamba.calibration.offline import find_train_length
         from vllm_longmamba.calibration.settings import CalibrationSettings
         from vllm_longmamba.checkpoint.table_lookup import cached_table_path
+        from vllm_longmamba.checkpoint.trusted_file import make_private_folder
         from vllm_longmamba.evaluate.engine import FILTER_EXTENSION, EngineContestant
         from vllm_longmamba.evaluate.needles import ANSWER_TOKENS
         from vllm_longmamba.evaluate.report import FILES, provenance, write_report
@@ -219,6 +220,8 @@ def tune(
             )
             quantization = contestant.description["quantization"]
             path = table or cached_table_path(metadata.weights_fingerprint, quantization)
+            if table is None:
+                make_private_folder(path.parent)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_table(replace(chosen, metadata=metadata), path)
             what |= {"method": method, "lengths": wanted, "depths": depths, "seeds": seeds, "windows": windows}

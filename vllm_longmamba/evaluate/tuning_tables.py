@@ -13,7 +13,7 @@ from vllm_longmamba.evaluate.comparison import Progress
 from vllm_longmamba.evaluate.methods import ModelSettings
 from vllm_longmamba.evaluate.store import settings_key
 from vllm_longmamba.options import KEY
-from vllm_longmamba.tables import CLOSED_LOOP, PAPER, ThresholdTable, check_unfiltered_end, load_table, save_table
+from vllm_longmamba.tables import CLOSED_LOOP, PAPER, ThresholdTable, check_range, load_table, save_table
 
 # The grids where none is given. The paper searches theta between 1e-40 and 1e-1. In the closed loop every theta takes a
 # calibration; these span the best of the models tried (docs/closed_loop.md).
@@ -79,7 +79,7 @@ class Grid:
         ends = self.unfiltered_ends
         _check("--unfiltered-ends", ends, "of tokens, 0 or more", all(end >= 0 for end in ends))
         for end in ends:
-            check_unfiltered_end(end, "--unfiltered-ends")
+            check_range("unfiltered_end", end, "--unfiltered-ends")
         further = FURTHER[self.method] if self.further is None else self.further
         filled = {"thetas": thetas, "clamp_percents": clamps, "budgets": budgets, "further": further}
         for name, value in filled.items():

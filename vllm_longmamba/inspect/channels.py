@@ -1,11 +1,10 @@
-"""Which layers and channels are shown when the user names none."""
+"""Which layers and channels are shown."""
 
 import numpy as np
 
 from vllm_longmamba.inspect.measure import Channel
 from vllm_longmamba.tables import ThresholdTable
 
-_SHOWN_LAYERS = 4
 _GLOBAL_CHANNELS = 2
 
 
@@ -51,28 +50,14 @@ def check_layers(layers: list[int], table: ThresholdTable) -> list[int]:
     return layers
 
 
-def choose_layers(table: ThresholdTable) -> list[int]:
-    """Up to four layers that have global channels, evenly spread over the depth; any layers where none has."""
-    layers = [layer for layer in sorted(table.layers) if bool(table.is_global(layer).any())]
-    layers = layers or sorted(table.layers)
-    if len(layers) <= _SHOWN_LAYERS:
-        return layers
-    picked = (np.arange(_SHOWN_LAYERS) + 0.5) * len(layers) / _SHOWN_LAYERS
-    return [layers[int(position)] for position in picked]
-
-
-def choose_channels(table: ThresholdTable, layers: list[int]) -> list[Channel]:
+def choose_channels(table: ThresholdTable) -> list[Channel]:
     """For pictures of single channels: two global channels of different layers, and a local one.
-
-    Args:
-        table: the table.
-        layers: the layers to choose from.
 
     Returns:
         The channel of median retention among the global ones of the two layers that have most of them, then the local
         channel of largest retention in the first of these layers.
     """
-    by_count = sorted(layers, key=lambda layer: -int(table.is_global(layer).sum()))
+    by_count = sorted(table.layers, key=lambda layer: (-int(table.is_global(layer).sum()), layer))
     chosen: list[Channel] = []
     for layer in sorted(by_count[:_GLOBAL_CHANNELS]):
         is_global = table.is_global(layer).numpy()
@@ -80,8 +65,7 @@ def choose_channels(table: ThresholdTable, layers: list[int]) -> list[Channel]:
         of_global = ranked[is_global[ranked]]
         if len(of_global):
             chosen.append((layer, int(of_global[len(of_global) // 2])))
-    layer = by_count[0]
-    retention = table.layers[layer].retention.masked_fill(table.is_global(layer), -1.0)
+    retention = table.layers[by_count[0]].retention.masked_fill(table.is_global(by_count[0]), -1.0)
     if bool((retention >= 0).any()):
-        chosen.append((layer, int(retention.argmax())))
+        chosen.append((by_count[0], int(retention.argmax())))
     return chosen

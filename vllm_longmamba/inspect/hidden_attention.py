@@ -102,18 +102,3 @@ def mean_distance(inputs: LayerInputs, channels: list[int]) -> Tensor:
     weights = torch.cat([attention(inputs, channel, last) for channel in channels]).abs()
     total = weights.sum(1)
     return torch.where(total > 0, weights @ distance / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)
-
-
-def decay(inputs: LayerInputs, positions: Tensor) -> Tensor:
-    """What is left of the first state after each of some positions: the cumulative decay.
-
-    Args:
-        inputs: of the layer.
-        positions: (positions,) int64, numbers of tokens passed, each in 1..tokens.
-
-    Returns:
-        (positions, channels) float64: log10 of exp(A sum_t dt_t), for Mamba-1 of its mean over d_state.
-    """
-    passed = inputs.dt.double().cumsum(0)[positions - 1]
-    exponents = passed[:, :, None] * inputs.A.double()
-    return (exponents.logsumexp(-1) - math.log(inputs.A.shape[1])) / math.log(10)

@@ -1,6 +1,5 @@
 """Runs a text through the real model, plain and filtered, at several prompt lengths, and collects what was measured."""
 
-import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from vllm_longmamba.architectures import MODEL_IMPL
 from vllm_longmamba.options import KEY
@@ -33,18 +31,12 @@ class LayerMeasurement:
 
     Attributes:
         kept: (channels,), share of the prompt's tokens that pass the filter.
-        positions: (points,), numbers of tokens passed.
-        decay: (points, channels), log10 of what is left of the first state after so many tokens.
-        distance_channels: (sampled,), the channels whose mean distance was taken.
-        distance: (sampled,), Mamba mean distance in tokens.
+        distance: Mamba mean distance in tokens, mean of up to 64 channels.
         maps: channel -> (bins, bins) receptive field, NaN above the diagonal.
     """
 
     kept: np.ndarray
-    positions: np.ndarray
-    decay: np.ndarray
-    distance_channels: np.ndarray
-    distance: np.ndarray
+    distance: float
     maps: dict[int, np.ndarray]
 
 
@@ -122,7 +114,6 @@ def measure(
             for is_filtered in ((False, True) if table.row_of(length) else (False,))
         ]
         results: dict[bool, dict[int, Measurement]] = {False: {}, True: {}}
-        llm.collective_rpc("longmamba_inspect_start")
         for length, is_filtered in progress(passes):
             given = (table.row_of(length), is_filtered, [list(channel) for channel in channels])
             results[is_filtered][length] = _measure_prompt(llm, tokens[:length], given)
@@ -137,10 +128,8 @@ def _measure_prompt(llm: Any, prompt: list[int], given: tuple[int, bool, list[li
     once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
     llm.collective_rpc("longmamba_inspect_begin", args=given)
     llm.generate({"prompt_token_ids": prompt}, once, use_tqdm=False)
-    with tempfile.TemporaryDirectory(prefix="longmamba-") as folder:
-        file = Path(folder) / "measurement.safetensors"
-        llm.collective_rpc("longmamba_inspect_end", args=(str(file),))
-        return _read(file)
+    (layers,) = llm.collective_rpc("longmamba_inspect_end")
+    return {layer: _layer(content) for layer, content in sorted(layers.items())}
 
 
 def choose_lengths(lengths: list[int] | None, train_length: int, available: int) -> list[int]:
@@ -165,15 +154,6 @@ def choose_lengths(lengths: list[int] | None, train_length: int, available: int)
     return fitting
 
 
-def _read(file: Path) -> Measurement:
-    tensors = load_file(file)
-    layers: dict[int, dict[str, np.ndarray]] = {}
-    for name, tensor in tensors.items():
-        layer, _, what = name.partition(".")
-        layers.setdefault(int(layer), {})[what] = tensor
-    return {layer: _layer(content) for layer, content in sorted(layers.items())}
-
-
-def _layer(content: dict[str, np.ndarray]) -> LayerMeasurement:
-    maps = {int(name.partition(".")[2]): content.pop(name) for name in list(content) if name.startswith("map.")}
-    return LayerMeasurement(maps=maps, **content)
+def _layer(content: dict[str, Any]) -> LayerMeasurement:
+    maps = {channel: np.array(pixels) for channel, pixels in content["maps"].items()}
+    return LayerMeasurement(np.array(content["kept"]), content["distance"], maps)

@@ -1,68 +1,18 @@
 """The worker's part of `longmamba inspect`: reads what the SSM of every layer reads, while the real model runs."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch.nn import functional
 
-from vllm_longmamba.inspect.hidden_attention import LayerInputs, decay, mean_distance, receptive_field
+from vllm_longmamba.inspect.hidden_attention import LayerInputs, mean_distance, receptive_field
 from vllm_longmamba.layers.filtered_mixer import filtered_mixers
 from vllm_longmamba.layers.prompt_filter import PromptFilter
 from vllm_longmamba.layers.replace_table import replace_table
 
-# Points of a decay curve, pixels of a side of a receptive field, and channels of a layer whose mean distance is taken.
-CURVE_POINTS = 256
+# Pixels of a side of a receptive field, and channels of a layer whose mean distance is taken.
 MAP_BINS = 256
 DISTANCE_CHANNELS = 64
-
-
-class PromptRecorder:
-    """Measures one prompt in every layer, as it passes.
-
-    Args:
-        thresholds: layer index -> (channels,) threshold of dt for this prompt; -1.0 filters nothing.
-        chosen: pairs of layer and channel whose receptive field is drawn.
-        unfiltered_end: as many of the prompt's last tokens are not filtered.
-    """
-
-    def __init__(self, thresholds: dict[int, torch.Tensor], chosen: list[list[int]], unfiltered_end: int) -> None:
-        self.thresholds = thresholds
-        self.chosen = chosen
-        self.unfiltered_end = unfiltered_end
-        self.results: dict[str, torch.Tensor] = {}
-
-    def record(self, layer: int, inputs: LayerInputs) -> None:
-        """Take what the SSM of one layer would read without the filter.
-
-        Raises:
-            ValueError: the layer was seen before, so that the prompt came in parts.
-        """
-        if f"{layer}.decay" in self.results:
-            raise ValueError(
-                f"inspection expects whole prompts, but layer {layer} got one in parts; max_num_batched_tokens must be "
-                "at least the longest prompt"
-            )
-        kept = inputs.dt > self.thresholds[layer].to(inputs.dt.device)
-        kept[max(0, len(kept) - self.unfiltered_end) :] = True
-        self._measure(layer, LayerInputs(inputs.dt * kept, inputs.A, inputs.B, inputs.C), kept)
-
-    def _measure(self, layer: int, inputs: LayerInputs, kept: torch.Tensor) -> None:
-        points = min(CURVE_POINTS, inputs.tokens)
-        positions = torch.arange(1, points + 1, device=kept.device) * inputs.tokens // points
-        sampled = torch.linspace(0, inputs.channels - 1, min(DISTANCE_CHANNELS, inputs.channels)).round().long()
-        results = {
-            "kept": kept.double().mean(0),
-            "positions": positions,
-            "decay": decay(inputs, positions),
-            "distance_channels": sampled,
-            "distance": mean_distance(inputs, sampled.tolist()),
-        }
-        for channel in (channel for of_layer, channel in self.chosen if of_layer == layer):
-            results[f"map.{channel}"] = receptive_field(inputs, channel, MAP_BINS)
-        for name, tensor in results.items():
-            self.results[f"{layer}.{name}"] = tensor.cpu().contiguous()
 
 
 class InspectWorkerExtension:
@@ -70,47 +20,77 @@ class InspectWorkerExtension:
 
     get_model: Any
     _longmamba_filter: PromptFilter
-    _longmamba_recorder: PromptRecorder | None
-
-    def longmamba_inspect_start(self) -> None:
-        """Attach to all mixers of this worker."""
-        self._longmamba_recorder = None
-        for mixer in filtered_mixers(self.get_model()):
-            assert mixer.prompt_filter is not None, "longmamba inspect starts the engine with the filter"
-            self._longmamba_filter = mixer.prompt_filter
-            mixer.register_forward_pre_hook(self._longmamba_hook, with_kwargs=True)  # type: ignore[attr-defined]
+    _longmamba_hooks: list[Any]
+    # Layer index -> what `_measure` returns.
+    _longmamba_results: dict[int, dict[str, Any]]
 
     def longmamba_inspect_begin(self, row: int, is_filtered: bool, chosen: list[list[int]]) -> None:
-        """Measure the next prompt.
+        """Measure the prompt that comes next.
 
         Args:
             row: the prompt's row of the table.
             is_filtered: whether the model runs with the filter.
             chosen: pairs of layer and channel whose receptive field is drawn.
         """
-        own = self._longmamba_filter
-        # No channel has a retention above 1, so that all are local.
-        replace_table(self.get_model(), own if is_filtered else PromptFilter(own.table, min_retention=1.0))
-        thresholds = {mixer.layer_index: mixer.dt_threshold[row] for mixer in filtered_mixers(self.get_model())}
-        self._longmamba_recorder = PromptRecorder(thresholds, chosen, own.unfiltered_end)
+        mixers: list[Any] = filtered_mixers(self.get_model())
+        own = mixers[0].prompt_filter
+        assert own is not None, "longmamba inspect starts the engine with the filter"
+        self._longmamba_filter, self._longmamba_results = own, {}
+        if not is_filtered:
+            # No channel has a retention above 1, so that all are local.
+            replace_table(self.get_model(), PromptFilter(own.table, min_retention=1.0))
 
-    def longmamba_inspect_end(self, path: str) -> None:
-        """Write what was measured to a safetensors file."""
-        assert self._longmamba_recorder is not None
-        save_file(self._longmamba_recorder.results, Path(path))
-        self._longmamba_recorder = None
+        def before(mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, mup_vector = _prompt(mixer, args, kwargs)
+            if hidden is None:
+                return
+            layer = mixer.layer_index
+            if layer in self._longmamba_results:
+                raise ValueError(
+                    f"inspection expects whole prompts, but layer {layer} got one in parts; max_num_batched_tokens "
+                    "must be at least the longest prompt"
+                )
+            channels = [channel for of_layer, channel in chosen if of_layer == layer]
+            inputs = layer_inputs(mixer, hidden, mup_vector)
+            thresholds = mixer.dt_threshold[row].to(inputs.dt.device)
+            self._longmamba_results[layer] = _measure(inputs, thresholds, own.unfiltered_end, channels)
 
-    def _longmamba_hook(self, mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        from vllm.forward_context import get_forward_context
+        self._longmamba_hooks = [mixer.register_forward_pre_hook(before, with_kwargs=True) for mixer in mixers]
 
-        metadata = (get_forward_context().attn_metadata or {}).get(mixer.prefix)
-        if self._longmamba_recorder is None or metadata is None or metadata.num_prefill_tokens == 0:
-            return
-        # Mamba-1's second argument is the output; layer_inputs reads mup_vector for Mamba-2 only.
-        given = dict(zip(("hidden_states", "mup_vector"), args, strict=False)) | kwargs
-        start = metadata.num_decode_tokens
-        hidden = given["hidden_states"][start : start + metadata.num_prefill_tokens]
-        self._longmamba_recorder.record(mixer.layer_index, layer_inputs(mixer, hidden, given.get("mup_vector")))
+    def longmamba_inspect_end(self) -> dict[int, dict[str, Any]]:
+        """What was measured: layer index -> the fields of a `LayerMeasurement`, as plain lists that vLLM hands on."""
+        for hook in self._longmamba_hooks:
+            hook.remove()
+        replace_table(self.get_model(), self._longmamba_filter)
+        return self._longmamba_results
+
+
+def _prompt(
+    mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A prompt's part (tokens, d_model) of a mixer's arguments, None where there is none, and Falcon-H1's factors."""
+    from vllm.forward_context import get_forward_context
+
+    metadata = (get_forward_context().attn_metadata or {}).get(mixer.prefix)
+    if metadata is None or metadata.num_prefill_tokens == 0:
+        return None, None
+    # Mamba-1's second argument is the output; layer_inputs reads mup_vector for Mamba-2 only.
+    given = dict(zip(("hidden_states", "mup_vector"), args, strict=False)) | kwargs
+    start = metadata.num_decode_tokens
+    return given["hidden_states"][start : start + metadata.num_prefill_tokens], given.get("mup_vector")
+
+
+def _measure(inputs: LayerInputs, thresholds: torch.Tensor, unfiltered_end: int, channels: list[int]) -> dict[str, Any]:
+    """Take what the SSM of one layer would read without the filter; thresholds are (channels,), -1.0 for no filter."""
+    kept = inputs.dt > thresholds
+    kept[max(0, len(kept) - unfiltered_end) :] = True
+    filtered = LayerInputs(inputs.dt * kept, inputs.A, inputs.B, inputs.C)
+    sampled = torch.linspace(0, inputs.channels - 1, min(DISTANCE_CHANNELS, inputs.channels)).round().long()
+    return {
+        "kept": kept.double().mean(0).tolist(),
+        "distance": float(mean_distance(filtered, sampled.tolist()).mean()),
+        "maps": {channel: receptive_field(filtered, channel, MAP_BINS).tolist() for channel in channels},
+    }
 
 
 def layer_inputs(mixer: Any, hidden: torch.Tensor, mup_vector: torch.Tensor | None) -> LayerInputs:

@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from vllm_longmamba.inspect import measured_pictures
-from vllm_longmamba.inspect.channels import check_layers, choose_channels, choose_layers, parse_channel
+from vllm_longmamba.inspect import pictures
+from vllm_longmamba.inspect.channels import check_layers, choose_channels, parse_channel
 from vllm_longmamba.inspect.measure import measure
-from vllm_longmamba.inspect.pictures import retention_picture, save, threshold_picture
-from vllm_longmamba.inspect.summary import default_lengths, fitting_lengths, layer_table, measured_table, provenance
+from vllm_longmamba.inspect.summary import default_lengths, layer_table, measured_table, provenance
 from vllm_longmamba.tables import load_table
+
+if TYPE_CHECKING:
+    from vllm_longmamba.checkpoint.table_lookup import Weights
 
 
 def report(
@@ -52,31 +54,23 @@ def report(
     own_theta = table.metadata.min_retention
     if min_retention is not None:
         table = replace(table, metadata=replace(table.metadata, min_retention=min_retention))
-    curves = check_layers(layers, table) if layers else choose_layers(table)
-    chosen = [parse_channel(name, table) for name in channels] or choose_channels(table, curves)
-    pictures = {}
+    shown = check_layers(layers, table) if layers else sorted(table.layers)
+    chosen = [parse_channel(name, table) for name in channels] or choose_channels(table)
+    figures = {}
     if output is not None:
-        pictures = {"retention": retention_picture(table), "thresholds": threshold_picture(table)}
+        figures = {"retention": pictures.retention_picture(table), "thresholds": pictures.threshold_picture(table)}
     console.print(provenance(table, str(path), own_theta))
-    side_by_side = fitting_lengths(console.width)
-    shown = lengths or default_lengths(table, side_by_side)
-    for start in range(0, len(shown), side_by_side):
-        columns = shown[start : start + side_by_side]
-        console.print(layer_table(table, columns, layers or sorted(table.layers)))
+    console.print(layer_table(table, lengths or default_lengths(table), shown))
     if text is not None and is_model:
         measured = measure(model_or_table, table, path, text, lengths, chosen, **measuring)
         console.print(measured_table(table, measured))
         if output is not None:
-            pictures |= {
-                "kept": measured_pictures.kept_picture(table, measured),
-                "receptive_fields": measured_pictures.receptive_field_picture(table, measured),
-                "decay": measured_pictures.decay_picture(table, measured, curves),
-                "mean_distance": measured_pictures.mean_distance_picture(measured),
-            }
+            figures["kept"] = pictures.kept_picture(table, measured)
+            figures["receptive_fields"] = pictures.receptive_field_picture(table, measured)
     if output is None:
         return []
     output.mkdir(parents=True, exist_ok=True)
-    return [file for name, figure in pictures.items() for file in save(figure, output, name)]
+    return [file for name, figure in figures.items() for file in pictures.save(figure, output, name)]
 
 
 def _find(model_or_table: str, table_path: Path | None, text: Path | None) -> tuple[Path, bool]:
@@ -89,9 +83,22 @@ def _find(model_or_table: str, table_path: Path | None, text: Path | None) -> tu
                 f"(`longmamba inspect MODEL --table {given} --text FILE`)"
             )
         return given, False
-    from vllm_longmamba.checkpoint.shapes import open_model
     from vllm_longmamba.checkpoint.table_lookup import find_table
     from vllm_longmamba.options import LongMambaOptions
 
     options = LongMambaOptions(table=None if table_path is None else str(table_path))
-    return find_table(model_or_table, open_model(model_or_table).weights, options), True
+    return find_table(model_or_table, _weights(model_or_table), options), True
+
+
+def _weights(model: str) -> "Weights":
+    """The weight files of a model, as vLLM finds (and for a model on the hub, downloads) them."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    from vllm_longmamba.architectures import MODEL_IMPL
+    from vllm_longmamba.checkpoint.table_lookup import locate_weights
+
+    # Ours makes original checkpoints readable.
+    load_general_plugins()
+    arguments = EngineArgs(model=model, model_impl=MODEL_IMPL)
+    return locate_weights(arguments.create_model_config(), arguments.create_load_config())

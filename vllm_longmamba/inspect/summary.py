@@ -1,30 +1,17 @@
 """A threshold table, and what was measured with it, as tables for the terminal."""
 
 import numpy as np
-import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vllm_longmamba.inspect.measure import Measurements
+from vllm_longmamba.inspect.measure import Measurement, Measurements
 from vllm_longmamba.tables import ThresholdTable
 
-_QUANTILES = (0.1, 0.5, 0.9)
-_BAR_WIDTH = 5
-# Characters that the first two columns of the layers take, and each length.
-_WIDTH_OF_SHARE = 30
-_WIDTH_OF_LENGTH = 25
 
-
-def fitting_lengths(width: int) -> int:
-    """How many prompt lengths a table of layers can show side by side in a terminal of so many columns, at least 1."""
-    return max(1, (width - _WIDTH_OF_SHARE) // _WIDTH_OF_LENGTH)
-
-
-def default_lengths(table: ThresholdTable, number: int) -> list[int]:
-    """Some prompt lengths that a table filters: 2, 4, 8, ... training lengths, as many as wanted."""
-    lengths = [2 ** (power + 1) * table.metadata.train_length for power in range(number)]
+def default_lengths(table: ThresholdTable) -> list[int]:
+    """Some prompt lengths that a table filters: 2, 4 and 8 training lengths, as far as it goes."""
+    lengths = [factor * table.metadata.train_length for factor in (2, 4, 8)]
     return [length for length in lengths if length <= table.row_lengths[-1]] or [int(table.row_lengths[-1])]
 
 
@@ -63,59 +50,52 @@ def provenance(table: ThresholdTable, source: str, own_theta: float) -> Table:
 
 
 def layer_table(table: ThresholdTable, lengths: list[int], layers: list[int]) -> Table:
-    """Layers by share of global channels and quantiles of the global channels' thresholds.
+    """Layers by share of global channels and the median of these channels' thresholds.
 
     Args:
         table: the table.
         lengths: prompt lengths in tokens, one column each.
         layers: indices of layers, one row each.
     """
-    names = "/".join(f"{100 * quantile:g}" for quantile in _QUANTILES)
-    result = Table(
-        title=f"Layers (thresholds of dt: {names} % quantiles of the global channels)",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
+    title = "Layers (thresholds of dt: median of the global channels)"
+    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     result.add_column("layer", justify="right")
-    result.add_column("global channels")
+    result.add_column("global channels", justify="right")
     for length in lengths:
-        result.add_column(_column_name(table, length), justify="right", no_wrap=True)
+        result.add_column(_column_name(table, length), justify="right")
     counts = np.zeros(2, dtype=int)
     for layer in layers:
         is_global = table.is_global(layer)
         counts += (int(is_global.sum()), len(is_global))
-        cells = [_quantiles(table, layer, table.row_of(length), is_global) for length in lengths]
+        cells = [_median(table, layer, length) for length in lengths]
         result.add_row(str(layer), _share(int(is_global.sum()), len(is_global)), *cells)
     result.add_section()
     result.add_row("all", _share(int(counts[0]), int(counts[1])), *[""] * len(lengths))
     return result
 
 
-def measured_table(table: ThresholdTable, measured: Measurements) -> RenderableType:
+def measured_table(table: ThresholdTable, measured: Measurements) -> Table:
     """What the filter does to prompts of a text: tokens kept, and how far back the layers look."""
-    result = Table(title=f"Measured on {measured.text}", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("prompt", "kept, mean", "kept, least layer", "mean distance, plain", "filtered"):
+    result = Table(
+        title=f"Measured on {measured.text}",
+        title_justify="left",
+        caption="kept: share of a prompt's tokens that enter a global channel, mean of the layers.\n"
+        "mean distance: tokens that the last token looks back, mean of layers and channels.",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    for name in ("prompt", "kept", "mean distance, plain", "filtered"):
         result.add_column(name, justify="right")
     for length, plain in measured.plain.items():
+        kept = list(kept_by_layer(table, measured, length).values())
         filtered = measured.filtered.get(length)
-        kept = kept_by_layer(table, measured, length)
         result.add_row(
-            f"{length}",
-            "all" if filtered is None else f"{np.mean(list(kept.values())):.1%}" if kept else "no global channel",
-            ""
-            if filtered is None or not kept
-            else f"{min(kept.values()):.1%} (layer {min(kept, key=kept.__getitem__)})",
-            f"{np.mean([layer.distance.mean() for layer in plain.values()]):.0f}",
-            "" if filtered is None else f"{np.mean([layer.distance.mean() for layer in filtered.values()]):.0f}",
+            str(length),
+            "all" if filtered is None else f"{np.mean(kept):.1%}" if kept else "no global channel",
+            _distance(plain),
+            "" if filtered is None else _distance(filtered),
         )
-    return Group(
-        result,
-        Text(
-            "kept: share of a prompt's tokens that enter a global channel. mean distance: tokens that the last token "
-            "looks back, mean over layers and channels.",
-            style="italic",
-        ),
-    )
+    return result
 
 
 def kept_by_layer(table: ThresholdTable, measured: Measurements, length: int) -> dict[int, float]:
@@ -129,20 +109,23 @@ def kept_by_layer(table: ThresholdTable, measured: Measurements, length: int) ->
     return shares
 
 
+def _distance(measurement: Measurement) -> str:
+    return f"{np.mean([layer.distance for layer in measurement.values()]):.0f}"
+
+
 def _column_name(table: ThresholdTable, length: int) -> str:
     row_length = int(table.row_lengths[table.row_of(length)])
     return f"S = {length}" if row_length == length else f"S = {length} (row {row_length})"
 
 
 def _share(count: int, channels: int) -> str:
-    filled = round(_BAR_WIDTH * count / channels)
-    return f"{'█' * filled}{'·' * (_BAR_WIDTH - filled)} {count / channels:4.0%} {count}/{channels}"
+    return f"{count}/{channels} {count / channels:4.0%}"
 
 
-def _quantiles(table: ThresholdTable, layer: int, row: int, is_global: torch.Tensor) -> str:
+def _median(table: ThresholdTable, layer: int, length: int) -> str:
+    row, is_global = table.row_of(length), table.is_global(layer)
     if row == 0:
         return "no filter"
     if not bool(is_global.any()):
         return "-"
-    values = table.layers[layer].dt_threshold[row][is_global].double().numpy()
-    return " ".join(f"{value:.2g}" for value in np.quantile(values, _QUANTILES))
+    return f"{np.median(table.layers[layer].dt_threshold[row][is_global].numpy()):.2g}"
