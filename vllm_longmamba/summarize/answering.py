@@ -19,18 +19,14 @@ Steps = Generator[list[Prompt], list[Completion], None]
 
 
 class Backend(Protocol):
-    """Answers prompts, many at a time.
+    """Answers prompts, many at a time."""
 
-    Attributes:
-        tokenizer: of the model; None where it is not known.
-        max_model_len: tokens that a prompt and its answer may have; None where it is not known.
-        concurrency: prompts that should be under way at a time.
-        chat: whether prompts go as messages; matters to a server only.
-    """
-
+    # None where they are not known: the model's, and the tokens that a prompt and its answer may have.
     tokenizer: Any
     max_model_len: int | None
+    # Prompts that should be under way at a time.
     concurrency: int
+    # Whether prompts go as messages; matters to a server only.
     chat: bool
 
     async def complete(self, prompt: Prompt) -> Completion:
@@ -115,16 +111,9 @@ class Answerer:
         while True:
             answers = yield [maker.prompt(section) for section in sections(maker, text, limit)]
             _count(row, answers)
-            row.steps += [
-                {
-                    "level": level,
-                    "section": number,
-                    "prompt_tokens": answer.prompt_tokens,
-                    "output_tokens": answer.output_tokens,
-                    "summary": answer.text,
-                }
-                for number, answer in enumerate(answers, 1)
-            ]
+            for number, answer in enumerate(answers, 1):
+                counts = {"prompt_tokens": answer.prompt_tokens, "output_tokens": answer.output_tokens}
+                row.steps.append({"level": level, "section": number, **counts, "summary": answer.text})
             shorter = "\n\n".join(answer.text.strip() for answer in answers)
             if not shorter.strip():
                 raise RecordError("map-reduce", f"all {len(answers)} sections of level {level} gave an empty answer")

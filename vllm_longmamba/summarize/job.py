@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, AsyncExitStack, closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import chain, count, islice
 
 from blake3 import blake3
@@ -67,8 +68,10 @@ async def _run(settings: JobSettings, progress: Progress, console: Console, star
         complete, failure = True, None
         # Where nothing is left to do, no engine is started for it.
         if (first := next(admitted, None)) is not None:
-            parts = chain([first], admitted), store, progress
-            complete, failure = await _answer(settings, *parts, console, starting)
+            async with AsyncExitStack() as stack:
+                make_runner = await _start(stack, settings, console, starting)
+                runner = make_runner(chain([first], admitted), store=store, progress=progress)
+                complete, failure = await _watched(runner, progress, console), runner.failure
         if not isinstance(failure, DiskFullError):
             store.export()
         if failure is not None:
@@ -138,29 +141,21 @@ async def start_backend(
     return backend, answerer
 
 
-async def _answer(
-    settings: JobSettings,
-    admitted: Iterator[Admitted],
-    store: Store,
-    progress: Progress,
-    console: Console,
-    starting: Starting,
-) -> tuple[bool, Exception | None]:
-    """(whether every record has a row, what ended the job early)."""
+async def _start(
+    stack: AsyncExitStack, settings: JobSettings, console: Console, starting: Starting
+) -> Callable[..., Runner]:
+    """Start what answers; makes the loop of records, store and progress."""
     extractor = TextExtractor(settings.encoding, settings.max_bytes, settings.timeout_s)
-    async with AsyncExitStack() as stack:
-        if settings.ray_address is not None:
-            from vllm_longmamba.summarize.engine import tokenizer_and_length
-            from vllm_longmamba.summarize.ray_data import RayRunner
+    if settings.ray_address is None:
+        backend, answerer = await start_backend(stack, settings, console, starting)
+        return partial(Runner, answerer=answerer, extractor=extractor, backend=backend)
+    from vllm_longmamba.summarize.engine import tokenizer_and_length
+    from vllm_longmamba.summarize.ray_data import RayRunner
 
-            with starting():
-                answerer = make_answerer(settings, *tokenizer_and_length(settings.engine))
-            say(console, f"starting {settings.replicas} engines on Ray ({settings.ray_address})")
-            runner: Runner = RayRunner(admitted, answerer, extractor, settings, store, progress)
-        else:
-            backend, answerer = await start_backend(stack, settings, console, starting)
-            runner = Runner(admitted, answerer, extractor, backend, store, progress)
-        return await _watched(runner, progress, console), runner.failure
+    with starting():
+        answerer = make_answerer(settings, *tokenizer_and_length(settings.engine))
+    say(console, f"starting {settings.replicas} engines on Ray ({settings.ray_address})")
+    return partial(RayRunner, answerer=answerer, extractor=extractor, settings=settings)
 
 
 async def _watched(runner: Runner, progress: Progress, console: Console) -> bool:

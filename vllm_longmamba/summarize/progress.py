@@ -24,11 +24,10 @@ class Progress:
         total_bytes: size of all input files; 0 where nobody knows.
         counts: of rows, tokens, and what became of records.
         errors: error rows by kind.
-        dropped: records under way that were given up.
     """
 
     def __init__(self, console: Console) -> None:
-        self.total_bytes = self.dropped = 0
+        self.total_bytes = 0
         self.counts: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self._console = console
@@ -93,7 +92,7 @@ class Progress:
         more = {
             "cut off to fit": counts["truncated"],
             "answered by map-reduce": counts["reduced"],
-            "given up while under way": self.dropped,
+            "given up while under way": counts["dropped"],
             f"error rows: {listed(self.errors)}": self.errors.total(),
         }
         return lines + [f"{count:,} {what}" for what, count in more.items() if count]

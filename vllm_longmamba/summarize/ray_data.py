@@ -89,7 +89,7 @@ class RayRunner(Runner):
         finally:
             ray.shutdown()
             self._extractor.close()
-            self._progress.dropped = self.under_way
+            self._progress.counts["dropped"] = self.under_way
         return self.failure is None and not self._stopped
 
     def _passes(self, loop: asyncio.AbstractEventLoop, environment: dict[str, Any]) -> None:

@@ -112,7 +112,7 @@ class Runner:
             await asyncio.gather(*self._tasks, *others, return_exceptions=True)
             self._preparing.shutdown(wait=False, cancel_futures=True)
             self._extractor.close()
-            self._progress.dropped = self.under_way
+            self._progress.counts["dropped"] = self.under_way
         return self._at_end and self._unfinished == 0
 
     def finish(self, admitted: Admitted, error: str | None) -> None:
@@ -177,11 +177,9 @@ class Runner:
         while True:
             _, _, prompt, future = await self._asked.get()
             if not future.done():
-                (answer,) = await asyncio.gather(self._backend.complete(prompt), return_exceptions=True)
-                if not future.done() and isinstance(answer, Completion):
-                    future.set_result(answer)
-                elif not future.done():
-                    future.set_exception(answer)
+                said: Any = (await asyncio.gather(self._backend.complete(prompt), return_exceptions=True))[0]
+                if not future.done():
+                    (future.set_result if isinstance(said, Completion) else future.set_exception)(said)
             # No prompt stays in memory while this waits for the next.
             del prompt, future
 
