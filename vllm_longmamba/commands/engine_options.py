@@ -19,6 +19,11 @@ _OWN_OPTIONS = {
     "dtype": "--dtype",
     "tensor_parallel_size": "--tensor-parallel-size",
 }
+_MIN_RETENTION = "Retention above which a channel is global (the paper's theta). (default: the table's)"
+_TRAIN_LENGTH = "Number of tokens in the model's training sequences. (default: what is known of the model)"
+_MAX_MODEL_LEN = "Maximum number of tokens in a prompt and its answer. (default: as for vllm serve)"
+_GPUS = "Number of GPUs that share one model."
+_ENGINE_ARGS = "Further arguments of vLLM's engine as a JSON object, such as '{\"max_num_seqs\": 16}'."
 _OURS = "longmamba"
 _STOCK = ("auto", "vllm")
 
@@ -29,10 +34,8 @@ def _option(text: str, *names: str, **more: Any) -> Any:
 
 def _json_object(text: Any) -> Any:
     """Read the value of --engine-args; typer calls it."""
-    if not isinstance(text, str):
-        return text
     try:
-        value = json.loads(text)
+        value = json.loads(text) if isinstance(text, str) else text
     except (ValueError, RecursionError) as error:
         raise typer.BadParameter(f"not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -45,33 +48,15 @@ class EngineOptions:
     """The options, as a command gets them."""
 
     table: Annotated[Path | None, _option("Path of the threshold table. (default: searched, as in serving)")] = None
-    min_retention: Annotated[
-        float | None,
-        _option(
-            "Retention above which a channel is global (the paper's theta). (default: the table's)", min=0.0, max=1.0
-        ),
-    ] = None
-    train_length: Annotated[
-        int | None,
-        _option("Number of tokens in the model's training sequences. (default: what is known of the model)", min=2),
-    ] = None
+    min_retention: Annotated[float | None, _option(_MIN_RETENTION, min=0.0, max=1.0)] = None
+    train_length: Annotated[int | None, _option(_TRAIN_LENGTH, min=2)] = None
     tokenizer: Annotated[str | None, _option("Name or folder of the tokenizer. (default: the model's)")] = None
-    max_model_len: Annotated[
-        int | None,
-        _option("Maximum number of tokens in a prompt and its answer. (default: as for vllm serve)", min=2),
-    ] = None
+    max_model_len: Annotated[int | None, _option(_MAX_MODEL_LEN, min=2)] = None
     dtype: Annotated[str, _option("Data type of the model, as for vllm serve.")] = "auto"
-    tensor_parallel_size: Annotated[
-        int, _option("Number of GPUs that share one model.", "--tensor-parallel-size", "--tp", min=1)
-    ] = 1
-    engine_args: Annotated[
-        dict[str, Any],
-        _option(
-            "Further arguments of vLLM's engine as a JSON object, such as '{\"max_num_seqs\": 16}'.",
-            metavar="JSON",
-            parser=_json_object,
-        ),
-    ] = field(default_factory=dict)
+    tensor_parallel_size: Annotated[int, _option(_GPUS, "--tensor-parallel-size", "--tp", min=1)] = 1
+    engine_args: Annotated[dict[str, Any], _option(_ENGINE_ARGS, metavar="JSON", parser=_json_object)] = field(
+        default_factory=dict
+    )
     verbose: Annotated[bool, _option("Show the whole traceback if the engine does not start.", "--verbose")] = False
 
 
@@ -130,18 +115,16 @@ def engine_arguments(
         ValueError: --engine-args names what has an option of its own, what the command sets, or what vLLM has not.
     """
     given = {name.replace("-", "_"): value for name, value in options.engine_args.items()}
-    _check_names(given, set_by_command)
+    if given:
+        _check_names(given, set_by_command)
     implementation = given.pop("model_impl", _OURS)
     known = (_OURS, *_STOCK) if stock_vllm else (_OURS,)
     if implementation not in known:
         where = "" if stock_vllm else " here"
         raise ValueError(f"--engine-args: model_impl must be {', '.join(known)}{where}, got {implementation!r}")
-    ours = {
-        "table": str(options.table) if options.table is not None else None,
-        "min_retention": options.min_retention,
-        "train_length": options.train_length,
-        **(longmamba or {}),
-    }
+    table = str(options.table) if options.table is not None else None
+    ours = {"table": table, "min_retention": options.min_retention, "train_length": options.train_length}
+    ours |= longmamba or {}
     config = _merged(given.pop("additional_config", {}), {name: ours[name] for name in ours if ours[name] is not None})
     if implementation != _OURS and config.get(_OURS):
         raise ValueError(
