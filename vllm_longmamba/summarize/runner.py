@@ -61,21 +61,23 @@ class Runner:
         self._admitted, self._answerer, self._extractor = admitted, answerer, extractor
         self._backend: Any = backend
         self._store, self._progress = store, progress
-        self._read: asyncio.Queue[Admitted | BaseException | None] = asyncio.Queue(_AHEAD)
-        self._room = asyncio.Condition()
+        self._read: asyncio.Queue[Admitted | BaseException | None] = asyncio.Queue()
+        self._room = threading.Condition()
         self._asked: asyncio.PriorityQueue[tuple[int, int, Prompt, asyncio.Future[Completion]]]
         self._asked = asyncio.PriorityQueue()
         self._order = itertools.count()
         # One thread: fast tokenizers refuse to be used by two at a time.
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._tasks: list[asyncio.Task[None]] = []
-        self._bytes = self._unfinished = self.under_way = 0
+        self._waiting = self._bytes = self._unfinished = self.under_way = 0
         self._at_end = self._stopped = False
         self.failure: JobStoppedError | DiskFullError | None = None
 
     def stop(self) -> None:
         """Take no further records; `run` ends when those under way are answered."""
-        self._stopped = True
+        with self._room:
+            self._stopped = True
+            self._room.notify()
         while not self._read.empty():
             self._read.get_nowait()
         self._read.put_nowait(None)
@@ -136,10 +138,13 @@ class Runner:
                 raise admitted
             return False
         self.under_way += 1
+        with self._room:
+            self._waiting -= 1
+            self._room.notify()
         await self._answer(admitted)
         self.under_way -= 1
-        self._unfinished -= 1
-        async with self._room:
+        with self._room:
+            self._unfinished -= 1
             self._bytes -= admitted.size
             self._room.notify()
         return True
@@ -202,22 +207,21 @@ class Runner:
         last: BaseException | None = None
         try:
             for admitted in self._admitted:
-                if self._stopped:
-                    return
-                asyncio.run_coroutine_threadsafe(self._offer(admitted), loop).result()
-                del admitted
+                with self._room:
+                    while not self._stopped and not self._has_room(admitted.size):
+                        self._room.wait()
+                    if self._stopped:
+                        return
+                    self._waiting += 1
+                    self._unfinished += 1
+                    self._bytes += admitted.size
+                loop.call_soon_threadsafe(self._read.put_nowait, admitted)
+            self._at_end = True
         except BaseException as error:
             last = error
-        if not self._stopped:
-            self._at_end = last is None
-            asyncio.run_coroutine_threadsafe(self._read.put(last), loop)
+        # The loop may be over.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._read.put_nowait, last)
 
-    async def _offer(self, admitted: Admitted) -> None:
-        """Hand a record to the workers as soon as there is room."""
-        self._unfinished += 1
-        async with self._room:
-            await self._room.wait_for(
-                lambda: self._bytes == 0 or self._bytes + admitted.size <= _BYTES_UNDER_WAY or self._stopped
-            )
-            self._bytes += admitted.size
-        await self._read.put(admitted)
+    def _has_room(self, size: int) -> bool:
+        return self._waiting < _AHEAD and (self._bytes == 0 or self._bytes + size <= _BYTES_UNDER_WAY)
