@@ -176,8 +176,9 @@ class JobRun:
     async def _run(self, settings: Any) -> None:
         from rich.console import Console
 
+        from vllm_longmamba.summarize.answering import make_answerer
         from vllm_longmamba.summarize.inputs import Inputs
-        from vllm_longmamba.summarize.job import admitted_records, make_answerer
+        from vllm_longmamba.summarize.job import admitted_records
         from vllm_longmamba.summarize.progress import Progress
         from vllm_longmamba.summarize.runner import Runner
         from vllm_longmamba.summarize.store import Store
@@ -187,7 +188,7 @@ class JobRun:
             inputs = Inputs(settings.inputs)
             progress = Progress(Console(file=io.StringIO()))
             admitted = admitted_records(settings, inputs, store, progress)
-            answerer, _, _ = make_answerer(settings, self._backend.tokenizer, self._backend.max_model_len)
+            answerer = make_answerer(settings, self._backend.tokenizer, self._backend.max_model_len)
             complete = await Runner(admitted, answerer, TextExtractor(), self._backend, store, progress).run()
             store.export()
             if not complete or store.count(failed=True):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from vllm_longmamba.summarize.answering import Answerer, check_fit
+from vllm_longmamba.summarize.answering import Answerer
 from vllm_longmamba.summarize.prompts import Prompt, PromptMaker
 from vllm_longmamba.summarize.records import Completion, RecordError, Row
 from vllm_longmamba.summarize.settings import Fit
@@ -107,7 +107,7 @@ def test_map_reduce_that_leads_nowhere(tokenizer: Any, length: int, message: str
 def test_check_fit(tokenizer: Any, mode: str, with_tokenizer: bool, limit: int | None, message: str | None) -> None:
     maker = PromptMaker(False, "Q:", None, tokenizer if with_tokenizer else None)
     if message is None:
-        check_fit(Fit(mode), maker, MAX_TOKENS, limit)
+        Answerer(maker, Fit(mode), MAX_TOKENS, limit)
     else:
         with pytest.raises(ValueError, match=message):
-            check_fit(Fit(mode), maker, MAX_TOKENS, limit)
+            Answerer(maker, Fit(mode), MAX_TOKENS, limit)

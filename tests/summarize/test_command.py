@@ -25,7 +25,7 @@ from .stub_server import StubServer, answer
 
 def invoke(*arguments: str) -> tuple[int, str]:
     """(exit code, output with single spaces) of `longmamba summarize`."""
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["summarize", *arguments])
+    result = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, ["summarize", *arguments])
     return result.exit_code, " ".join(result.output.split())
 
 
@@ -33,23 +33,27 @@ def invoke(*arguments: str) -> tuple[int, str]:
     ("arguments", "message"),
     [
         ([], "--model is needed"),
-        (["--model", "m", "--fit", "squeeze"], "--fit must be one of error, truncate, map-reduce, got 'squeeze'"),
-        (["--model", "m", "--prompt", "x"], "--prompt must be one of auto, base, chat"),
-        (["--model", "m", "--drop", "x"], "--drop must be one of end, middle"),
-        (["--model", "m", "--stdin-format", "x"], "--stdin-format must be one of jsonl, text"),
+        (
+            ["--model", "m", "--fit", "squeeze"],
+            "Invalid value for '--fit'",
+        ),
+        (["--model", "m", "--prompt", "x"], "Invalid value for '--prompt'"),
+        (["--model", "m", "--drop", "x"], "Invalid value for '--drop'"),
         (["--model", "m", "--encoding", "x"], "--encoding: Python knows no 'x'"),
         (["--model", "m", "--engine-args", '{"max_seqs": 3}'], "--engine-args: vLLM's engine has no argument"),
         (["--model", "m", "--engine-args", '{"tokenizer": "t"}'], "--engine-args: tokenizer is set by --tokenizer"),
-        (["--model", "m", "--replica-resources", '{"GPU": "x"}'], "--replica-resources: must be an object of numbers"),
         (["--base-url", "http://user:secret@/v1"], "--base-url must be an address such as http://localhost:8000/v1"),
         (["--base-url", "http://localhost:1/v1", "--ray", "auto"], "--base-url and --ray exclude each other"),
-        (["--model", "m", "--template", "missing.jinja"], "--template missing.jinja: "),
+        (
+            ["--model", "m", "--template", "missing.jinja"],
+            "Invalid value for '--template': 'missing.jinja': No such file",
+        ),
     ],
 )
 def test_wrong_arguments(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "a.txt").write_text("text")
     code, said = invoke(str(tmp_path / "a.txt"), "-o", str(tmp_path / "out.jsonl"), *arguments)
-    assert code == 1
+    assert code == (2 if message.startswith("Invalid value") else 1)
     assert message in said
     assert "secret" not in said
 

@@ -306,7 +306,7 @@ def test_memory_is_flat(tmp_path: Path) -> None:
     assert asyncio.run(run_all())
     store.export()
     store.close()
-    assert progress.documents == count
+    assert progress.counts["rows"] == count
     with (tmp_path / "out.jsonl").open("rb") as lines:
         assert sum(1 for _ in lines) == count
     for number in range(first, count + 1, first):

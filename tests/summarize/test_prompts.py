@@ -1,13 +1,14 @@
 """Prompts, and what is done with documents that are too long for one."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vllm_longmamba.summarize.fitting import room_of, sections, token_spans, too_long, truncated
-from vllm_longmamba.summarize.prompts import PromptMaker, has_chat_template, read_template
+from vllm_longmamba.summarize.answering import Answerer
+from vllm_longmamba.summarize.fitting import room_of, sections, truncated
+from vllm_longmamba.summarize.prompts import Prompt, PromptMaker, has_chat_template
 from vllm_longmamba.summarize.records import RecordError
+from vllm_longmamba.summarize.settings import Fit
 
 TEXT = "First paragraph, one sentence. And another one!\n\nSecond paragraph; it is longer than the first. " * 20
 
@@ -37,14 +38,9 @@ def test_chat_prompts(tokenizer: Any) -> None:
     assert prompt.token_ids == list(prompt.text.encode())
 
 
-def test_templates(tmp_path: Path) -> None:
-    path = tmp_path / "own.jinja"
-    path.write_text("{{ instruction }}\n<doc>{{ document | upper }}</doc>\n")
-    source = read_template(path)
-    assert maker(template=source.replace(" | upper", "")).prompt("x").text == "Q:\n<doc>x</doc>\n"
-    assert read_template(None) is None
-    with pytest.raises(ValueError, match=r"--template .*missing"):
-        read_template(tmp_path / "missing")
+def test_templates() -> None:
+    source = "{{ instruction }}\n<doc>{{ document }}</doc>\n"
+    assert maker(template=source).prompt("x").text == "Q:\n<doc>x</doc>\n"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +63,7 @@ def test_a_template_cannot_reach_the_machine() -> None:
 
 def test_another_instruction(tokenizer: Any) -> None:
     first = maker(tokenizer)
-    assert first.with_instruction(None) is first
+    assert first.with_instruction(None).prompt("x") == first.prompt("x")
     assert first.with_instruction("R:").prompt("x").text == "x\n\nR:"
     assert first.prompt("x").text == "x\n\nQ:"
 
@@ -79,9 +75,12 @@ def test_room(tokenizer: Any) -> None:
 
 
 def test_too_long(tokenizer: Any) -> None:
+    def fits(prompt: Prompt, limit: int | None) -> bool:
+        return Answerer(maker(tokenizer), Fit(), 1, limit).fits(prompt)
+
     prompt = maker(tokenizer).prompt("x" * 6)
-    assert [too_long(prompt, limit) for limit in (9, 10, None)] == [True, False, False]
-    assert not too_long(maker().prompt("x" * 6), 1)
+    assert [fits(prompt, limit) for limit in (9, 10, None)] == [False, True, True]
+    assert fits(maker().prompt("x" * 6), 9)
 
 
 @pytest.mark.parametrize("text", [TEXT, "é" * 1500, "\u6f22\u5b57" * 500], ids=["ASCII", "two bytes", "three bytes"])
@@ -125,7 +124,5 @@ def test_nothing_fits(tokenizer: Any) -> None:
         truncated(maker(tokenizer, template=grows + "{{ 'y' * 50 if document else '' }}"), TEXT, 30, drop="end")
 
 
-def test_only_fast_tokenizers(tokenizer: Any) -> None:
-    assert token_spans(maker(tokenizer), "aé") == [(0, 1), (1, 2), (1, 2)]
-    with pytest.raises(ValueError, match="need a fast tokenizer"):
-        token_spans(maker(), "a")
+def test_spans(tokenizer: Any) -> None:
+    assert maker(tokenizer).spans("aé") == [(0, 1), (1, 2), (1, 2)]

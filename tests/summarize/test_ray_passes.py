@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from vllm_longmamba.summarize.answering import make_answerer
 from vllm_longmamba.summarize.inputs import Inputs
-from vllm_longmamba.summarize.job import admitted_records, make_answerer
+from vllm_longmamba.summarize.job import admitted_records
 from vllm_longmamba.summarize.progress import Progress
 from vllm_longmamba.summarize.ray_data import RayRunner
 from vllm_longmamba.summarize.settings import Fit, JobSettings, Sampling
@@ -35,7 +36,7 @@ class Passes(RayRunner):
     stop_after: int | None = None
 
     def _put_block(self) -> None:
-        self._blocks.append(self._prompts)
+        self._blocks += [self._prompts] if self._prompts else []
         self._prompts = []
 
     def _answered(self, blocks: list[Any], environment: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -81,8 +82,8 @@ def run(settings: JobSettings, tokenizer: Any, stop_after: int | None = None) ->
         progress = Progress(Console(file=io.StringIO()))
         with closing(Store(settings.output, settings.answer_settings())) as store:
             admitted = admitted_records(settings, Inputs(settings.inputs), store, progress)
-            answerer, _, _ = make_answerer(settings, tokenizer, None)
-            runner = Passes(admitted, answerer, TextExtractor(), tokenizer, settings, store, progress)
+            answerer = make_answerer(settings, tokenizer, None)
+            runner = Passes(admitted, answerer, TextExtractor(), settings, store, progress)
             runner.stop_after = stop_after
             await asyncio.to_thread(runner._passes, asyncio.get_running_loop(), {})
             return runner

@@ -178,7 +178,7 @@ def test_an_export_that_fails_changes_nothing(output: Path, monkeypatch: pytest.
         path.write_text("half")
         raise ValueError("broken")
 
-    monkeypatch.setitem(sys.modules["vllm_longmamba.summarize.store"]._WRITERS, output.suffix, broken)
+    monkeypatch.setitem(sys.modules["vllm_longmamba.summarize.store"].WRITERS, output.suffix, broken)
     store = Store(output, SETTINGS)
     with pytest.raises(ValueError, match="broken"):
         store.export()

@@ -1,9 +1,8 @@
 """The `longmamba summarize` command."""
 
-import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -35,9 +34,6 @@ def summarize(
         _option("Name of the column that holds the id. (default: id where a row has one, else file#row)", _SOURCE),
     ] = None,
     encoding: Annotated[str, _option("Encoding of text files.", _SOURCE)] = "utf-8",
-    stdin_format: Annotated[
-        str, _option("What standard input is: jsonl, or text for a single document.", _SOURCE)
-    ] = "jsonl",
     max_bytes: Annotated[
         int, _option("Maximum number of bytes in a document; larger ones become error rows.", _SOURCE, min=1)
     ] = 256 * 2**20,
@@ -48,10 +44,11 @@ def summarize(
         str | None, _option("What to do with each document. (default: summarize it)", _PROMPT)
     ] = None,
     prompt: Annotated[
-        str, _option("Kind of prompt: base, chat, or auto (chat if there is a chat template).", _PROMPT)
+        Literal["auto", "base", "chat"],
+        _option("Kind of prompt: base, chat, or auto (chat if there is a chat template).", _PROMPT),
     ] = "auto",
     template: Annotated[
-        Path | None, _option("Jinja file of the prompt, with {{ document }} and {{ instruction }}.", _PROMPT)
+        typer.FileText | None, _option("Jinja file of the prompt, with {{ document }} and {{ instruction }}.", _PROMPT)
     ] = None,
     max_tokens: Annotated[int, _option("Maximum number of tokens in an answer.", _PROMPT, min=1)] = 256,
     temperature: Annotated[
@@ -61,9 +58,9 @@ def summarize(
     seed: Annotated[int, _option("Seed of every request.", _PROMPT)] = 0,
     stop: Annotated[list[str] | None, _option("Text that ends an answer; repeatable.", _PROMPT)] = None,
     fit: Annotated[
-        str, _option("What happens to a document that does not fit: error, truncate or map-reduce.", _PROMPT)
+        Literal["error", "truncate", "map-reduce"], _option("What happens to a document that does not fit.", _PROMPT)
     ] = "error",
-    drop: Annotated[str, _option("What --fit truncate cuts off: end or middle.", _PROMPT)] = "end",
+    drop: Annotated[Literal["end", "middle"], _option("What --fit truncate cuts off.", _PROMPT)] = "end",
     reduce_instruction: Annotated[
         str | None,
         _option("What --fit map-reduce does with the answers of sections. (default: --instruction)", _PROMPT),
@@ -95,16 +92,11 @@ def summarize(
         str | None, _option("Address of a Ray cluster, auto, or local to start one on this machine.", _FLEET)
     ] = None,
     replicas: Annotated[int, _option("Number of engines on Ray.", _FLEET, min=1)] = 1,
-    replica_resources: Annotated[
-        str | None,
-        _option('Resources of a worker on Ray as a JSON object, such as {"GPU": 1}.', _FLEET, metavar="JSON"),
-    ] = None,
 ) -> None:
     """Summarize many long documents, or do with each what --instruction says. Resumable at any moment."""
     from vllm_longmamba.summarize.dry_run import dry_run as run_dry
     from vllm_longmamba.summarize.job import run_job
     from vllm_longmamba.summarize.progress import say
-    from vllm_longmamba.summarize.prompts import read_template
     from vllm_longmamba.summarize.records import DiskFullError, JobStoppedError
     from vllm_longmamba.summarize.settings import Fit, JobSettings, Sampling
 
@@ -121,12 +113,11 @@ def summarize(
             retry_for_s=retry_for,
             ray_address=ray,
             replicas=replicas,
-            replica_resources=_resources(replica_resources),
             tokenizer=engine.tokenizer,
             max_model_len=engine.max_model_len,
             prompt_kind=prompt,
             instruction=instruction,
-            template=read_template(template),
+            template=template.read() if template is not None else None,
             fit=Fit(fit, drop, reduce_instruction),
             sampling=Sampling(max_tokens, temperature, top_p, seed, tuple(stop or ())),
             concurrency=concurrency,
@@ -134,7 +125,6 @@ def summarize(
             id_column=id_column,
             max_bytes=max_bytes,
             encoding=encoding,
-            stdin_format=stdin_format,
             limit=limit,
             overwrite=not resume,
             retry_errors=retry_errors,
@@ -149,15 +139,3 @@ def summarize(
         say(console, f"longmamba summarize: {error}", "bold red")
         raise typer.Exit(1) from None
     raise typer.Exit(code)
-
-
-def _resources(text: str | None) -> dict[str, float] | None:
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-        if not isinstance(value, dict) or not all(type(each) in (int, float) for each in value.values()):
-            raise ValueError("must be an object of numbers")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f'--replica-resources: {error}, such as {{"GPU": 1}}; got {text!r}') from None
-    return value

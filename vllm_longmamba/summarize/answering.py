@@ -7,10 +7,10 @@ an engine, a server, and the passes of Ray.
 from collections.abc import Generator
 from typing import Any, Protocol
 
-from vllm_longmamba.summarize.fitting import room_of, sections, too_long, truncated
-from vllm_longmamba.summarize.prompts import Prompt, PromptMaker
+from vllm_longmamba.summarize.fitting import room_of, sections, truncated
+from vllm_longmamba.summarize.prompts import Prompt, PromptMaker, has_chat_template
 from vllm_longmamba.summarize.records import Completion, RecordError, Row
-from vllm_longmamba.summarize.settings import Fit
+from vllm_longmamba.summarize.settings import Fit, JobSettings
 
 # A level of map-reduce must shrink the text, or the levels never end.
 _MIN_ROOM_IN_ANSWERS = 2
@@ -19,18 +19,14 @@ Steps = Generator[list[Prompt], list[Completion], None]
 
 
 class Backend(Protocol):
-    """Answers prompts, many at a time.
+    """Answers prompts, many at a time."""
 
-    Attributes:
-        tokenizer: of the model; None where it is not known.
-        max_model_len: tokens that a prompt and its answer may have; None where it is not known.
-        concurrency: prompts that should be under way at a time.
-        chat: whether prompts go as messages; matters to a server only.
-    """
-
+    # None where they are not known: the model's, and the tokens that a prompt and its answer may have.
     tokenizer: Any
     max_model_len: int | None
+    # Prompts that should be under way at a time.
     concurrency: int
+    # Whether prompts go as messages; matters to a server only.
     chat: bool
 
     async def complete(self, prompt: Prompt) -> Completion:
@@ -53,10 +49,32 @@ class Answerer:
         fit: what happens to documents that do not fit.
         max_tokens: longest answer.
         limit: tokens that a prompt may have, or None where nobody can tell.
+
+    Raises:
+        ValueError: every document would fail: no tokenizer, no known length, or too little room.
     """
 
     def __init__(self, maker: PromptMaker, fit: Fit, max_tokens: int, limit: int | None) -> None:
-        self._maker, self._fit, self._max_tokens, self._limit = maker, fit, max_tokens, limit
+        self.maker, self.limit = maker, limit
+        self._fit, self._max_tokens = fit, max_tokens
+        if fit.mode != "error" and not getattr(maker.tokenizer, "is_fast", False):
+            raise ValueError(
+                f"--fit {fit.mode} needs a fast tokenizer of the model; name a folder that has one with --tokenizer"
+            )
+        if fit.mode != "error" and limit is None:
+            raise ValueError(f"--fit {fit.mode}: the server does not say how much fits; pass --max-model-len")
+        if maker.tokenizer is None or limit is None:
+            return
+        room = room_of(maker, limit)
+        if fit.mode == "map-reduce" and room < _MIN_ROOM_IN_ANSWERS * max_tokens:
+            raise ValueError(
+                f"--fit map-reduce: a prompt has room for {room} tokens of text, which must be at least "
+                f"{_MIN_ROOM_IN_ANSWERS} answers of {max_tokens}; raise --max-model-len, or lower --max-tokens"
+            )
+
+    def fits(self, prompt: Prompt) -> bool:
+        """Whether a prompt has no more tokens than it may have; True where nobody can tell."""
+        return self.limit is None or prompt.tokens <= self.limit
 
     def steps(self, document: str, row: Row) -> Steps:
         """Fill the row of a document.
@@ -67,57 +85,44 @@ class Answerer:
         Raises:
             RecordError: this document cannot be answered.
         """
-        prompt = self._maker.prompt(document)
-        limit = self._limit
-        if limit is None or not too_long(prompt, limit):
-            del document
-            completions = yield [prompt]
-        elif self._fit.mode == "truncate":
-            prompt, row.dropped_tokens = truncated(self._maker, document, limit, drop=self._fit.drop)
-            del document
-            completions = yield [prompt]
-        elif self._fit.mode == "map-reduce":
-            del prompt
-            completions = yield from self._map_reduce(document, limit, row)
-        else:
-            raise RecordError(
-                "too long",
-                f"{len(prompt.token_ids or [])} tokens of prompt, and {limit} fit beside {self._max_tokens} of answer; "
-                "--fit truncate or map-reduce",
-            )
-        _count(row, completions)
-        row.summary, row.finish_reason = completions[0].text, completions[0].finish_reason
+        prompt = self.maker.prompt(document)
+        if self.limit is not None and not self.fits(prompt):
+            if self._fit.mode == "error":
+                raise RecordError(
+                    "too long",
+                    f"{prompt.tokens} tokens of prompt, and {self.limit} fit beside {self._max_tokens} of answer; "
+                    "--fit truncate or map-reduce",
+                )
+            if self._fit.mode == "truncate":
+                prompt, row.dropped_tokens = truncated(self.maker, document, self.limit, drop=self._fit.drop)
+            else:
+                prompt = yield from self._reduced(document, self.limit, row)
+        # They would stay in memory until the answer is there.
+        asked = [prompt]
+        del document, prompt
+        (answer,) = yield asked
+        _count(row, [answer])
+        row.summary, row.finish_reason = answer.text, answer.finish_reason
 
-    def _map_reduce(
-        self, text: str, limit: int, row: Row
-    ) -> Generator[list[Prompt], list[Completion], list[Completion]]:
+    def _reduced(self, text: str, limit: int, row: Row) -> Generator[list[Prompt], list[Completion], Prompt]:
         """Ask about sections, then about their answers together, and so on until these fit in one prompt."""
         row.steps = []
-        level, maker = 1, self._maker
+        level, maker = 1, self.maker
         while True:
-            asked = [maker.prompt(section) for section in sections(maker, text, limit)]
-            answers = yield asked
+            answers = yield [maker.prompt(section) for section in sections(maker, text, limit)]
             _count(row, answers)
-            row.steps += [
-                {
-                    "level": level,
-                    "section": number,
-                    "prompt_tokens": answer.prompt_tokens,
-                    "output_tokens": answer.output_tokens,
-                    "summary": answer.text,
-                }
-                for number, answer in enumerate(answers, 1)
-            ]
+            for number, answer in enumerate(answers, 1):
+                counts = {"prompt_tokens": answer.prompt_tokens, "output_tokens": answer.output_tokens}
+                row.steps.append({"level": level, "section": number, **counts, "summary": answer.text})
             shorter = "\n\n".join(answer.text.strip() for answer in answers)
             if not shorter.strip():
                 raise RecordError("map-reduce", f"all {len(answers)} sections of level {level} gave an empty answer")
             if level > 1 and len(shorter) >= len(text):
                 raise RecordError("map-reduce", f"level {level} did not make the text shorter; lower --max-tokens")
             text, level = shorter, level + 1
-            maker = self._maker.with_instruction(self._fit.reduce_instruction)
-            prompt = maker.prompt(text)
-            if not too_long(prompt, limit):
-                return (yield [prompt])
+            maker = self.maker.with_instruction(self._fit.reduce_instruction)
+            if self.fits(prompt := maker.prompt(text)):
+                return prompt
 
 
 def advance(steps: Steps, completions: list[Completion] | None) -> list[Prompt]:
@@ -136,27 +141,26 @@ def advance(steps: Steps, completions: list[Completion] | None) -> list[Prompt]:
         raise RecordError("preparation", f"{type(error).__name__}: {error}") from None
 
 
-def check_fit(fit: Fit, maker: PromptMaker, max_tokens: int, limit: int | None) -> None:
-    """Check at the start what would fail on every document.
+def make_answerer(settings: JobSettings, tokenizer: Any, length: int | None) -> Answerer:
+    """Who knows the prompts of a job's documents.
 
     Raises:
-        ValueError: no tokenizer, no known length, or too little room.
+        ValueError: the settings do not suit the backend, or the template is wrong.
     """
-    if maker.tokenizer is not None and limit is not None:
-        room = room_of(maker, limit)
-        if fit.mode == "map-reduce" and room < _MIN_ROOM_IN_ANSWERS * max_tokens:
-            raise ValueError(
-                f"--fit map-reduce: a prompt has room for {room} tokens of text, which must be at least "
-                f"{_MIN_ROOM_IN_ANSWERS} answers of {max_tokens}; raise --max-model-len, or lower --max-tokens"
-            )
-    if fit.mode == "error":
-        return
-    if maker.tokenizer is None or not getattr(maker.tokenizer, "is_fast", False):
-        raise ValueError(
-            f"--fit {fit.mode} needs a fast tokenizer of the model; name a folder that has one with --tokenizer"
-        )
-    if limit is None:
-        raise ValueError(f"--fit {fit.mode}: the server does not say how much fits; pass --max-model-len")
+    # Without a tokenizer, chat is what every OpenAI-compatible server has.
+    has_template = tokenizer is None or has_chat_template(tokenizer)
+    chat = has_template if settings.prompt_kind == "auto" else settings.prompt_kind == "chat"
+    if chat and not has_template:
+        if settings.base_url is None:
+            raise ValueError(f"--prompt chat: the tokenizer of {settings.model} has no chat template")
+        # The server has one of its own, which nobody can count with.
+        tokenizer = None
+    maker = PromptMaker(chat, settings.instruction, settings.template, tokenizer)
+    max_tokens = settings.sampling.max_tokens
+    length = settings.max_model_len or length
+    if length is not None and length <= max_tokens:
+        raise ValueError(f"--max-tokens {max_tokens} leaves no room for a prompt in {length} tokens")
+    return Answerer(maker, settings.fit, max_tokens, None if length is None else length - max_tokens)
 
 
 def _count(row: Row, completions: list[Completion]) -> None:

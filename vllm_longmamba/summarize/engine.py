@@ -86,20 +86,12 @@ class EngineBackend:
 
 
 def kept_full(running: int) -> int:
-    """Requests in an engine at a time, so that a place that comes free is taken in the next step.
-
-    Args:
-        running: requests that it runs at a time.
-    """
+    """Requests in an engine at a time, so that a place that comes free is taken in the next step."""
     return running + max(math.ceil(running * _WAITING_SHARE), min(running, _WAITING_ENOUGH))
 
 
 def tokenizer_and_length(arguments: dict[str, Any]) -> tuple[Any, int | None]:
-    """(tokenizer, tokens of prompt and answer) of a model that is not loaded.
-
-    Args:
-        arguments: of `AsyncEngineArgs`.
-    """
+    """(tokenizer, tokens of prompt and answer) of a model that is not loaded."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.tokenizers import cached_tokenizer_from_config
 

@@ -1,19 +1,19 @@
-"""Writes the rows of a store as the file that the user asked for."""
+"""Writes the rows of a store as the file that the user asked for; it is on the disk itself when a function returns."""
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from vllm_longmamba.summarize.records import COLUMNS
 
-_GROUP_ROWS = 1024
-_GROUP_CHARACTERS = 8 * 2**20
+# Few rows at a time: their answers may be long.
+_GROUP_ROWS = 64
 
 
 def write_jsonl(path: Path, rows: Iterator[str]) -> None:
-    """Write rows, each the JSON of a `Row`, as JSON lines; on the disk itself when it returns."""
+    """Write rows, each the JSON of a `Row`, as JSON lines."""
     with path.open("x", encoding="utf-8") as lines:
         lines.writelines(row + "\n" for row in rows)
         lines.flush()
@@ -25,33 +25,21 @@ def write_parquet(path: Path, rows: Iterator[str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = _schema()
-    with path.open("xb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for some in _groups(rows):
-            writer.write_batch(pa.RecordBatch.from_pylist(some, schema=schema))
-        writer.close()
+    number, text = pa.int64(), pa.string()
+    counts = {"prompt_tokens": number, "output_tokens": number}
+    step = pa.struct({"level": number, "section": number, **counts, "summary": text})
+    types = {**counts, "seconds": pa.float64(), "dropped_tokens": number, "steps": pa.list_(step)}
+    schema = pa.schema([(name, types.get(name, text)) for name in COLUMNS])
+    with path.open("xb") as file:
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            while some := [json.loads(row) for row in islice(rows, _GROUP_ROWS)]:
+                writer.write_batch(pa.RecordBatch.from_pylist(some, schema=schema))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _groups(rows: Iterator[str]) -> Iterator[list[dict[str, Any]]]:
-    some: list[dict[str, Any]] = []
-    characters = 0
-    for row in rows:
-        some.append(json.loads(row))
-        characters += len(row)
-        if len(some) == _GROUP_ROWS or characters > _GROUP_CHARACTERS:
-            yield some
-            some, characters = [], 0
-    if some:
-        yield some
-
-
-def _schema() -> Any:
-    import pyarrow as pa
-
-    number, text = pa.int64(), pa.string()
-    counts = {"prompt_tokens": number, "output_tokens": number}
-    step = pa.struct([("level", number), ("section", number), *counts.items(), ("summary", text)])
-    types = {**counts, "seconds": pa.float64(), "dropped_tokens": number, "steps": pa.list_(step)}
-    return pa.schema([(name, types.get(name, text)) for name in COLUMNS])
+WRITERS: dict[str, Callable[[Path, Iterator[str]], None]] = {
+    ".jsonl": write_jsonl,
+    ".ndjson": write_jsonl,
+    ".parquet": write_parquet,
+}

@@ -38,52 +38,41 @@ class InputFile:
 class Inputs:
     """The input files; iterating walks the folders anew.
 
-    Args:
-        given: folders, files, glob patterns, and "-".
-        stdin_format: "jsonl", or "text" for one document.
-        exclude: files that are never inputs, such as the output.
-
     Raises:
         ValueError: something given does not exist, matches nothing, or has an unknown format.
     """
 
-    def __init__(self, given: Sequence[str], stdin_format: str = "jsonl", exclude: Sequence[Path] = ()) -> None:
-        self._given = list(given)
-        self._stdin_format = stdin_format
+    def __init__(self, given: Sequence[str], exclude: Sequence[Path] = ()) -> None:
+        self._given = given
         self._exclude = {os.path.realpath(path) for path in exclude}
         for name in given:
             if name == STDIN or os.path.isdir(name):
                 continue
-            if os.path.lexists(name):
-                if _file(name) is None:
-                    raise ValueError(f"{name}: cannot tell its format; {_KNOWN}")
-            elif not glob.has_magic(name):
-                raise ValueError(f"{name}: no such file or folder")
-            elif next(glob.iglob(name, recursive=True), None) is None:
-                raise ValueError(f"{name}: matches no file")
-        self.total_bytes = self.total_files = 0
-        for file in self:
-            self.total_bytes += file.size
-            self.total_files += 1
-        if self.total_files == 0:
+            if next(_matches(name), None) is None:
+                raise ValueError(f"{name}: {'matches no file' if glob.has_magic(name) else 'no such file or folder'}")
+            if os.path.lexists(name) and _file(name) is None:
+                raise ValueError(f"{name}: cannot tell its format; {_KNOWN}")
+        sizes = [file.size for file in self]
+        self.total_files, self.total_bytes = len(sizes), sum(sizes)
+        if not sizes:
             raise ValueError(f"{' '.join(given)}: no file to read; {_KNOWN}")
 
     def __iter__(self) -> Iterator[InputFile]:
         for name in self._given:
             if name == STDIN:
-                yield InputFile(STDIN, self._stdin_format, None, 0)
-            elif os.path.lexists(name):
-                yield from self._below(name)
-            else:
-                for match in sorted(glob.iglob(name, recursive=True)):
-                    if not os.path.isdir(match):
-                        yield from self._below(match)
+                yield InputFile(STDIN, "jsonl", None, 0)
+                continue
+            for each in _walk(name) if os.path.isdir(name) else _matches(name):
+                file = _file(each)
+                if file is not None and os.path.realpath(each) not in self._exclude:
+                    yield file
 
-    def _below(self, name: str) -> Iterator[InputFile]:
-        for each in _walk(name) if os.path.isdir(name) else [name]:
-            file = _file(each)
-            if file is not None and os.path.realpath(each) not in self._exclude:
-                yield file
+
+def _matches(name: str) -> Iterator[str]:
+    if os.path.lexists(name):
+        yield name
+    else:
+        yield from (match for match in sorted(glob.iglob(name, recursive=True)) if not os.path.isdir(match))
 
 
 def _walk(folder: str) -> Iterator[str]:

@@ -1,13 +1,13 @@
 """Makes the prompt of a document."""
 
+from copy import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vllm_longmamba.summarize.records import RecordError
 
-CHAT_INSTRUCTION = "Summarize the document above."
-BASE_INSTRUCTION = "TL;DR:"
+_CHAT_INSTRUCTION = "Summarize the document above."
+_BASE_INSTRUCTION = "TL;DR:"
 _CONTENT = "{{ document }}\n\n{{ instruction }}"
 _MARK = "\ufdd0document\ufdd1"
 
@@ -25,6 +25,11 @@ class Prompt:
     text: str
     content: str
     token_ids: list[int] | None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens; 0 where nobody can tell."""
+        return len(self.token_ids or [])
 
 
 class PromptMaker:
@@ -46,9 +51,8 @@ class PromptMaker:
         from jinja2 import TemplateError
         from jinja2.sandbox import SandboxedEnvironment
 
-        self.chat = chat
-        self.tokenizer = tokenizer
-        self._instruction = instruction or (CHAT_INSTRUCTION if chat else BASE_INSTRUCTION)
+        self.chat, self.tokenizer = chat, tokenizer
+        self._instruction = instruction or (_CHAT_INSTRUCTION if chat else _BASE_INSTRUCTION)
         try:
             self._template = SandboxedEnvironment(keep_trailing_newline=True).from_string(template or _CONTENT)
             rendered = self._render(_MARK)
@@ -63,47 +67,31 @@ class PromptMaker:
         Raises:
             RecordError: the template fails on it.
         """
-        content = self._render(document)
-        text = self._with_chat_template(content) if self.chat and self.tokenizer is not None else content
-        return Prompt(text, content, self._token_ids(text))
+        text = content = self._render(document)
+        if self.tokenizer is None:
+            return Prompt(text, content, None)
+        if self.chat:
+            messages = [{"role": "user", "content": content}]
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        # A chat template writes its special tokens itself.
+        return Prompt(text, content, list(self.tokenizer.encode(text, add_special_tokens=not self.chat)))
 
     def with_instruction(self, instruction: str | None) -> "PromptMaker":
         """The same prompts with another instruction, where one is given."""
-        if instruction is None:
-            return self
-        other = object.__new__(PromptMaker)
-        other.__dict__ = self.__dict__ | {"_instruction": instruction}
+        other = copy(self)
+        other._instruction = instruction or self._instruction
         return other
+
+    def spans(self, document: str) -> list[tuple[int, int]]:
+        """First and last character (exclusive) of each token of a text; needs a fast tokenizer."""
+        encoded = self.tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoded["offset_mapping"])
 
     def _render(self, document: str) -> str:
         try:
             return self._template.render(document=document, instruction=self._instruction)
         except Exception as error:
             raise RecordError("template", f"{type(error).__name__}: {error}") from None
-
-    def _with_chat_template(self, content: str) -> str:
-        messages = [{"role": "user", "content": content}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-    def _token_ids(self, text: str) -> list[int] | None:
-        if self.tokenizer is None:
-            return None
-        # A chat template writes its special tokens itself.
-        return list(self.tokenizer.encode(text, add_special_tokens=not self.chat))
-
-
-def read_template(path: Path | None) -> str | None:
-    """The source of a template file.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--template {path}: {error}") from None
 
 
 def has_chat_template(tokenizer: Any) -> bool:

@@ -5,12 +5,12 @@ engines, and each row is written as it comes back. Map-reduce takes a pass, a da
 """
 
 import asyncio
-import itertools
 import logging
 import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -21,7 +21,7 @@ from vllm_longmamba.summarize.answering import Answerer, Steps, advance
 from vllm_longmamba.summarize.engine import kept_full
 from vllm_longmamba.summarize.progress import Progress
 from vllm_longmamba.summarize.records import Completion, DiskFullError, JobStoppedError, RecordError
-from vllm_longmamba.summarize.runner import Admitted
+from vllm_longmamba.summarize.runner import Admitted, Runner
 from vllm_longmamba.summarize.settings import JobSettings
 from vllm_longmamba.summarize.store import Store
 from vllm_longmamba.summarize.texts import TextExtractor
@@ -29,7 +29,6 @@ from vllm_longmamba.summarize.watchdog import Watchdog
 
 _DEFAULT_MAX_NUM_SEQS = 256
 _BLOCK_PROMPTS = 64
-_DISTRIBUTION = "vllm-longmamba"
 # Variables of the driver that decide how an engine runs; never a secret, which Ray would log.
 _PASSED_VARIABLES = ("VLLM_", "HF_", "OMP_", "NUMBA_", "TRITON_")
 _SECRETS = ("TOKEN", "KEY")
@@ -42,42 +41,23 @@ class _Document:
     answers: list[Completion | None] = field(default_factory=list)
 
 
-class RayRunner:
-    """Runs a job over records on a cluster; as `Runner`.
-
-    Args:
-        admitted: records to answer.
-        answerer: knows the prompts of a document.
-        extractor: makes text of records.
-        tokenizer: of the model.
-        settings: of the job.
-        store: gets the rows.
-        progress: is told what happens.
-    """
+class RayRunner(Runner):
+    """Runs a job over records on a cluster."""
 
     def __init__(
         self,
         admitted: Iterator[Admitted],
         answerer: Answerer,
         extractor: TextExtractor,
-        tokenizer: Any,
         settings: JobSettings,
         store: Store,
         progress: Progress,
     ) -> None:
-        self._admitted, self._answerer, self._extractor = admitted, answerer, extractor
-        self._settings, self._store, self._progress = settings, store, progress
-        self._end = getattr(tokenizer, "eos_token_id", None)
+        super().__init__(admitted, answerer, extractor, None, store, progress)
+        self._settings = settings
         self._documents: dict[int, _Document] = {}
         self._prompts: list[dict[str, Any]] = []
         self._blocks: list[Any] = []
-        self._stopped = False
-        self.failure: JobStoppedError | DiskFullError | None = None
-
-    @property
-    def under_way(self) -> int:
-        """Documents that are read and have no row yet."""
-        return len(self._documents)
 
     def stop(self) -> None:
         """End after the next row."""
@@ -96,12 +76,11 @@ class RayRunner:
 
         # Never stopped: it waits for the end of this process, and ends what Ray leaves of a cluster on this machine.
         Watchdog()
-        loop = asyncio.get_running_loop()
         try:
             with tempfile.TemporaryDirectory(prefix="longmamba-ray-") as staging:
                 environment = {"py_modules": plugin_modules(Path(staging)), "env_vars": _passed_variables()}
                 _connect(self._settings, environment)
-                await asyncio.to_thread(self._passes, loop, environment)
+                await asyncio.to_thread(self._passes, asyncio.get_running_loop(), environment)
         except (JobStoppedError, DiskFullError) as error:
             self.failure = error
         except Exception as error:
@@ -110,79 +89,75 @@ class RayRunner:
         finally:
             ray.shutdown()
             self._extractor.close()
-        self._progress.dropped = len(self._documents)
+            self._progress.counts["dropped"] = self.under_way
         return self.failure is None and not self._stopped
 
     def _passes(self, loop: asyncio.AbstractEventLoop, environment: dict[str, Any]) -> None:
         for admitted in self._admitted:
             if self._stopped:
                 return
-            admitted.begin()
+            admitted.started = time.monotonic()
             try:
                 text = asyncio.run_coroutine_threadsafe(self._extractor.text(admitted.record), loop).result()
             except RecordError as error:
-                admitted.finish(self._store, self._progress, str(error))
+                self.finish(admitted, str(error))
                 continue
-            document = _Document(admitted, self._answerer.steps(text, admitted.row))
-            self._documents[admitted.number] = document
-            self._advance(document, None)
-        while blocks := self._taken():
+            self._documents[admitted.number] = _Document(admitted, self._answerer.steps(text, admitted.row))
+            self._advance(admitted.number, None)
+        while self._prompts or self._blocks:
+            self._put_block()
+            blocks, self._blocks = self._blocks, []
             for row in self._answered(blocks, environment):
                 if self._stopped:
                     return
-                self._receive(row)
+                if row["document"] in self._documents:
+                    self._receive(row)
 
-    def _advance(self, document: _Document, completions: list[Completion] | None) -> None:
+    def _advance(self, number: int, completions: list[Completion] | None) -> None:
         """Put the next prompts of a document into the next pass, or write its row."""
-        error, prompts = None, []
+        document, error, prompts = self._documents[number], None, []
         try:
             prompts = advance(document.steps, completions)
         except RecordError as failure:
             error = str(failure)
         document.answers = [None] * len(prompts)
-        number = document.admitted.number
         for index, prompt in enumerate(prompts):
             request = {"document": number, "prompt": index, "tokenized_prompt": prompt.token_ids}
             self._prompts.append(request | {"sampling_params": self._settings.sampling.parameters()})
             if len(self._prompts) == _BLOCK_PROMPTS:
                 self._put_block()
         if not prompts:
-            self._finish(document, error)
+            self._end(number, error)
+        self.under_way = len(self._documents)
 
     def _receive(self, row: dict[str, Any]) -> None:
-        document = self._documents.get(int(row["document"]))
-        if document is None:
-            return
+        number = row["document"]
         if row["__inference_error__"]:
-            self._finish(document, f"refused: {row['__inference_error__']}")
+            self._end(number, f"refused: {row['__inference_error__']}")
             return
-        tokens = [int(token) for token in row["generated_tokens"]]
+        tokens = list(row["generated_tokens"])
         # The processor does not hand the reason on.
-        cut = len(tokens) >= self._settings.sampling.max_tokens and tokens[-1] != self._end
-        reason = "length" if cut else "stop"
-        answer = Completion(row["generated_text"], int(row["num_input_tokens"]), len(tokens), reason)
-        document.answers[int(row["prompt"])] = answer
-        answers = [each for each in document.answers if each is not None]
-        if len(answers) == len(document.answers):
-            self._advance(document, answers)
+        end = self._answerer.maker.tokenizer.eos_token_id
+        cut = len(tokens) >= self._settings.sampling.max_tokens and tokens[-1] != end
+        answers = self._documents[number].answers
+        answers[row["prompt"]] = Completion(
+            row["generated_text"], row["num_input_tokens"], len(tokens), "length" if cut else "stop"
+        )
+        whole = [answer for answer in answers if answer is not None]
+        if len(whole) == len(answers):
+            self._advance(number, whole)
 
-    def _finish(self, document: _Document, error: str | None) -> None:
-        del self._documents[document.admitted.number]
-        document.admitted.finish(self._store, self._progress, error)
+    def _end(self, number: int, error: str | None) -> None:
+        self.finish(self._documents.pop(number).admitted, error)
+        self.under_way = len(self._documents)
 
     def _put_block(self) -> None:
         import pyarrow as pa
         import ray
 
-        self._blocks.append(ray.put(pa.Table.from_pylist(self._prompts)))
-        self._prompts = []
-
-    def _taken(self) -> list[Any]:
-        """The blocks of the next pass."""
         if self._prompts:
-            self._put_block()
-        blocks, self._blocks = self._blocks, []
-        return blocks
+            self._blocks.append(ray.put(pa.Table.from_pylist(self._prompts)))
+            self._prompts = []
 
     def _answered(self, blocks: list[Any], environment: dict[str, Any]) -> Iterator[dict[str, Any]]:
         import ray
@@ -193,12 +168,12 @@ class RayRunner:
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         # Every prompt is a block of its own: none waits until a block is full.
         context.target_max_block_size = 1
-        settings, engine = self._settings, dict(self._settings.engine)
-        model, replicas = engine.pop("model"), settings.replicas
+        engine, replicas = dict(self._settings.engine), self._settings.replicas
+        model = engine.pop("model")
         each = kept_full(int(engine.get("max_num_seqs") or _DEFAULT_MAX_NUM_SEQS))
-        each = math.ceil(settings.concurrency / replicas) if settings.concurrency else each
-        has_gpu = ray.cluster_resources().get("GPU")  # type: ignore[no-untyped-call]
-        off = {"enabled": False}
+        if self._settings.concurrency:
+            each = math.ceil(self._settings.concurrency / replicas)
+        device = "GPU" if ray.cluster_resources().get("GPU") else "CPU"  # type: ignore[no-untyped-call]
         config = vLLMEngineProcessorConfig(
             # As an absolute path, which workers can find too if they share the file system.
             model_source=str(Path(model).resolve()) if Path(model).is_dir() else model,
@@ -209,10 +184,8 @@ class RayRunner:
             **dict.fromkeys(("max_concurrent_batches", "max_tasks_in_flight_per_actor", "max_pending_requests"), each),
             should_continue_on_error=True,
             log_engine_metrics=False,
-            **dict.fromkeys(("chat_template_stage", "tokenize_stage", "detokenize_stage"), off),
-            placement_group_config={
-                "bundle_per_worker": settings.replica_resources or {"CPU": 1.0, **({"GPU": 1.0} if has_gpu else {})}
-            },
+            **{f"{stage}_stage": {"enabled": False} for stage in ("chat_template", "tokenize", "detokenize")},
+            placement_group_config={"bundle_per_worker": {"CPU": 1.0, device: 1.0}},
         )
         small = {"num_cpus": 0.01}
         processor = build_processor(config, preprocess_map_kwargs=small, postprocess_map_kwargs=small)
@@ -220,14 +193,11 @@ class RayRunner:
         batches = processor(ray.data.from_arrow_refs(blocks)).iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=0
         )
-        return itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        return (row for batch in batches for row in batch.to_pylist())
 
 
 def plugin_modules(folder: Path) -> list[str]:
-    """Copy the plugin into a folder, in a form that Ray sends to workers, which need not have it installed.
-
-    Args:
-        folder: where to put them; must stay until the job ends.
+    """Copy the plugin into a folder that must stay, in a form that Ray sends to workers without it.
 
     Returns:
         Entries for `py_modules` of a runtime environment: the package, and its metadata, through which vLLM finds it.
@@ -237,16 +207,14 @@ def plugin_modules(folder: Path) -> list[str]:
 
     package = folder / "vllm_longmamba"
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(Path(vllm_longmamba.__file__).parent, package, ignore=ignored)
-    # In a source checkout these two stand elsewhere.
-    for part in (kernels, tables):
-        name = part.__name__.rpartition(".")[2]
-        shutil.copytree(Path(str(part.__file__)).parent, package / name, dirs_exist_ok=True, ignore=ignored)
+    # In a source checkout the last two stand elsewhere.
+    for part, place in ((vllm_longmamba, package), (kernels, package / "kernels"), (tables, package / "tables")):
+        shutil.copytree(Path(str(part.__file__)).parent, place, dirs_exist_ok=True, ignore=ignored)
     information = folder / f"vllm_longmamba-{vllm_longmamba.__version__}.dist-info"
     information.mkdir()
-    installed = metadata.distribution(_DISTRIBUTION)
     for name in ("METADATA", "entry_points.txt"):
-        (information / name).write_text(installed.read_text(name) or "", encoding="utf-8")
+        text = metadata.distribution("vllm-longmamba").read_text(name) or ""
+        (information / name).write_text(text, encoding="utf-8")
     return [str(package), str(information)]
 
 
@@ -256,8 +224,7 @@ def _connect(settings: JobSettings, environment: dict[str, Any]) -> None:
     more: dict[str, Any] = {}
     if settings.ray_address == "local":
         # The stages around the engines are counted as processors too.
-        more["num_cpus"] = max(os.cpu_count() or 1, settings.replicas + 3)
-        more["include_dashboard"] = False
+        more = {"num_cpus": max(os.cpu_count() or 1, settings.replicas + 3), "include_dashboard": False}
         # Ray lets workers run behind everything else on a machine; these are all that the cluster is for.
         more["_system_config"] = {"worker_niceness": 0}
     try:
@@ -267,8 +234,5 @@ def _connect(settings: JobSettings, environment: dict[str, Any]) -> None:
 
 
 def _passed_variables() -> dict[str, str]:
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(_PASSED_VARIABLES) and not name.endswith(_SECRETS)
-    }
+    passed = [name for name in os.environ if name.startswith(_PASSED_VARIABLES) and not name.endswith(_SECRETS)]
+    return {name: os.environ[name] for name in passed}

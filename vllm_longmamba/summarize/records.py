@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+COLUMNS = (
+    *("id", "summary", "prompt_tokens", "output_tokens", "finish_reason", "seconds"),
+    *("error", "dropped_tokens", "steps", "hash"),
+)
+
 
 class RecordError(Exception):
     """One record cannot be answered: it becomes an error row, and the job goes on.
@@ -73,14 +78,8 @@ class Row:
     steps: list[dict[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as it is written, keys in the order of the documentation."""
+        """The row as it is written."""
         return {name: getattr(self, name) for name in COLUMNS}
-
-
-COLUMNS = (
-    *("id", "summary", "prompt_tokens", "output_tokens", "finish_reason", "seconds"),
-    *("error", "dropped_tokens", "steps", "hash"),
-)
 
 
 def printable(text: str, length: int = 500) -> str:

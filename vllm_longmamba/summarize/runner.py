@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from vllm_longmamba.summarize.answering import Answerer, Backend, advance
 from vllm_longmamba.summarize.progress import Progress
@@ -39,113 +40,12 @@ class Admitted:
     def __post_init__(self) -> None:
         self.size = sys.getsizeof(self.record.content)
 
-    def begin(self) -> None:
-        """Start its clock."""
-        self.started = time.monotonic()
-
-    def finish(self, store: Store, progress: Progress, error: str | None = None) -> None:
-        """Write the row."""
-        self.row.error, self.row.seconds = error, round(time.monotonic() - self.started, 3)
-        store.put(self.row)
-        progress.answered(self.row, self.record.weight)
-
-
-class Reader:
-    """Reads an iterator in a thread of its own, which may be abandoned while it waits for standard input.
-
-    Args:
-        admitted: what to read.
-
-    Attributes:
-        cut_off: whether `close` came before the end.
-    """
-
-    def __init__(self, admitted: Iterator[Admitted]) -> None:
-        self._admitted = admitted
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Admitted | BaseException | None] = asyncio.Queue()
-        self._change = threading.Condition()
-        self._waiting = self._bytes = 0
-        self._closed = self._at_end = self.cut_off = False
-        threading.Thread(target=self._read, name="reader", daemon=True).start()
-
-    async def next(self) -> Admitted | None:
-        """The next record; None after the last one.
-
-        Raises:
-            Exception: what the iterator raised.
-        """
-        item = await self._queue.get()
-        if isinstance(item, Admitted):
-            with self._change:
-                self._waiting -= 1
-                self._change.notify()
-            return item
-        # For the other workers.
-        self._queue.put_nowait(item)
-        if item is None:
-            return None
-        raise item
-
-    def done(self, admitted: Admitted) -> None:
-        """Make room: a record is not in memory any more."""
-        with self._change:
-            self._bytes -= admitted.size
-            self._change.notify()
-
-    def close(self) -> None:
-        """Read no further."""
-        with self._change:
-            self._closed = True
-            self._change.notify()
-        self.cut_off |= not self._at_end or self._waiting > 0
-        while not self._queue.empty():
-            self._queue.get_nowait()
-        self._queue.put_nowait(None)
-
-    def _read(self) -> None:
-        last: BaseException | None = None
-        try:
-            for admitted in self._admitted:
-                size = admitted.size
-                with self._change:
-                    self._change.wait_for(lambda size=size: self._closed or self._has_room(size))  # type: ignore[misc]
-                    if self._closed:
-                        return
-                    self._waiting += 1
-                    self._bytes += size
-                self._put(admitted)
-            self._at_end = True
-        except BaseException as error:
-            last = error
-        self._put(last)
-
-    def _has_room(self, size: int) -> bool:
-        return self._waiting < _AHEAD and (self._bytes == 0 or self._bytes + size <= _BYTES_UNDER_WAY)
-
-    def _put(self, item: Admitted | BaseException | None) -> None:
-        # The loop may be over.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._take, item)
-
-    def _take(self, item: Admitted | BaseException | None) -> None:
-        if not self._closed:
-            self._queue.put_nowait(item)
-
 
 class Runner:
     """Runs a job over records.
 
-    Args:
-        admitted: records to answer.
-        answerer: knows the prompts of a document.
-        extractor: makes text of records.
-        backend: answers prompts.
-        store: gets the rows.
-        progress: is told what happens.
-
     Attributes:
-        under_way: documents that are admitted and have no row yet.
+        under_way: documents that are being answered.
         failure: what ended the job early.
     """
 
@@ -154,25 +54,33 @@ class Runner:
         admitted: Iterator[Admitted],
         answerer: Answerer,
         extractor: TextExtractor,
-        backend: Backend,
+        backend: Backend | None,
         store: Store,
         progress: Progress,
     ) -> None:
-        self._answerer, self._extractor, self._backend = answerer, extractor, backend
+        self._admitted, self._answerer, self._extractor = admitted, answerer, extractor
+        self._backend: Any = backend
         self._store, self._progress = store, progress
-        self._reader = Reader(admitted)
-        # One thread: fast tokenizers refuse to be used by two at a time.
-        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._read: asyncio.Queue[Admitted | BaseException | None] = asyncio.Queue()
+        self._room = threading.Condition()
         self._asked: asyncio.PriorityQueue[tuple[int, int, Prompt, asyncio.Future[Completion]]]
         self._asked = asyncio.PriorityQueue()
         self._order = itertools.count()
+        # One thread: fast tokenizers refuse to be used by two at a time.
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._tasks: list[asyncio.Task[None]] = []
-        self.under_way = 0
+        self._waiting = self._bytes = self._unfinished = self.under_way = 0
+        self._at_end = self._stopped = False
         self.failure: JobStoppedError | DiskFullError | None = None
 
     def stop(self) -> None:
         """Take no further records; `run` ends when those under way are answered."""
-        self._reader.close()
+        with self._room:
+            self._stopped = True
+            self._room.notify()
+        while not self._read.empty():
+            self._read.get_nowait()
+        self._read.put_nowait(None)
 
     def abort(self) -> None:
         """Drop the records under way as well."""
@@ -186,27 +94,34 @@ class Runner:
         Returns:
             Whether all of them have a row now. If not, `failure` says why, or `stop` was called.
         """
+        # A thread that may be abandoned while it waits for standard input.
+        threading.Thread(target=self._read_records, args=(asyncio.get_running_loop(),), daemon=True).start()
         places = self._backend.concurrency
         self._tasks = [asyncio.create_task(self._work()) for _ in range(places + _AHEAD)]
         others = [asyncio.create_task(self._ask()) for _ in range(places)]
         others.append(asyncio.create_task(self._keep_current()))
         try:
             done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                error = None if task.cancelled() else task.exception()
+            for error in [task.exception() for task in done if not task.cancelled()]:
                 if isinstance(error, JobStoppedError | DiskFullError):
                     self.failure = error
                 elif error is not None:
                     self.failure = JobStoppedError(f"{type(error).__name__}: {error}")
         finally:
-            complete = self.failure is None and self._progress.dropped == 0 and not self._reader.cut_off
             self.abort()
             for task in others:
                 task.cancel()
             await asyncio.gather(*self._tasks, *others, return_exceptions=True)
             self._preparing.shutdown(wait=False, cancel_futures=True)
             self._extractor.close()
-        return complete
+            self._progress.counts["dropped"] = self.under_way
+        return self._at_end and self._unfinished == 0
+
+    def finish(self, admitted: Admitted, error: str | None) -> None:
+        """Write the row of a record."""
+        admitted.row.error, admitted.row.seconds = error, round(time.monotonic() - admitted.started, 3)
+        self._store.put(admitted.row)
+        self._progress.answered(admitted.row, admitted.record.weight)
 
     async def _work(self) -> None:
         """Answer documents, one after the other."""
@@ -215,21 +130,28 @@ class Runner:
             pass
 
     async def _work_on_one(self) -> bool:
-        if (admitted := await self._reader.next()) is None:
+        admitted = await self._read.get()
+        if self._stopped or not isinstance(admitted, Admitted):
+            # For the other workers.
+            self._read.put_nowait(None)
+            if isinstance(admitted, BaseException):
+                raise admitted
             return False
         self.under_way += 1
-        try:
-            await self._answer(admitted)
-        except BaseException:
-            self._progress.dropped += 1
-            raise
+        with self._room:
+            self._waiting -= 1
+            self._room.notify()
+        await self._answer(admitted)
         self.under_way -= 1
-        self._reader.done(admitted)
+        with self._room:
+            self._unfinished -= 1
+            self._bytes -= admitted.size
+            self._room.notify()
         return True
 
     async def _answer(self, admitted: Admitted) -> None:
         error, completions = None, None
-        admitted.begin()
+        admitted.started = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
             steps = self._answerer.steps(await self._extractor.text(admitted.record), admitted.row)
@@ -238,7 +160,11 @@ class Runner:
                 completions = await self._completions(prompts, admitted.number)
         except RecordError as failure:
             error = str(failure)
-        admitted.finish(self._store, self._progress, error)
+        except (JobStoppedError, DiskFullError):
+            raise
+        except Exception as failure:
+            error = f"failed: {type(failure).__name__}: {failure}"
+        self.finish(admitted, error)
 
     async def _completions(self, prompts: list[Prompt], number: int) -> list[Completion]:
         """Answers in the order of the prompts. Sections of an earlier document go before those of later ones."""
@@ -254,34 +180,48 @@ class Runner:
     async def _ask(self) -> None:
         """Have prompts answered, one after the other."""
         while True:
-            await self._ask_one()
-
-    async def _ask_one(self) -> None:
-        _, _, prompt, future = await self._asked.get()
-        if future.done():
-            return
-        try:
-            answer: Completion | Exception = await self._backend.complete(prompt)
-        except (RecordError, JobStoppedError) as error:
-            answer = error
-        except Exception as error:
-            answer = RecordError("failed", f"{type(error).__name__}: {error}")
-        if isinstance(answer, Completion) and not future.done():
-            future.set_result(answer)
-        elif isinstance(answer, Exception) and not future.done():
-            future.set_exception(answer)
+            _, _, prompt, future = await self._asked.get()
+            if not future.done():
+                said: Any = (await asyncio.gather(self._backend.complete(prompt), return_exceptions=True))[0]
+                if not future.done():
+                    (future.set_result if isinstance(said, Completion) else future.set_exception)(said)
+            # No prompt stays in memory while this waits for the next.
+            del prompt, future
 
     async def _keep_current(self) -> None:
         """Let rows reach the disk, and the output show them, while the job runs."""
-        due, written = time.monotonic() + _EXPORT_SECONDS, self._progress.documents
+        due, written = time.monotonic() + _EXPORT_SECONDS, 0
         while True:
             await asyncio.sleep(_SYNC_SECONDS)
             await asyncio.to_thread(self._store.sync)
-            if time.monotonic() < due or self._progress.documents == written:
+            rows, started = self._progress.counts["rows"], time.monotonic()
+            if started < due or rows == written:
                 continue
-            started, written = time.monotonic(), self._progress.documents
             # What is wrong with the output is said at the end; the rows are safe.
             with suppress(DiskFullError, ValueError, OSError):
                 await asyncio.to_thread(self._store.export)
-            ended = time.monotonic()
+            written, ended = rows, time.monotonic()
             due = ended + max(_EXPORT_SECONDS, (ended - started) / _EXPORT_SHARE)
+
+    def _read_records(self, loop: asyncio.AbstractEventLoop) -> None:
+        last: BaseException | None = None
+        try:
+            for admitted in self._admitted:
+                with self._room:
+                    while not self._stopped and not self._has_room(admitted.size):
+                        self._room.wait()
+                    if self._stopped:
+                        return
+                    self._waiting += 1
+                    self._unfinished += 1
+                    self._bytes += admitted.size
+                loop.call_soon_threadsafe(self._read.put_nowait, admitted)
+            self._at_end = True
+        except BaseException as error:
+            last = error
+        # The loop may be over.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._read.put_nowait, last)
+
+    def _has_room(self, size: int) -> bool:
+        return self._waiting < _AHEAD and (self._bytes == 0 or self._bytes + size <= _BYTES_UNDER_WAY)

@@ -7,19 +7,20 @@ import json
 import math
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import aiohttp
 import tenacity
+from pydantic import AliasChoices, AliasPath, BaseModel, BeforeValidator, Field, ValidationError, WrapValidator
+from rich.console import Console
 from yarl import URL
 
+from vllm_longmamba.summarize.progress import say
 from vllm_longmamba.summarize.prompts import Prompt
 from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError, printable
 from vllm_longmamba.summarize.settings import JobSettings
-
-Result = TypeVar("Result")
 
 _CONCURRENCY = 64
 _CONNECT_TIMEOUT_S = 10.0
@@ -32,41 +33,73 @@ _REFUSED = (401, 402, 403, 404)
 _MAX_ERROR_BYTES = 64 * 1024
 # Of an answer: so much, and more for each token that was asked for.
 _BASE_BYTES, _BYTES_A_TOKEN = 2**20, 64
-_MAX_TOKENS = 2**48
 # Who answers this, answers.
 _PROBE = Prompt("Hello", "Hello", None)
 
 
-class _NoAnswerError(Exception):
-    """A request without an answer, since a time; other requests may have none either."""
-
-    def __init__(self, kind: str, detail: str, since: float | None = None) -> None:
-        super().__init__(detail)
-        self.kind, self.since = kind, since
-
-
-class _AgainError(_NoAnswerError):
-    """Another try may help: after `pause` seconds if the server says so; `away`: it is not the request that failed."""
-
-    def __init__(self, kind: str, detail: str, *, away: bool = False, pause: float | None = None) -> None:
-        super().__init__(kind, detail)
-        self.away, self.pause = away, pause
+def _or_none(said: Any, validate: Callable[[Any], Any]) -> Any:
+    try:
+        return validate(said)
+    except ValidationError:
+        return None
 
 
-@dataclass(frozen=True)
-class ServedModel:
+def _writable(said: Any) -> Any:
+    return said.encode("utf-8", "replace").decode() if isinstance(said, str) else said
+
+
+# Numbers that fit a column, and text without half surrogate pairs, which cannot be written.
+_Count = Annotated[int, Field(ge=0, lt=2**48)]
+_Text = Annotated[str, BeforeValidator(_writable)]
+
+
+class ServedModel(BaseModel, strict=True):
     """What a server says of a model: its name there, its folder or name elsewhere, and its length."""
 
-    name: str
-    root: str
-    max_model_len: int | None
+    id: str
+    root: Annotated[str | None, WrapValidator(_or_none)] = None
+    max_model_len: Annotated[_Count | None, WrapValidator(_or_none)] = None
+
+
+class _Models(BaseModel, strict=True):
+    data: list[Annotated[ServedModel | None, WrapValidator(_or_none)]]
+
+
+class _Choice(BaseModel, strict=True):
+    text: _Text = Field(validation_alias=AliasChoices("text", AliasPath("message", "content")))
+    # A server that is being stopped may answer with what it has so far, for another reason.
+    finish_reason: Literal["stop", "length", "content_filter", "tool_calls"]
+
+
+class _Usage(BaseModel, strict=True):
+    prompt_tokens: _Count
+    completion_tokens: _Count
+
+
+class _Answer(BaseModel, strict=True):
+    choices: Annotated[list[_Choice], Field(min_length=1)]
+    usage: _Usage | None = None
+
+
+Said = TypeVar("Said", bound=BaseModel)
+
+
+class _NoAnswerError(Exception):
+    """A request without an answer; `again`: another try may help; `away`: the server failed, and not the request.
+
+    `pause` is what the server asks for until the next try, and `since` when the first of several was.
+    """
+
+    def __init__(
+        self, kind: str, detail: str, *, again: bool = False, away: bool = False, pause: float | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.kind, self.again, self.away, self.pause = kind, again or away, away, pause
+        self.since: float | None = None
 
 
 class ServerBackend:
     """A server somewhere; `connect` must come first.
-
-    Args:
-        settings: of the job.
 
     Raises:
         ValueError: its address is none.
@@ -90,52 +123,55 @@ class ServerBackend:
         self._last_answer = -math.inf
         authorization = f"Bearer {settings.api_key or 'none'}"
         if url.user:
-            name = f"{url.user}:{url.password or ''}".encode()
-            authorization = f"Basic {base64.b64encode(name).decode()}"
+            authorization = f"Basic {base64.b64encode(f'{url.user}:{url.password or str()}'.encode()).decode()}"
         self._session = aiohttp.ClientSession(
-            headers={
-                "Authorization": authorization,
-                "Accept-Encoding": "identity",
-                "Content-Type": "application/json",
-            },
+            headers={"Authorization": authorization, "Accept-Encoding": "identity"},
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(settings.timeout_s, sock_connect=_CONNECT_TIMEOUT_S),
             trust_env=True,
         )
 
-    async def connect(self) -> ServedModel:
-        """Find the model.
+    async def connect(self, console: Console) -> ServedModel:
+        """Find the model, and its tokenizer where that is on this machine.
 
         Raises:
             JobStoppedError: the server does not answer, or not with a list that has the model.
+            ValueError: the tokenizer cannot be loaded.
         """
         wanted = self._settings.model
         try:
-            models = await self._patiently(lambda: self._ask("GET", "models", None, _models))
+            said = await self._patiently(self._ask, "GET", "models", None, _Models)
         except _NoAnswerError as error:
             hint = "" if self._address.rstrip("/").endswith("/v1") else " (the address of an API mostly ends with /v1)"
             raise JobStoppedError(f"{self._address} gives no list of models{hint}: {error}") from None
-        found = next((model for model in models if wanted in (None, model.name)), None)
+        models = [model for model in said.data if model is not None]
+        found = next((model for model in models if wanted in (None, model.id)), None)
         if found is None and models:
-            names = ", ".join(printable(model.name, 100) for model in models[:20])
+            names = ", ".join(printable(model.id, 100) for model in models[:20])
             raise JobStoppedError(f"{self._address} has no model {wanted!r}, but {names}; see --model")
         if found is None and wanted is None:
             raise JobStoppedError(f"{self._address} serves no model")
-        found = found or ServedModel(str(wanted), str(wanted), None)
-        self._model, self.max_model_len = found.name, found.max_model_len
+        found = found or ServedModel(id=str(wanted))
+        self._model, self.max_model_len = found.id, found.max_model_len
+        root = found.root or found.id
+        self.tokenizer = await asyncio.to_thread(_tokenizer, self._settings.tokenizer, root)
+        if self.tokenizer is None:
+            say(console, f"no tokenizer at {printable(root)!r}: tokens are counted by the server only")
         return found
 
     async def complete(self, prompt: Prompt) -> Completion:
         """Answer one prompt; see `Backend`."""
         started = time.monotonic()
         try:
-            completion = await self._patiently(lambda: self._request(prompt, self._settings.sampling.max_tokens))
+            answer = await self._patiently(self._request, prompt, self._settings.sampling.max_tokens)
         except _NoAnswerError as error:
             if await self._answers_others(error.since or started):
                 raise RecordError(error.kind, str(error)) from None
             raise JobStoppedError(f"{self._address} answers nothing any more: {error}") from None
         self._last_answer = time.monotonic()
-        return completion
+        usage = answer.usage or _Usage(prompt_tokens=prompt.tokens, completion_tokens=0)
+        choice = answer.choices[0]
+        return Completion(choice.text, usage.prompt_tokens, usage.completion_tokens, choice.finish_reason)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -151,92 +187,86 @@ class ServerBackend:
             return False
         return True
 
-    async def _request(self, prompt: Prompt, max_tokens: int) -> Completion:
+    async def _request(self, prompt: Prompt, max_tokens: int) -> _Answer:
         body = {"model": self._model, **self._settings.sampling.parameters(), "max_tokens": max_tokens}
         body |= {"messages": [{"role": "user", "content": prompt.content}]} if self.chat else {"prompt": prompt.text}
         path = "chat/completions" if self.chat else "completions"
-        tokens = len(prompt.token_ids or [])
-        limit = _BASE_BYTES + _BYTES_A_TOKEN * max_tokens
-        return await self._ask("POST", path, body, lambda said: _completion(said, self.chat, tokens), limit)
+        return await self._ask("POST", path, body, _Answer, _BASE_BYTES + _BYTES_A_TOKEN * max_tokens)
 
-    async def _ask(
-        self, method: str, path: str, body: Any, read: Callable[[Any], Result], limit: int = _BASE_BYTES
-    ) -> Result:
-        """One request, and what `read` makes of the JSON that comes back."""
-        data = None if body is None else json.dumps(body).encode()
+    async def _ask(self, method: str, path: str, body: Any, kind: type[Said], limit: int = _BASE_BYTES) -> Said:
+        """One request, and what comes back."""
         try:
-            async with self._session.request(method, self._url / path, data=data) as response:
+            async with self._session.request(method, self._url / path, json=body) as response:
                 if response.status >= 400:
                     raise self._failure(response, await _read(response, _MAX_ERROR_BYTES))
                 said = await _read(response, limit + 1)
-        except TimeoutError as error:
-            if isinstance(error, aiohttp.ConnectionTimeoutError):
-                raise _AgainError("server error", self._clean(str(error)), away=True) from None
-            detail = f"no whole answer in {self._settings.timeout_s:g} s (--timeout)"
-            raise _NoAnswerError("timeout", detail) from None
         except (aiohttp.ClientError, OSError) as error:
-            raise _AgainError("server error", self._clean(str(error) or type(error).__name__), away=True) from None
+            if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
+                detail = f"no whole answer in {self._settings.timeout_s:g} s (--timeout)"
+                raise _NoAnswerError("timeout", detail) from None
+            raise _NoAnswerError("server error", self._clean(str(error) or type(error).__name__), away=True) from None
         if len(said) > limit:
             raise _NoAnswerError("bad answer", f"more than {limit:,} bytes")
         try:
-            return read(json.loads(said))
+            return kind.model_validate(json.loads(said))
         except (ValueError, RecursionError) as error:
-            detail = str(error) if isinstance(error, _UnexpectedError) else f"no JSON: {said[:200]!r}"
-            raise _AgainError("bad answer", self._clean(detail)) from None
+            why = "no JSON"
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                why = f"no valid {'.'.join(map(str, first['loc'])) or 'answer'} ({first['msg']})"
+            raise _NoAnswerError("bad answer", self._clean(f"{why}: {said[:200]!r}"), again=True) from None
 
     def _failure(self, response: aiohttp.ClientResponse, content: bytes) -> Exception:
         """The error that an answer with another status than 200 means."""
-        text = content.decode("utf-8", "replace")
+        text, status = content.decode("utf-8", "replace"), response.status
         code: tuple[Any, ...] = ()
-        try:
+        with suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError):
             error = json.loads(text)["error"]
             text, code = str(error["message"]), (error.get("code"), error.get("type"))
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            pass
-        status = response.status
         detail = f"{status} {printable(response.reason or '', 50)}: {self._clean(text)}"
         if status in _REFUSED or "insufficient_quota" in code:
             return _NoAnswerError("refused", detail)
-        if status in _AWAY or status >= 500:
-            pause = _retry_after(response.headers.get("Retry-After", ""))
-            return _AgainError("server error", detail, away=status in _AWAY, pause=pause)
-        return RecordError("refused", detail)
+        if status not in _AWAY and status < 500:
+            return RecordError("refused", detail)
+        pause = _retry_after(response.headers.get("Retry-After", ""))
+        return _NoAnswerError("server error", detail, again=True, away=status in _AWAY, pause=pause)
 
     def _clean(self, text: str) -> str:
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return printable(text)
 
-    async def _patiently(self, request: Callable[[], Awaitable[Result]]) -> Result:
+    async def _patiently(self, request: Callable[..., Awaitable[Said]], *given: Any) -> Said:
         """Call until it succeeds, or it is enough: of failures, or of the time that the server may be away."""
         since, failures = 0.0, 0
 
+        def failure(state: tenacity.RetryCallState) -> Any:
+            return state.outcome and state.outcome.exception()
+
         def pause(state: tenacity.RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            return error.pause if isinstance(error, _AgainError) and error.pause is not None else _PAUSE(state)
+            asked: float | None = failure(state).pause
+            return _PAUSE(state) if asked is None else asked
 
         def is_enough(state: tenacity.RetryCallState) -> bool:
             nonlocal since, failures
-            error = state.outcome.exception() if state.outcome else None
             since = since or time.monotonic()
-            if isinstance(error, _AgainError) and not error.away:
-                failures += 1
-                return failures >= _MAX_FAILURES
-            return time.monotonic() + state.upcoming_sleep - since > self._settings.retry_for_s
+            if failure(state).away:
+                return time.monotonic() + state.upcoming_sleep - since > self._settings.retry_for_s
+            failures += 1
+            return failures >= _MAX_FAILURES
 
-        again = tenacity.retry_if_exception_type(_AgainError)
+        again = tenacity.retry_if_exception(lambda error: isinstance(error, _NoAnswerError) and error.again)
+        patient = tenacity.AsyncRetrying(retry=again, wait=pause, stop=is_enough, sleep=_sleep, reraise=True)
         try:
-            async for attempt in tenacity.AsyncRetrying(
-                retry=again, wait=pause, stop=is_enough, sleep=_sleep, reraise=True
-            ):
-                with attempt:
-                    return await request()
-        except _AgainError as error:
-            if not error.away:
-                raise _NoAnswerError(error.kind, f"{failures} times {error}") from None
-            away = f"for {time.monotonic() - since:.0f} s (--retry-for)"
-            raise _NoAnswerError(error.kind, f"{error}, {away}", since) from None
-        raise AssertionError("unreachable")
+            return await patient(request, *given)
+        except _NoAnswerError as error:
+            detail = str(error)
+            if error.away:
+                detail, error.since = f"{error}, for {time.monotonic() - since:.0f} s (--retry-for)", since
+            elif error.again:
+                detail = f"{failures} times {error}"
+            error.args = (detail,)
+            raise
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
@@ -252,101 +282,27 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
 
 def _retry_after(value: str) -> float | None:
     """Seconds that the header Retry-After asks for, which is a number of seconds or a date."""
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return None
-    return max(seconds, 0.0) if math.isfinite(seconds) else None
+    with suppress(ValueError, TypeError, OverflowError):
+        if value.isdecimal():
+            return float(value)
+        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    return None
 
 
-class _UnexpectedError(ValueError):
-    """JSON, but not what it should be."""
+def _tokenizer(given: str | None, served: str) -> Any:
+    """The tokenizer that was asked for, or that of the served model; None if it is not on this machine."""
+    from huggingface_hub import try_to_load_from_cache
 
-    def __init__(self, lacks: str, said: Any) -> None:
-        super().__init__(f"{lacks}: {printable(repr(said), 200)}")
-
-
-def _models(said: Any) -> list[ServedModel]:
-    data = said.get("data") if isinstance(said, dict) else None
-    if not isinstance(data, list):
-        raise _UnexpectedError("no list under 'data'", said)
-    models = []
-    for each in data:
-        if isinstance(each, dict) and isinstance(each.get("id"), str):
-            root, length = each.get("root"), each.get("max_model_len")
-            known = type(length) is int and 0 < length < _MAX_TOKENS
-            root = root if isinstance(root, str) else each["id"]
-            models.append(ServedModel(each["id"], root, length if known else None))
-    return models
-
-
-def _completion(said: Any, chat: bool, prompt_tokens: int) -> Completion:
-    choices = said.get("choices") if isinstance(said, dict) else None
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if chat and isinstance(choice, dict) else choice
-    text = message.get("content" if chat else "text") if isinstance(message, dict) else None
-    if not isinstance(choice, dict) or not isinstance(text, str):
-        raise _UnexpectedError("no text in its choices", said)
-    # A server that is being stopped may answer with what it has so far.
-    reason = choice.get("finish_reason")
-    if reason not in ("stop", "length", "content_filter", "tool_calls"):
-        raise _UnexpectedError("its finish_reason", reason)
-    usage = said.get("usage")
-    if usage is None:
-        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 0}
-    names = ("prompt_tokens", "completion_tokens")
-    counts: list[Any] = [usage.get(name) for name in names] if isinstance(usage, dict) else [None]
-    if not all(type(count) is int and 0 <= count < _MAX_TOKENS for count in counts):
-        raise _UnexpectedError("no numbers of tokens", usage)
-    return Completion(text.encode("utf-8", "replace").decode(), counts[0], counts[1], reason)
-
-
-async def connected(settings: JobSettings, say: Callable[[str], None]) -> ServerBackend:
-    """A server that has the model, and its tokenizer where that is on this machine.
-
-    Args:
-        settings: of the job.
-        say: prints a line.
-
-    Raises:
-        ValueError: the tokenizer cannot be loaded.
-        JobStoppedError: the server does not answer, or has not the model.
-    """
-    backend = ServerBackend(settings)
-    try:
-        model = await backend.connect()
-        backend.tokenizer = await asyncio.to_thread(_tokenizer, settings.tokenizer, model.root, say)
-    except BaseException:
-        await backend.close()
-        raise
-    return backend
-
-
-def _tokenizer(given: str | None, guess: str, say: Callable[[str], None]) -> Any:
-    if given is None and not _is_here(guess):
-        say(f"no tokenizer at {printable(guess)!r}: tokens are counted by the server only")
+    is_here = (Path(served) / "tokenizer_config.json").is_file()
+    # A ValueError: not the form of a name on the hub.
+    with suppress(ValueError, OSError):
+        is_here = is_here or isinstance(try_to_load_from_cache(served, "tokenizer_config.json"), str)
+    if given is None and not is_here:
         return None
     # Half a gigabyte of libraries.
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(given or guess, local_files_only=given is None, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(given or served, local_files_only=given is None)
     except Exception as error:
-        option = "--tokenizer" if given is not None else "the tokenizer of the served model,"
-        raise ValueError(f"{option} {printable(given or guess)}: {error}") from None
-
-
-def _is_here(name: str) -> bool:
-    """Whether a tokenizer is a folder on this machine, or in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        return (Path(name) / "tokenizer_config.json").is_file() or isinstance(
-            try_to_load_from_cache(name, "tokenizer_config.json"), str
-        )
-    except (ValueError, OSError):
-        # Not the form of a path, or of a name on the hub.
-        return False
+        raise ValueError(f"the tokenizer {printable(given or served)} (--tokenizer): {error}") from None

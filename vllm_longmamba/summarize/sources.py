@@ -5,7 +5,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -22,17 +22,10 @@ _BATCH_BYTES = 16 * 2**20
 def read_records(files: Iterable[InputFile], settings: JobSettings) -> Iterator[Record]:
     """All records of all files, in order, one at a time in memory.
 
-    Args:
-        files: what to read.
-        settings: columns and limits.
-
     Yields:
         Records; those with an error have no content. A file that breaks off gives its rows so far, and one error.
     """
-    readers: dict[str, Callable[[InputFile, JobSettings], Iterator[Record]]] = {
-        "jsonl": _read_jsonl,
-        "parquet": _read_parquet,
-    }
+    readers = {"jsonl": _read_jsonl, "parquet": _read_parquet}
     for file in files:
         try:
             yield from readers.get(file.format, _read_document)(file, settings)
@@ -56,23 +49,18 @@ def _read_jsonl(file: InputFile, settings: JobSettings) -> Iterator[Record]:
             too_large = len(line) > settings.max_bytes
             while too_large and line and not line.endswith(b"\n"):
                 line = stream.readline(2**20)
-            before, position = position, _position(raw)
+            # A pipe has no position.
+            before, position = position, raw.tell() if raw.seekable() else 0
             where, weight = f"{file.path}#{row}", position - before
-            if too_large:
-                yield _failed(where, where, _too_large(settings), weight)
-            elif line.strip():
-                yield _from_line(line, where, weight, settings)
-
-
-def _from_line(line: bytes, where: str, weight: float, settings: JobSettings) -> Record:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return _failed(where, where, RecordError("bad row", f"not JSON: {error}"), weight, line)
-    if not isinstance(values, dict):
-        error_ = RecordError("bad row", f"not a JSON object but {type(values).__name__}")
-        return _failed(where, where, error_, weight, line)
-    return _from_row(values, where, weight, settings)
+            try:
+                if too_large:
+                    raise _too_large(settings)
+                if line.strip():
+                    yield _from_row(json.loads(line), where, weight, settings)
+            except RecordError as error:
+                yield _failed(where, where, error, weight)
+            except (ValueError, RecursionError) as error:
+                yield _failed(where, where, RecordError("bad row", f"not JSON: {error}"), weight, line)
 
 
 def _read_parquet(file: InputFile, settings: JobSettings) -> Iterator[Record]:
@@ -120,10 +108,12 @@ def _value(column: Any, index: int, settings: JobSettings) -> Any:
         return RecordError("bad row", _reason(error))
 
 
-def _from_row(values: dict[str, Any], where: str, weight: float, settings: JobSettings) -> Record:
-    given, text = values.get(settings.id_column or "id"), values.get(settings.text_column)
+def _from_row(values: Any, where: str, weight: float, settings: JobSettings) -> Record:
     record_id = where
     try:
+        if not isinstance(values, dict):
+            raise RecordError("bad row", f"not a JSON object but {type(values).__name__}")
+        given, text = values.get(settings.id_column or "id"), values.get(settings.text_column)
         if isinstance(given, str | int) and not isinstance(given, bool):
             record_id = str(given)
         elif settings.id_column is not None:
@@ -146,8 +136,12 @@ def _from_row(values: dict[str, Any], where: str, weight: float, settings: JobSe
 @contextmanager
 def _open(file: InputFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The decompressed stream, and the file below it, whose position is the progress."""
-    descriptor = open_stdin() if file.path == STDIN else _open_regular(file.path)
+    # Without O_NONBLOCK, opening a named pipe waits for its other end.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+    descriptor = open_stdin() if file.path == STDIN else os.open(file.path, flags)
     with open(descriptor, "rb", closefd=file.path != STDIN) as raw:
+        if file.path != STDIN and not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("not a regular file but a pipe, a socket or a device")
         if file.compression is None:
             yield raw, raw
             return
@@ -160,23 +154,6 @@ def _open(file: InputFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 def open_stdin() -> int:
     """File descriptor of the bytes of standard input."""
     return sys.stdin.fileno()
-
-
-def _open_regular(path: str) -> int:
-    # Without O_NONBLOCK, opening a named pipe waits for its other end.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError("not a regular file but a pipe, a socket or a device")
-    return descriptor
-
-
-def _position(raw: IO[bytes]) -> int:
-    try:
-        return raw.tell()
-    except OSError:
-        # A pipe has none.
-        return 0
 
 
 def _failed(record_id: str, where: str, error: Exception, weight: float, content: bytes = b"") -> Record:

@@ -19,13 +19,7 @@ _BASE_BYTES, _BYTES_A_BYTE = 2**30, 12
 
 
 class TextExtractor:
-    """Text of records.
-
-    Args:
-        encoding: of text files.
-        max_bytes: longest text of an HTML page or a PDF.
-        seconds: longest time for one of them.
-    """
+    """Text of records."""
 
     def __init__(self, encoding: str = "utf-8", max_bytes: int = 256 * 2**20, seconds: float = _SECONDS) -> None:
         self._encoding, self._max_bytes, self._seconds = encoding, max_bytes, min(seconds, _SECONDS)
@@ -87,8 +81,6 @@ class TextExtractor:
             raise RecordError("unreadable", f"{kind}: not parsed after {self._seconds:g} s") from None
         except ProcessExpired:
             raise RecordError("unreadable", f"the {kind} parser crashed") from None
-        except ImportError as error:
-            raise RecordError("unreadable", f"{error}; pip install 'vllm-longmamba[summarize]'") from None
         except Exception as error:
             # Whatever a parser makes of a damaged file; it ends this record only.
             raise RecordError("unreadable", f"{kind}: {type(error).__name__}: {error}") from None
@@ -131,7 +123,7 @@ def pdf_text(content: bytes) -> str:
 
 
 def _live_with_parent() -> None:
-    """Initializer of a parser process."""
+    """Initializer of a parser process: a killed parent cannot tell its pool to end."""
     # Ctrl-C lets running documents finish; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -141,5 +133,4 @@ def _live_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    # A killed parent cannot tell its pool to end.
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -34,32 +34,23 @@ class Watchdog:
 
 
 def watch(job: int) -> None:
-    """Wait for the end of a process, however it comes, and end what descends from it.
-
-    Args:
-        job: number of the parent of this process.
-    """
+    """Wait for the end of a process, however it comes, and end what descends from it."""
+    parent = psutil.Process(job)
     family: set[psutil.Process] = set()
-    roots = {psutil.Process(job)}
     while os.getppid() == job:
-        family = grown(family | roots) - roots
+        family = grown(family | {parent}) - {parent}
         time.sleep(_INTERVAL_S)
     for _ in range(_ENDING_ROUNDS):
         family = grown(family)
-        left = [process for process in family if not _cleans_up(process)]
-        if not left:
-            return
-        for process in left:
+        for process in family:
             with contextlib.suppress(psutil.Error):
-                process.kill()
+                if _CLEANER not in " ".join(process.cmdline()):
+                    process.kill()
         time.sleep(_ENDING_INTERVAL_S)
 
 
 def grown(family: set[psutil.Process]) -> set[psutil.Process]:
     """Those of a family that still run, and what descends from them; psutil tells a process from a later namesake.
-
-    Args:
-        family: as it was.
 
     Returns:
         The family without this process.
@@ -70,13 +61,6 @@ def grown(family: set[psutil.Process]) -> set[psutil.Process]:
             if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                 now |= {process, *process.children(recursive=True)}
     return {process for process in now if process.pid != os.getpid()}
-
-
-def _cleans_up(process: psutil.Process) -> bool:
-    try:
-        return _CLEANER in " ".join(process.cmdline())
-    except psutil.Error:
-        return True
 
 
 if __name__ == "__main__":
