@@ -28,6 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # These files take a minute and more each. They come first, so that at the end no worker waits for one of them.
 LONGEST = [
+    "tests/engine/test_defaults.py",
     "tests/summarize/test_engine.py",
     "tests/engine/test_calibrate_servers.py",
     "tests/test_server.py",

@@ -23,9 +23,11 @@ LEAST_GAP = 0.03
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("defaults")
-    return {name: case.write(folder / name) for name, case in CASES.items()}
+    here = [item for item in request.session.items if item.path == Path(__file__) and isinstance(item, pytest.Function)]
+    names = [item.callspec.params["name"] for item in here]
+    return {name: CASES[name].write(folder / name) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,11 @@ def answers(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return {name: written[str(model)] for name, model in models.items()}
 
 
-@pytest.mark.parametrize("name", CASES)
+# Both mixers in every run of the tests; the third family in the slow ones.
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name == "falcon_mamba" else name for name in CASES]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_nothing_but_the_settings_given(name: str, models: dict[str, Path], answers: dict[str, Any]) -> None:
     assert isinstance(answers[name], list), answers[name]
     compared = 0

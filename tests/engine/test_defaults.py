@@ -50,7 +50,14 @@ def answers(
     return {family: written[str(model)] for family, model in models.items()}
 
 
-@pytest.mark.parametrize("family", WRITERS)
+# Each mixer, alone and in a hybrid, in every run of the tests; the other families in the slow ones.
+FAMILIES = [
+    family if family in ("mamba1", "jamba", "mamba2", "zamba2") else pytest.param(family, marks=pytest.mark.slow)
+    for family in WRITERS
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_with_nothing_but_the_model_named(
     family: str,
     answers: dict[str, Any],

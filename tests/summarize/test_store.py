@@ -199,7 +199,7 @@ def test_what_a_killed_export_left(output: Path) -> None:
 
 def test_rows_come_while_it_exports(output: Path) -> None:
     store = Store(output, SETTINGS)
-    exporting = threading.Thread(target=lambda: [store.export() for _ in range(20)])
+    exporting = threading.Thread(target=lambda: [store.export() for _ in range(5)])
     exporting.start()
     written = 0
     while exporting.is_alive():
