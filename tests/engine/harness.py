@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,3 +203,34 @@ def assert_agrees(actual: np.ndarray, expected: Callable[[Filters], np.ndarray],
         if np.abs(actual - logprobs).max() <= LOGPROB_TOLERANCE:
             return
     np.testing.assert_allclose(actual, expected(filters), rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+def ask_default_engines(
+    models: Mapping[str, Path], prompts: Sequence[list[int]], arguments: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Ask engines in processes of their own, as users start them; see default_engines.py.
+
+    Args:
+        models: name -> folder of a checkpoint.
+        prompts: what each is asked.
+        arguments: of `LLM`, beside the model.
+        folder: for the files between the processes.
+
+    Returns:
+        Name -> for each prompt [token, log-probability] of the likeliest next tokens, or the error of a failed engine.
+    """
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    command = [sys.executable, str(Path(__file__).with_name("default_engines.py")), str(folder / "out.json")]
+    command += [str(folder / "prompts.json"), json.dumps(arguments), *map(str, models.values())]
+    # conftest.py keeps engines in the test's process; here they are where vLLM puts them.
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    written = json.loads((folder / "out.json").read_text())
+    return {name: written[str(model)] for name, model in models.items()}
+
+
+def selected_parameters(request: Any, name: str) -> list[Any]:
+    """The values of a parameter that the tests of the asking file have in this run."""
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    return [item.callspec.params[name] for item in items]

@@ -1,9 +1,5 @@
 """DeciMamba as users run it: compiled, in the model's dtype, the engine in a process of its own."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +8,8 @@ import pytest
 from decimated_models import CASES, CheckedDeciMamba, TooCloseError
 from references.torch_models import Plain, ReadingMethod, TorchModel
 from tiny_models import random_token_ids
+
+from .harness import ask_default_engines, selected_parameters
 
 pytestmark = pytest.mark.engine
 
@@ -25,25 +23,14 @@ LEAST_GAP = 0.03
 @pytest.fixture(scope="module")
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("defaults")
-    here = [item for item in request.session.items if item.path == Path(__file__) and isinstance(item, pytest.Function)]
-    names = [item.callspec.params["name"] for item in here]
-    return {name: CASES[name].write(folder / name) for name in names}
+    return {name: CASES[name].write(folder / name) for name in selected_parameters(request, "name")}
 
 
 @pytest.fixture(scope="module")
 def answers(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Name of a case -> for each prompt [token, log-probability] of the likeliest next tokens."""
-    folder = tmp_path_factory.mktemp("answers")
-    (folder / "prompts.json").write_text(json.dumps(PROMPTS))
     arguments = {"model_impl": "decimamba", "additional_config": {"decimamba": SETTINGS}}
-    command = [sys.executable, str(Path(__file__).with_name("default_engines.py")), str(folder / "out.json")]
-    command += [str(folder / "prompts.json"), json.dumps(arguments), *map(str, models.values())]
-    # conftest.py keeps engines in the test's process; here they are where vLLM puts them.
-    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
-    written = json.loads((folder / "out.json").read_text())
-    return {name: written[str(model)] for name, model in models.items()}
+    return ask_default_engines(models, PROMPTS, arguments, tmp_path_factory.mktemp("answers"))
 
 
 # Both mixers in every run of the tests; the third family in the slow ones.

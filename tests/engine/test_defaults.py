@@ -1,10 +1,6 @@
 """What users run: compiled, in the model's dtype, the engine in a process of its own, nothing but the model named."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,7 @@ from references.reference_lm import reference_logprobs
 from tiny_models import random_token_ids
 
 from .conftest import WRITERS
-from .harness import ROW_LENGTHS, TRAIN_LENGTH
+from .harness import ROW_LENGTHS, TRAIN_LENGTH, ask_default_engines, selected_parameters
 
 pytestmark = pytest.mark.engine
 
@@ -31,23 +27,11 @@ def answers(
 ) -> dict[str, Any]:
     """Family -> what an engine of all defaults answers, its table beside the weights as a user would put it there."""
     folder = tmp_path_factory.mktemp("defaults")
-    here = [item for item in request.session.items if item.path == Path(__file__) and isinstance(item, pytest.Function)]
-    models = {item.callspec.params["family"]: folder / item.callspec.params["family"] for item in here}
+    models = {family: folder / family for family in selected_parameters(request, "family")}
     for family, model in models.items():
         shutil.copytree(tiny_model(family), model)
         shutil.copyfile(tiny_table(family)[0], model / "longmamba.safetensors")
-    (folder / "prompts.json").write_text(json.dumps(PROMPTS))
-    script = Path(__file__).with_name("default_engines.py")
-    arguments = json.dumps({"model_impl": "longmamba"})
-    command = [sys.executable, str(script), str(folder / "out.json"), str(folder / "prompts.json"), arguments]
-    # conftest.py keeps engines in the test's process; here they are where vLLM puts them.
-    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    result = subprocess.run(
-        [*command, *map(str, models.values())], capture_output=True, text=True, check=False, env=environment
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    written = json.loads((folder / "out.json").read_text())
-    return {family: written[str(model)] for family, model in models.items()}
+    return ask_default_engines(models, PROMPTS, {"model_impl": "longmamba"}, folder)
 
 
 # Each mixer, alone and in a hybrid, in every run of the tests; the other families in the slow ones.
