@@ -20,7 +20,7 @@ def gated_norm_(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: flo
         z: (tokens, d_inner), the gate.
         weight: (d_inner,) contiguous, of the norm.
         eps: of the norm.
-        row_scale: (tokens, 2) in ``y.dtype``, written: the sum of both columns is the factor. Two bfloat16 hold 16 bits.
+        row_scale: (tokens, 2) in ``y.dtype``, written: the sum of both columns is the factor, to 16 bits in bfloat16.
 
     Raises:
         ValueError: for a wrong shape, dtype, stride or device.

@@ -97,7 +97,7 @@ def ssd(
         rows = ~is_padding
         gated, scale = out[rows].flatten(1), row_scale[rows]
         gated_norm_(gated, z[rows].flatten(1), norm_weight, norm_eps, scale)
-        out[rows], row_scale[rows] = gated.unflatten(1, out.shape[1:]), scale
+        out[rows], row_scale[rows] = gated.view(out[rows].shape), scale
     return out
 
 
