@@ -82,15 +82,16 @@ def _causal_conv1d_kernel(
     if first >= n_tokens:
         return
 
-    if block == BLOCKS:
-        row = tl.load(seq_rows_ptr + sequence).to(tl.int64)
-        if row > 0:
-            filtered_end = tl.minimum(end, tl.load(seq_prompt_tokens_ptr + sequence))
-            _filter_part(
-                dt_ptr + start * dt_stride, dt_bias_ptr, dt_threshold_ptr + row * nheads, first, filtered_end,
-                dt_stride, nheads, BLOCK_HEADS, FILTER_TOKENS,
-            )  # fmt: skip
-        return
+    if FILTER:
+        if block == BLOCKS:
+            row = tl.load(seq_rows_ptr + sequence).to(tl.int64)
+            if row > 0:
+                filtered_end = tl.minimum(end, tl.load(seq_prompt_tokens_ptr + sequence))
+                _filter_part(
+                    dt_ptr + start * dt_stride, dt_bias_ptr, dt_threshold_ptr + row * nheads, first, filtered_end,
+                    dt_stride, nheads, BLOCK_HEADS, FILTER_TOKENS,
+                )  # fmt: skip
+            return
 
     channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     if channels % BLOCK_CHANNELS != 0:
