@@ -180,6 +180,8 @@ def _scan_blocks(
         z_ptr += base * z_stride + head * headdim
         z_offsets = position[:, None] * z_stride + channel[None, :]
         norm_weight = tl.load(norm_weight_ptr + head * headdim + channel).to(tl.float32)
+        # a block ahead: nothing else hides how long this load takes
+        next_z = tl.load(z_ptr + z_offsets, mask=(position < n_tokens)[:, None], other=0.0)
 
     for i in range(0, n_blocks):
         here = tl.minimum(i, n_blocks).to(tl.int64)
@@ -189,6 +191,10 @@ def _scan_blocks(
         B = tl.load(B_ptr + first * B_stride + B_offsets, mask=is_token[:, None] & is_state, other=0.0)
         x = tl.load(x_ptr + first * x_stride + x_offsets, mask=is_token[:, None], other=0.0)
         S = tl.load(product_ptr + here * (ngroups * BLOCK * BLOCK) + product_offsets)
+        if GATED:
+            z = next_z
+            is_next = (i + 1) * BLOCK + position < n_tokens
+            next_z = tl.load(z_ptr + (first + BLOCK) * z_stride + z_offsets, mask=is_next[:, None], other=0.0)
         if FACTORED:
             # rarely, since most blocks decay by little
             lowest_scale = scales[0] + totals[0]
@@ -240,7 +246,6 @@ def _scan_blocks(
         h = tl.dot(fed, B, h, input_precision=PRECISION)
         result = tl.trans(y) + x.to(tl.float32) * D
         if GATED:
-            z = tl.load(z_ptr + first * z_stride + z_offsets, mask=is_token[:, None], other=0.0)
             result *= silu(z.to(tl.float32))
             squares = tl.sum(result * result, 1)
             result *= norm_weight[None, :]
