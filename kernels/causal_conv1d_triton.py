@@ -1,7 +1,7 @@
 """Triton kernel of :mod:`kernels.causal_conv1d`; imported by the wrapper only where Triton can run."""
 
 # mypy: ignore-errors
-# ruff: noqa: RUF005
+# ruff: noqa: RUF005, SIM102
 # Triton's language looks like Python but has neither its types nor starred tuples.
 
 import torch

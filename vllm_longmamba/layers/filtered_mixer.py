@@ -126,11 +126,15 @@ class FilteredMixer:
         return {"x": x, "dt": dt, "A": self.A, "B": B, "C": C, "D": self.D}
 
     def _run_prefill(self, kernel: Callable[..., Any], **arguments: Any) -> None:
-        """Call a kernel; the first time, which is vLLM's warm-up, also compile it for prompts of any length."""
+        """Call a kernel; the first time, which is vLLM's warm-up, also compile it for prompts of any length.
+
+        Every step hands it arguments of one layout, so that they are checked once.
+        """
+        is_first = self._most_prompt_tokens is not None
         if self._most_prompt_tokens is not None:
             compile_ahead(kernel, arguments, self._most_prompt_tokens)
             self._most_prompt_tokens = None
-        kernel(**arguments)
+        kernel(**arguments, check=is_first)
 
     def _run_decode(self, token_rows: torch.Tensor | None, **arguments: Any) -> None:
         """Call `selective_state_update`; the first time, which is vLLM's warm-up, also compile it for any batch."""
@@ -172,6 +176,8 @@ class FilteredMixer:
             metadata.state_indices_tensor_p,
             metadata.has_initial_states_p,
             silu=self.activation in ("silu", "swish"),
+            # `_run_prefill`, which follows, notes the first call.
+            check=self._most_prompt_tokens is not None,
             **filter_arguments,
         )
         return convolved
