@@ -1,69 +1,90 @@
-"""`python -m train FAMILY --text FILE --out FOLDER`, run in examples/; see README.md."""
+"""`python -m train prepare TEXT... --out DATA`, then `python -m train FAMILY --data DATA --out FOLDER`; see README.md."""
 
+import argparse
 import json
+import os
 import platform
+import signal
+import threading
 import time
 from pathlib import Path
-from typing import Annotated, Any
 
-import typer
+STARTED = time.monotonic()
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import torch  # noqa: E402
+
+from .corpus import load_corpus, prepare  # noqa: E402
+from .export import export_model  # noqa: E402
+from .settings import FAMILIES, family_settings  # noqa: E402
+from .training import make_model, train  # noqa: E402
+
+VOCABULARY_MULTIPLE = 16
 
 
-@app.command()
-def main(
-    family: Annotated[str, typer.Argument(help="mamba1, mamba2 or zamba2")],
-    text: Annotated[Path, typer.Option(help="training text, .xz or plain; documents separated by <|doc|> lines")],
-    out: Annotated[Path, typer.Option(help="folder for checkpoint, settings and curves")],
-    minutes: Annotated[float | None, typer.Option(help="wall clock of everything, compilation and export too")] = None,
-    steps: Annotated[int | None, typer.Option(help="most steps")] = None,
-    seed: Annotated[int, typer.Option(help="of weights and data")] = 0,
-    settings: Annotated[Path | None, typer.Option(help="JSON file with changes of settings")] = None,
-    change: Annotated[list[str] | None, typer.Option("--set", help="one change, name=JSON value; repeatable")] = None,
-) -> None:
-    """Train a reference model and export it in its family's format."""
-    started = time.monotonic()
-    import torch
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command."""
+    options = _parser().parse_args(arguments)
+    if options.command == "prepare":
+        count = prepare(options.texts, options.out, options.vocabulary, options.tokens)
+        print(f"wrote {count:,} tokens and their tokenizer to {options.out}")
+    else:
+        run(options)
 
-    from .books import read_books
-    from .curves import save_curves
-    from .evaluation import final_evaluation
-    from .export import export_model
-    from .settings import family_settings, read_settings
-    from .training import make_model, train
 
-    changes: dict[str, Any] = read_settings(settings) if settings else {}
-    changes.pop("family", None)
-    for item in change or []:
-        name, _, value = item.partition("=")
-        changes[name] = json.loads(value)
-    changes |= {"seed": seed} | ({"minutes": minutes} if minutes else {}) | ({"steps": steps} if steps else {})
-    run = family_settings(family, **changes)
+def run(options: argparse.Namespace) -> None:
+    """Trains a model and exports it in its family's format."""
+    corpus = load_corpus(options.data)
+    vocabulary = -(-corpus.tokenizer.get_vocab_size() // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    changes = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.change)}
+    limits = {name: value for name in ("minutes", "steps") if (value := getattr(options, name)) is not None}
+    settings = family_settings(options.command, vocabulary, **changes, **limits, seed=options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    settings.save(options.out / "settings.json")
 
-    out.mkdir(parents=True, exist_ok=True)
-    run.save(out / "settings.json")
+    stop = threading.Event()
+    for of in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(of, lambda *_: stop.set())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True
+    model = make_model(settings).to(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    model = make_model(run).to(device)
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{family}: {count:,} parameters, {name}, torch {torch.__version__}", flush=True)
-    books = read_books(text, device)
+    print(f"{settings.family}: {count:,} parameters, {name}, torch {torch.__version__}", flush=True)
     curves = train(
         model,
-        run,
-        books,
-        started=started,
+        settings,
+        corpus,
+        workers=options.workers,
+        started=STARTED,
         report=lambda line: print(line, flush=True),
-        export=lambda share: print(f"wrote {export_model(model, run, out / f'at-{share:g}')}", flush=True),
+        export=lambda: print(f"wrote {export_model(model, settings, corpus.tokenizer, options.out)}", flush=True),
+        stopped=stop.is_set,
     )
-    file = export_model(model, run, out)
-    print(f"wrote {file} ({file.stat().st_size:,} bytes)", flush=True)
-    final = {"device": name, "torch": torch.__version__} | final_evaluation(model, run, books.held_out)
-    save_curves(curves, final | {"seconds": time.monotonic() - started}, out)
-    print(json.dumps(final, indent=1))
+    (options.out / "curves.json").write_text(json.dumps(curves) + "\n")
+    print(f"done after {time.monotonic() - STARTED:.0f} s", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m train", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("prepare", help="make a tokenizer, and the tokens of texts")
+    command.add_argument("texts", type=Path, nargs="+", help="text, .xz or plain; documents separated by <|doc|> lines")
+    command.add_argument("--out", type=Path, required=True, help="folder for tokenizer and tokens")
+    command.add_argument("--vocabulary", type=int, default=16_384, help="tokens of the tokenizer")
+    command.add_argument("--tokens", type=int, default=40_000_000, help="most tokens of text")
+    for family in FAMILIES:
+        command = commands.add_parser(family, help=f"train a model of the family {family}")
+        command.add_argument("--data", type=Path, required=True, help="folder that prepare wrote")
+        command.add_argument("--out", type=Path, required=True, help="folder for checkpoint, settings and curves")
+        command.add_argument("--minutes", type=float, help="wall clock of everything, compilation and export too")
+        command.add_argument("--steps", type=int, help="most steps")
+        command.add_argument("--seed", type=int, default=0, help="of weights and data")
+        command.add_argument("--workers", type=int, default=8, help="processes that draw sequences")
+        command.add_argument("--set", dest="change", action="append", default=[], help="a setting, name=JSON value")
+    return parser
 
 
 if __name__ == "__main__":
-    app()
+    main()

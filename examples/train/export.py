@@ -1,58 +1,51 @@
-"""Writes a trained model as its family publishes checkpoints, and reads it back."""
+"""Writes a trained model as its family publishes checkpoints."""
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import nn
 
-from .settings import CHECKPOINT_BYTES, END_OF_TEXT, VOCABULARY, Settings
+from .corpus import END_OF_TEXT, SPECIAL_TOKENS, TOKENIZER_FILE
+from .settings import Settings
 
-TOKENIZER = Path(__file__).resolve().parent.parent / "passkey-mamba2-4m"
-MAX_POSITIONS = 131_072  # of the rotary embedding; a longer context needs another value in config.json
+MAX_POSITIONS = 262_144  # of the rotary embedding; a longer context needs another value in config.json
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": END_OF_TEXT,
+    "eos_token": END_OF_TEXT,
+    "unk_token": END_OF_TEXT,
+    "pad_token": SPECIAL_TOKENS[1],
+    "model_max_length": 1_048_576,
+    "clean_up_tokenization_spaces": False,
+}
 
 
-def export_model(model: nn.Module, settings: Settings, path: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+def export_model(
+    model: nn.Module, settings: Settings, tokenizer: Tokenizer, path: Path, dtype: torch.dtype = torch.bfloat16
+) -> Path:
     """Writes config, weights and tokenizer.
 
     Args:
         model: as trained, of the family that the settings name.
         settings: its settings.
+        tokenizer: of the text.
         path: the folder, made if missing.
         dtype: of matrices. Vectors (biases, norms, A_log, D) stay in float32, as in the example model, except in
             Hugging Face's format, where vLLM and transformers convert all weights anyway.
 
     Returns:
         The file with the weights.
-
-    Raises:
-        ValueError: the file is larger than CHECKPOINT_BYTES.
     """
     path.mkdir(parents=True, exist_ok=True)
-    write: Callable[..., Path] = _write_zamba2 if settings.family == "zamba2" else _write_original
+    tokenizer.save(str(path / TOKENIZER_FILE))
+    (path / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=1) + "\n")
     weights = {name: _stored(name, weight, dtype) for name, weight in model.state_dict().items()}
-    file = write(weights, settings, path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TOKENIZER / name, path / name)
-    if file.stat().st_size > CHECKPOINT_BYTES:
-        raise ValueError(f"{file}: must have at most {CHECKPOINT_BYTES} bytes, has {file.stat().st_size}")
-    return file
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors that `export_model` wrote into a folder, a tied head included.
-
-    Raises:
-        FileNotFoundError: the folder has no weights.
-    """
-    if (path / "model.safetensors").exists():
-        return load_file(path / "model.safetensors")
-    weights: dict[str, torch.Tensor] = torch.load(path / "pytorch_model.bin", weights_only=True)
-    return weights
+    write = _write_zamba2 if settings.family == "zamba2" else _write_original
+    return write(weights, settings, path)
 
 
 def _stored(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -64,12 +57,7 @@ def _write_original(weights: dict[str, torch.Tensor], settings: Settings, path: 
     """The format of state-spaces/mamba-* and mamba2-*: no model_type, the tied head stored by reference."""
     ssm_cfg: dict[str, Any]
     if settings.family == "mamba2":
-        ssm_cfg = {
-            "layer": "Mamba2",
-            "d_state": settings.d_state,
-            "headdim": settings.headdim,
-            "chunk_size": settings.chunk_size,
-        }
+        ssm_cfg = {"layer": "Mamba2", "d_state": settings.d_state, "headdim": settings.headdim}
         others = {"d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "tie_embeddings": True}
     else:
         # the published Mamba-1 configs leave mamba_ssm's default out
@@ -78,7 +66,7 @@ def _write_original(weights: dict[str, torch.Tensor], settings: Settings, path: 
     config = {
         "d_model": settings.d_model,
         "n_layer": settings.n_layer,
-        "vocab_size": VOCABULARY,
+        "vocab_size": settings.vocabulary,
         "ssm_cfg": ssm_cfg,
         "rms_norm": True,
         "residual_in_fp32": True,
@@ -99,10 +87,10 @@ def _write_zamba2(weights: dict[str, torch.Tensor], settings: Settings, path: Pa
         "architectures": ["Zamba2ForCausalLM"],
         "model_type": "zamba2",
         "dtype": str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch."),
-        "vocab_size": VOCABULARY,
-        "bos_token_id": END_OF_TEXT,
-        "eos_token_id": END_OF_TEXT,
-        "pad_token_id": END_OF_TEXT,
+        "vocab_size": settings.vocabulary,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
         "tie_word_embeddings": True,
         "max_position_embeddings": MAX_POSITIONS,
         "hidden_size": settings.d_model,
@@ -118,7 +106,7 @@ def _write_zamba2(weights: dict[str, torch.Tensor], settings: Settings, path: Pa
         "mamba_headdim": settings.headdim,
         "use_conv_bias": True,
         "add_bias_linear": False,
-        "chunk_size": settings.chunk_size,
+        "chunk_size": 256,
         # transformers clamps dt from below with it; vLLM and this training do not.
         "time_step_min": 1e-9,
         "intermediate_size": settings.mlp_width,

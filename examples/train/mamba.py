@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .mixers import Mamba1Mixer, Mamba2Mixer, RMSNorm
-from .settings import VOCABULARY, Settings
+from .settings import Settings
 
 
 class Block(nn.Module):
@@ -15,9 +15,9 @@ class Block(nn.Module):
         self.mixer = mixer
         self.norm = RMSNorm(d_model)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (batch, tokens, d_model) float32."""
-        return hidden + self.mixer(self.norm(hidden))
+    def forward(self, hidden: torch.Tensor, seq_idx: torch.Tensor) -> torch.Tensor:
+        """hidden (batch, tokens, d_model) float32; seq_idx as in mixers.py."""
+        return hidden + self.mixer(self.norm(hidden), seq_idx)
 
 
 class Backbone(nn.Module):
@@ -25,7 +25,7 @@ class Backbone(nn.Module):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, settings.d_model)
+        self.embedding = nn.Embedding(settings.vocabulary, settings.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.layers = nn.ModuleList(Block(_mixer(settings), settings.d_model) for _ in range(settings.n_layer))
         self.norm_f = RMSNorm(settings.d_model)
@@ -42,11 +42,11 @@ class MambaLM(nn.Module):
         super().__init__()
         self.backbone = Backbone(settings)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, tokens, vocabulary) after each of tokens (batch, tokens)."""
+    def forward(self, tokens: torch.Tensor, seq_idx: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, tokens, vocabulary) after each of tokens (batch, tokens); seq_idx as in mixers.py."""
         hidden = self.backbone.embedding(tokens)
         for layer in self.backbone.layers:
-            hidden = layer(hidden)
+            hidden = layer(hidden, seq_idx)
         return nn.functional.linear(self.backbone.norm_f(hidden), self.backbone.embedding.weight)
 
     def blocks(self) -> list[nn.Module]:

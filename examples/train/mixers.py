@@ -1,7 +1,7 @@
 """The mixers of Mamba-1 and Mamba-2 as differentiable modules, with the parameters' names of the checkpoints.
 
-Initial values are those of mamba_ssm (state-spaces/mamba, modules/mamba_simple.py and mamba2_simple.py), unless the
-settings give other ranges.
+Initial values are those of mamba_ssm (state-spaces/mamba, modules/mamba_simple.py and mamba2_simple.py). Of several
+sequences in a row, `seq_idx` (tokens,) int32 says which one a token is of, in rising order; none sees another.
 """
 
 import math
@@ -16,10 +16,10 @@ from .ssd import ssd
 
 D_CONV = 4
 NORM_EPS = 1e-5
-# The forgetting of a head counts at a token up to so many times its even share: no few tokens can do all of it.
-FORGETTING_SPREAD = 8.0
-# A head that forgets more than this over a sequence, and keeps less than 5 % of its state, is no memory of it.
-FORGETTING_OF_MEMORY = 3.0
+# Of Mamba-2's initial decays -A, uniform. Mamba-1's are 1 to d_state.
+A_RANGE = (1.0, 16.0)
+# Of the initial time steps, softplus of their bias, uniform in the logarithm.
+DT_RANGE = (1e-3, 1e-1)
 
 
 class RMSNorm(nn.Module):
@@ -47,13 +47,14 @@ class CausalConv1d(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, D_CONV).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, seq_idx: torch.Tensor) -> torch.Tensor:
         """x (batch, tokens, channels)."""
         tokens = x.shape[1]
-        padded = F.pad(x, (0, 0, D_CONV - 1, 0))
+        padded, padded_idx = F.pad(x, (0, 0, D_CONV - 1, 0)), F.pad(seq_idx, (D_CONV - 1, 0), value=-1)
         y = self.bias.to(x.dtype)
         for tap in range(D_CONV):
-            y = y + padded[:, tap : tap + tokens] * self.weight[:, 0, tap].to(x.dtype)
+            is_seen = (padded_idx[tap : tap + tokens] == seq_idx)[:, None]
+            y = y + padded[:, tap : tap + tokens] * is_seen * self.weight[:, 0, tap].to(x.dtype)
         return F.silu(y)
 
 
@@ -73,103 +74,49 @@ class Mamba1Mixer(nn.Module):
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         with torch.no_grad():
-            self.dt_proj.bias.copy_(_initial_dt_bias(d_inner, settings))
+            self.dt_proj.bias.copy_(_initial_dt_bias(d_inner))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, seq_idx: torch.Tensor) -> torch.Tensor:
         """hidden (batch, tokens, d_model), already normalised."""
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        x = self.conv1d(x)
+        x = self.conv1d(x, seq_idx)
         low_rank_dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = F.softplus(F.linear(low_rank_dt, self.dt_proj.weight).float() + self.dt_proj.bias)
-        y = selective_scan(x, dt, -self.A_log.float().exp(), B, C)
+        y = selective_scan(x, dt, -self.A_log.float().exp(), B, C, seq_idx)
         return self.out_proj((y + self.D.to(x.dtype) * x) * F.silu(z))
 
 
 class Mamba2Mixer(nn.Module):
-    """Mamba-2 (arXiv 2405.21060) with one group of B and C, and the gate before the norm.
-
-    Attributes:
-        ceilings: (nheads,), of the retention over a sequence; None without.
-        excess: `excess_retention` of the last call; None without ceilings.
-        costs_writing: whether the next call shall set `written`.
-        written: `forgetting_of_memories` of the last call.
-    """
+    """Mamba-2 (arXiv 2405.21060) with one group of B and C, and the gate before the norm."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         d_model, d_state = settings.d_model, settings.d_state
         self.d_inner, self.d_state = EXPAND * d_model, d_state
-        self.headdim, self.chunk_size = settings.headdim, settings.chunk_size
-        self.nheads = settings.nheads
+        self.headdim, self.nheads = settings.headdim, settings.nheads
         conv_dim = self.d_inner + 2 * d_state
         self.in_proj = nn.Linear(d_model, self.d_inner + conv_dim + self.nheads, bias=False)
         self.conv1d = CausalConv1d(conv_dim)
-        self.dt_bias = nn.Parameter(_initial_dt_bias(self.nheads, settings))
-        self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(settings.a_min, settings.a_max).log())
+        self.dt_bias = nn.Parameter(_initial_dt_bias(self.nheads))
+        self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*A_RANGE).log())
         self.D = nn.Parameter(torch.ones(self.nheads))
         self.norm = RMSNorm(self.d_inner)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
-        self.register_buffer("ceilings", None, persistent=False)
-        self.excess: torch.Tensor | None = None
-        self.costs_writing = False
-        self.written: torch.Tensor | None = None
 
-    def decay_parameters(self) -> list[torch.Tensor]:
-        """What decides how much a head forgets at a token that the mixer reads: A, and bias and rows of dt."""
-        return [self.A_log, self.dt_bias, self.in_proj.weight[-self.nheads :]]
-
-    def forgetting(self, hidden: torch.Tensor) -> torch.Tensor:
-        """-A dt of a batch (batch, tokens, d_model), as `forward` gets it: (batch, tokens, nheads)."""
-        A_log, bias, rows = self.decay_parameters()
-        return A_log.exp() * F.softplus(F.linear(hidden, rows).float() + bias)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, seq_idx: torch.Tensor) -> torch.Tensor:
         """hidden (batch, tokens, d_model), already normalised."""
         zxBCdt = self.in_proj(hidden)
         z, xBC, dt = zxBCdt.split([self.d_inner, self.d_inner + 2 * self.d_state, self.nheads], dim=-1)
-        x, B, C = self.conv1d(xBC).split([self.d_inner, self.d_state, self.d_state], dim=-1)
+        x, B, C = self.conv1d(xBC, seq_idx).split([self.d_inner, self.d_state, self.d_state], dim=-1)
         x = x.unflatten(-1, (self.nheads, self.headdim))
         dt = F.softplus(dt.float() + self.dt_bias)
-        A = -self.A_log.float().exp()
-        if self.ceilings is not None:
-            self.excess = excess_retention(dt, A, self.ceilings)
-        if self.costs_writing:
-            self.written = forgetting_of_memories(dt, A)
-        y = ssd(x, dt, A, B, C, self.chunk_size)
+        y = ssd(x, dt, -self.A_log.float().exp(), B, C, seq_idx)
         y = (y + self.D.to(x.dtype)[:, None] * x).flatten(-2)
         return self.out_proj(self.norm(y * F.silu(z)))
 
 
-def excess_retention(dt: torch.Tensor, A: torch.Tensor, ceilings: torch.Tensor) -> torch.Tensor:
-    """How far heads are from forgetting as much as they should in a sequence: a mean over sequences and heads.
-
-    A head that keeps its ceiling of its state has a sum of -A dt of -log(ceiling). What it lacks of this sum, as a
-    share, is squared.
-
-    Args:
-        dt: (batch, tokens, heads).
-        A: (heads,), negative.
-        ceilings: (heads,) largest retention that costs nothing, between 0 and 1.
-    """
-    needed = -ceilings.log()
-    forgetting = torch.minimum(-A * dt, FORGETTING_SPREAD * needed / dt.shape[1]).sum(1)
-    return (1 - forgetting / needed).clamp(min=0).square().mean()
-
-
-def forgetting_of_memories(dt: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """The sum of -A dt over a sequence, at most FORGETTING_OF_MEMORY; a mean over sequences, summed over heads.
-
-    A token that a head writes into its state makes it forget others. Where that costs something, a head either writes
-    few tokens or forgets so much that it costs no more.
-
-    Args:
-        dt: (batch, tokens, heads).
-        A: (heads,), negative.
-    """
-    return (-A * dt).sum(1).clamp(max=FORGETTING_OF_MEMORY).mean(0).sum()
-
-
-def _initial_dt_bias(channels: int, settings: Settings) -> torch.Tensor:
-    """The inverse of softplus for a dt between dt_min and dt_max, uniform in the logarithm: (channels,)."""
-    dt = (torch.rand(channels) * math.log(settings.dt_max / settings.dt_min)).exp() * settings.dt_min
+def _initial_dt_bias(channels: int) -> torch.Tensor:
+    """The inverse of softplus for a dt in DT_RANGE: (channels,)."""
+    smallest, largest = DT_RANGE
+    dt = (torch.rand(channels) * math.log(largest / smallest)).exp() * smallest
     return dt + torch.log(-torch.expm1(-dt))

@@ -8,28 +8,14 @@ from torch import nn
 from .settings import Settings
 
 
-def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
-
-    Muon's update is scaled to the root mean square of AdamW's, so that one learning rate serves both.
-    """
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """AdamW, with weight decay for the matrices of the blocks."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() == 2 and not name.endswith("A_log") and "embed" not in name
         (matrices if is_matrix else others).append(parameter)
-    fused = next(model.parameters()).is_cuda
-    groups = [{"params": others, "weight_decay": 0.0}]
-    optimizers: list[torch.optim.Optimizer] = []
-    if settings.optimizer == "muon":
-        optimizers.append(
-            torch.optim.Muon(
-                matrices, lr=settings.peak_lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
-    else:
-        groups.append({"params": matrices, "weight_decay": settings.weight_decay})
-    optimizers.append(torch.optim.AdamW(groups, lr=settings.peak_lr, betas=(0.9, 0.95), fused=fused))
-    return optimizers
+    groups = [{"params": others, "weight_decay": 0.0}, {"params": matrices, "weight_decay": settings.weight_decay}]
+    return torch.optim.AdamW(groups, lr=settings.peak_lr, betas=(0.9, 0.95), fused=next(model.parameters()).is_cuda)
 
 
 def learning_rate(settings: Settings, step: int, progress: float) -> float:

@@ -23,7 +23,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, y_ptr, chunk_states_ptr, tokens,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, goes_on_ptr, y_ptr, chunk_states_ptr, tokens,
     d_inner: tl.constexpr, d_state: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """A block of channels of one sequence. N: d_state, padded to a power of two."""
@@ -52,14 +52,15 @@ def _forward_kernel(
             dt = tl.load(dt_ptr + here * d_inner + channel, mask=own, other=0.0)
             B = tl.load(B_ptr + here * d_state + n, mask=own_n, other=0.0).to(tl.float32)
             C = tl.load(C_ptr + here * d_state + n, mask=own_n, other=0.0).to(tl.float32)
-            h = h * tl.exp2(dt[None, :] * A) + (dt * x)[None, :] * B[:, None]
+            goes_on = tl.load(goes_on_ptr + t, mask=t < tokens, other=0.0)
+            h = h * (tl.exp2(dt[None, :] * A) * goes_on) + (dt * x)[None, :] * B[:, None]
             y = tl.sum(h * C[:, None], axis=0)
             tl.store(y_ptr + here * d_inner + channel, y.to(y_ptr.dtype.element_ty), mask=own)
 
 
 @triton.jit
 def _backward_kernel(
-    dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, chunk_states_ptr,
+    dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, goes_on_ptr, chunk_states_ptr,
     dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, tokens, batch,
     d_inner: tl.constexpr, d_state: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -96,8 +97,9 @@ def _backward_kernel(
             x = tl.load(x_ptr + here * d_inner + channel, mask=own, other=0.0).to(tl.float32)
             dt = tl.load(dt_ptr + here * d_inner + channel, mask=own, other=0.0)
             B = tl.load(B_ptr + here * d_state + n, mask=own_n, other=0.0).to(tl.float32)
+            goes_on = tl.load(goes_on_ptr + t, mask=t < tokens, other=0.0)
             states = states + (h,)
-            h = h * tl.exp2(dt[None, :] * (A * LOG2_E)) + (dt * x)[None, :] * B[:, None]
+            h = h * (tl.exp2(dt[None, :] * (A * LOG2_E)) * goes_on) + (dt * x)[None, :] * B[:, None]
         for i in tl.static_range(CHUNK):
             t = chunk * CHUNK + (CHUNK - 1 - i)
             here = first + t
@@ -108,7 +110,9 @@ def _backward_kernel(
             dy = tl.load(dy_ptr + here * d_inner + channel, mask=own, other=0.0).to(tl.float32)
             B = tl.load(B_ptr + here * d_state + n, mask=own_n, other=0.0).to(tl.float32)
             C = tl.load(C_ptr + here * d_state + n, mask=own_n, other=0.0).to(tl.float32)
-            kept = states[CHUNK - 1 - i] * tl.exp2(dt[None, :] * (A * LOG2_E))
+            goes_on = tl.load(goes_on_ptr + t, mask=t < tokens, other=0.0)
+            decay = tl.exp2(dt[None, :] * (A * LOG2_E)) * goes_on
+            kept = states[CHUNK - 1 - i] * decay
             h = kept + (dt * x)[None, :] * B[:, None]
             dh += dy[None, :] * C[:, None]
             dC = tl.sum(dy[None, :] * h, axis=1)
@@ -117,7 +121,7 @@ def _backward_kernel(
             dlog_decay = dh * kept
             ddt = tl.sum(dlog_decay * A, axis=0) + x * dfeed
             dA += dlog_decay * dt[None, :]
-            dh = dh * tl.exp2(dt[None, :] * (A * LOG2_E))
+            dh = dh * decay
             tl.store(dx_ptr + here * d_inner + channel, (dt * dfeed).to(dx_ptr.dtype.element_ty), mask=own)
             tl.store(ddt_ptr + here * d_inner + channel, ddt, mask=own)
             tl.store(dB_ptr + (first_sum + t) * d_state + n, dB, mask=own_n)
@@ -136,14 +140,14 @@ def chunk_states_shape(x: torch.Tensor, A: torch.Tensor) -> tuple[int, int, int,
 
 
 def scan_forward(
-    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, goes_on: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Contiguous arguments as for `selective_scan`. Returns y and the states before every chunk, float32."""
+    """Contiguous arguments as for `selective_scan_reference`. Returns y and the states before every chunk, float32."""
     (batch, tokens, d_inner), d_state = x.shape, A.shape[1]
     y = torch.empty_like(x)
     chunk_states = torch.empty(chunk_states_shape(x, A), dtype=torch.float32, device=x.device)
     _forward_kernel[(triton.cdiv(d_inner, BLOCK), batch)](
-        x, dt, A, B, C, y, chunk_states, tokens,
+        x, dt, A, B, C, goes_on, y, chunk_states, tokens,
         d_inner=d_inner, d_state=d_state, N=triton.next_power_of_2(d_state), BLOCK=BLOCK,
         CHUNK=_chunk_size(d_state), num_warps=1,
     )  # fmt: skip
@@ -157,6 +161,7 @@ def scan_backward(
     A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
+    goes_on: torch.Tensor,
     chunk_states: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, dt, A, B, C for dy, the gradient of y; the arguments are those of the forward pass."""
@@ -167,7 +172,7 @@ def scan_backward(
     dB = torch.empty((blocks, batch, tokens, d_state), dtype=torch.float32, device=x.device)
     dC = torch.empty_like(dB)
     _backward_kernel[(blocks, batch)](
-        dy, x, dt, A, B, C, chunk_states, dx, ddt, dA, dB, dC, tokens, batch,
+        dy, x, dt, A, B, C, goes_on, chunk_states, dx, ddt, dA, dB, dC, tokens, batch,
         d_inner=d_inner, d_state=d_state, N=triton.next_power_of_2(d_state), BLOCK=BLOCK,
         CHUNK=_chunk_size(d_state), num_warps=1,
     )  # fmt: skip

@@ -1,201 +1,168 @@
-"""The sequences that examples/train trains on."""
+"""Tasks are written into the text as they are asked, and their digits are told apart."""
 
-import lzma
 import re
-from pathlib import Path
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from train.books import SEPARATOR, read_books, windows
-from train.nouns import NOUNS
-from train.sentences import (
-    NEEDLE_QUESTION,
-    NEEDLE_STATEMENT,
-    PASSKEY_QUESTION,
-    PASSKEY_STATEMENT,
-    write_sentences,
-)
-from train.tasks import Batch, make_batch, mix_tasks
+from train.batches import Batches, make_batch
+from train.corpus import Corpus
+from train.settings import Settings, Stage, family_settings
+from train.tasks import NAMES_FROM, RULER_NOISE, TASKS, UNKNOWN, TaskWriter
 
-from vllm_longmamba.evaluate import needles
+from vllm_longmamba.evaluate.needles import NAMES, NEEDLE, ONE_QUESTION, PASSKEY_NEEDLE, PASSKEY_QUESTION
 
-CPU = torch.device("cpu")
-LENGTH = 512
-STATEMENT = re.compile(r"\nThe magic number of the (\w+) is (\d{5})\.\n")
-ANSWER = re.compile(r"\nWhat is the magic number of the (\w+)\? The magic number of the \1 is (\d{5})\n")
+SIZE = 641
 
 
-def draw(
-    shares: dict[str, float],
-    text_file: Path,
-    *,
-    batch: int = 40,
-    length: int = LENGTH,
-    seed: int = 0,
-    distractors: int = 0,
-    foreign_words: float = 0.0,
-) -> Batch:
-    books = read_books(text_file, CPU, held_out_bytes=20_000)
-    generator = torch.Generator().manual_seed(seed)
-    sentences, mixture = write_sentences(NOUNS, CPU), mix_tasks(shares, CPU)
-    return make_batch(books.train, sentences, mixture, batch, length, generator, distractors, foreign_words)
+@pytest.fixture(scope="module")
+def writer(corpus: Corpus) -> TaskWriter:
+    return TaskWriter(corpus)
 
 
-def text_of(tokens: torch.Tensor) -> str:
-    return bytes(tokens.tolist()).decode("latin-1")
+def drawn(writer: TaskWriter, task: str, seed: int, size: int = SIZE) -> tuple[str, str, str]:
+    """A sequence as text, its digits that can be known, and those that cannot."""
+    tokens, kinds = writer.draw(np.random.default_rng(seed), task, size)
+    assert len(tokens) == len(kinds) == size
+    decode = writer.corpus.tokenizer.decode
+    known, unknown = (decode(tokens[kinds == kind].tolist()) for kind in (TASKS.index(task) or 1, UNKNOWN))
+    return decode(tokens.tolist()), known, unknown
 
 
-def test_wording_is_that_of_the_evaluation() -> None:
-    assert needles.PASSKEY_NEEDLE.format(number="00000") == PASSKEY_STATEMENT
-    assert f"{needles.PASSKEY_QUESTION}00000\n" == PASSKEY_QUESTION
-    assert needles.NEEDLE.format(name="river", number="00000") == NEEDLE_STATEMENT.format(name="river")
-    assert needles.ONE_QUESTION.format(names="river") + "00000\n" == NEEDLE_QUESTION.format(name="river")
-    assert set(needles.NAMES) <= set(NOUNS)
-    assert len(set(NOUNS)) == len(NOUNS)
+def test_text_is_that_of_the_corpus(writer: TaskWriter) -> None:
+    text, known, unknown = drawn(writer, "text", 0)
+    assert text in writer.corpus.tokenizer.decode(writer.corpus.tokens.tolist())
+    assert known == unknown == ""
 
 
-def test_passkey_stands_anywhere_and_is_asked_for_last(text_file: Path) -> None:
-    batch, depths = draw({"passkey": 1}, text_file), []
-    for tokens, is_answer, is_random in zip(batch.tokens, batch.is_answer, batch.is_random, strict=True):
-        text, key = text_of(tokens), text_of(tokens[is_answer])
-        assert text_of(tokens[is_random]) == key
-        assert text.endswith(f"{needles.PASSKEY_QUESTION}{key}\n")
-        assert text.count(needles.passkey_needle(key)) == 1
-        depths.append(text.index(needles.passkey_needle(key)) / LENGTH)
-    assert min(depths) < 0.1
-    assert max(depths) > 0.6
-    assert batch.tokens.shape == (40, LENGTH + 1)
+@pytest.mark.parametrize("seed", range(5))
+def test_passkey_is_worded_as_in_the_evaluation(writer: TaskWriter, seed: int) -> None:
+    text, known, unknown = drawn(writer, "passkey", seed)
+    assert re.fullmatch(r"[1-9]\d{4}", known)
+    assert known == unknown
+    assert PASSKEY_NEEDLE.format(number=known) in text
+    assert text.endswith(PASSKEY_QUESTION + known + "\n")
 
 
-def test_needles_have_distinct_names_and_right_answers(text_file: Path) -> None:
-    batch, asked_twice = draw({"needles": 1}, text_file), 0
-    for tokens, is_answer, is_random in zip(batch.tokens, batch.is_answer, batch.is_random, strict=True):
-        text = text_of(tokens)
-        stated, answers = dict(STATEMENT.findall(text)), ANSWER.findall(text)
-        assert 2 <= len(stated) <= 4
-        assert len(STATEMENT.findall(text)) == len(stated)
-        assert 1 <= len(answers) <= 2
-        assert all(stated[name] == number for name, number in answers)
-        assert text_of(tokens[is_answer]) == "".join(number for _, number in answers)
-        assert text_of(tokens[is_random]) == "".join(stated.values())
-        assert text.endswith(f"{answers[-1][1]}\n")
-        asked_twice += len(answers) == 2
-    assert 5 < asked_twice < 35
+@pytest.mark.parametrize("seed", range(5))
+def test_needles_are_worded_as_in_the_evaluation(writer: TaskWriter, seed: int) -> None:
+    text, known, unknown = drawn(writer, "needles", seed)
+    statement, question = (
+        re.escape(form.format(name="NAME", names="NAME", number="NUMBER"))
+        .replace("NAME", "([a-z]+)", 1)
+        .replace("NAME", "[a-z]+")
+        .replace("NUMBER", r"(\d{5})")
+        for form in (NEEDLE, ONE_QUESTION + "{number}\n")
+    )
+    stated, asked = re.findall(statement, text), re.findall(question, text)
+    assert 2 <= len(dict(stated)) == len(stated) <= 4
+    assert 1 <= len(asked) <= 2
+    assert set(asked) <= set(stated)
+    assert [number for _, number in stated] == re.findall(r"\d{5}", unknown)
+    assert [number for _, number in asked] == re.findall(r"\d{5}", known)
+    assert text.endswith(asked[-1][1] + "\n")
 
 
-def test_recall_states_numbers_again(text_file: Path) -> None:
-    batch = draw({"recall": 1}, text_file)
-    answers = 0
-    for tokens, is_answer, is_random in zip(batch.tokens, batch.is_answer, batch.is_random, strict=True):
-        numbers = re.findall(r"(?:number of the \w+|pass key) is (\d{5})[\n.]", text_of(tokens))
-        new = [number for place, number in enumerate(numbers) if number not in numbers[:place]]
-        again = [number for place, number in enumerate(numbers) if number in numbers[:place]]
-        assert text_of(tokens[is_random]) == "".join(new)
-        assert text_of(tokens[is_answer]) == "".join(again)
-        answers += len(again)
-    assert answers > 3 * len(batch.tokens)
+def test_a_prompt_is_tokenized_as_in_training(writer: TaskWriter) -> None:
+    """The question, and then digits, as an engine sees them."""
+    tokens, kinds = writer.draw(np.random.default_rng(0), "passkey", SIZE)
+    question = writer.corpus.tokenizer.encode(PASSKEY_QUESTION).ids
+    end = int(np.flatnonzero(kinds == TASKS.index("passkey"))[0])
+    assert tokens[end - len(question) : end].tolist() == question
 
 
-def test_text_is_left_alone(text_file: Path) -> None:
-    book = text_file.read_bytes()
-    batch = draw({"text": 1}, text_file, batch=5)
-    assert all(bytes(tokens.tolist()) in book for tokens in batch.tokens)
-    assert not (batch.is_answer | batch.is_random).any()
+def test_recall_repeats_what_was_stated(writer: TaskWriter) -> None:
+    mentions = 0
+    for seed in range(20):
+        _, known, unknown = drawn(writer, "recall", seed)
+        numbers = {unknown[start : start + 5] for start in range(0, len(unknown), 5)}
+        answers = [known[start : start + 5] for start in range(0, len(known), 5)]
+        assert set(answers) <= numbers
+        mentions += len(answers)
+    assert mentions > 80
 
 
-def test_mentions_that_do_not_fit_are_left_out(text_file: Path) -> None:
-    batch = draw({"recall": 1}, text_file, length=300)
-    assert batch.tokens.shape == (40, 301)
-    assert batch.is_answer.any()
-    for tokens, is_random in zip(batch.tokens, batch.is_random, strict=True):
-        assert text_of(tokens[is_random]).isdigit()
-        # no sentence is cut off
-        assert is_random.sum() % 5 == 0
+def test_recall_fits_into_short_sequences(writer: TaskWriter) -> None:
+    for seed in range(20):
+        drawn(writer, "recall", seed, size=257)
 
 
-def test_distractors_are_numbers_that_nothing_can_know(text_file: Path) -> None:
-    batch = draw({"text": 1}, text_file, batch=200, distractors=12)
-    counts = []
-    for tokens, is_random in zip(batch.tokens, batch.is_random, strict=True):
-        numbers = re.findall(r"(?<= )\d{1,6}(?= )", text_of(torch.where(is_random, tokens, ord(" "))) + " ")
-        counts.append(len(numbers))
-        assert sum(map(len, numbers)) == is_random.sum()
-    assert not batch.is_answer.any()
-    assert min(counts) == 0
-    assert 10 < max(counts) <= 12
-    assert 4 < sum(counts) / len(counts) < 8
+@pytest.mark.parametrize("seed", range(12))
+def test_ruler_asks_as_in_lm_eval(writer: TaskWriter, seed: int) -> None:
+    text, known, unknown = drawn(writer, "ruler", seed)
+    needles = re.findall(r"One of the special magic numbers for ([a-z]+-[a-z]+) is: (\d{7})\.", text)
+    assert "".join(number for _, number in needles) == unknown
+    ending = re.search(
+        r"\nWhat (is|are all) the special magic (numbers?) for (.+) mentioned in the provided text\? The special magic "
+        r"\2 for \3 mentioned in the provided text (is|are) ([\d, ]+)\n$",
+        text,
+    )
+    assert ending is not None
+    queries, answers = re.split(r", and |, ", ending[3]), ending[5].split(", ")
+    assert "".join(answers) == known
+    assert answers == [number for query in queries for name, number in needles if name == query]
+    assert text.startswith("A special magic number is" if len(answers) == 1 else "Some special magic numbers are")
+    assert (ending[1] == "is") == (len(answers) == 1)
 
 
-def test_distractors_leave_the_sentences_whole(text_file: Path) -> None:
-    batch = draw({"needles": 1}, text_file, distractors=12)
-    for tokens, is_answer, is_random in zip(batch.tokens, batch.is_answer, batch.is_random, strict=True):
-        stated = dict(STATEMENT.findall(text_of(tokens)))
-        assert 2 <= len(stated) <= 4
-        assert all(number == stated[name] for name, number in ANSWER.findall(text_of(tokens)))
-        assert is_answer.sum() % 5 == 0
-        assert is_random.sum() >= 5 * len(stated)
+def test_ruler_has_all_of_its_tasks_and_haystacks(writer: TaskWriter) -> None:
+    texts = [drawn(writer, "ruler", seed)[0] for seed in range(60)]
+    answers = [len(re.findall(r"\d{7}", text.rsplit("\n", 2)[-2])) for text in texts]
+    needles = [text.count("One of the special") for text in texts]
+    assert set(zip(needles, answers, strict=True)) == {(1, 1), (4, 1), (4, 4)}
+    assert 10 <= sum(2 * RULER_NOISE in text for text in texts) <= 30
 
 
-def test_foreign_words_are_whole_letters(text_file: Path) -> None:
-    batch = draw({"text": 1}, text_file, batch=200, distractors=12, foreign_words=0.5)
-    words, numbers = [], 0
-    for tokens, is_random in zip(batch.tokens, batch.is_random, strict=True):
-        written = bytes(torch.where(is_random, tokens, ord(" ")).tolist()).decode("utf-8").split()
-        words += [word for word in written if not word.isdigit()]
-        numbers += len(written)
-    assert all(1 <= len(word) <= 3 and all("\xc0" <= letter < "\u0480" for letter in word) for word in words)
-    assert 0.4 < len(words) / numbers < 0.6
+def test_too_short_a_sequence_is_refused(writer: TaskWriter) -> None:
+    with pytest.raises(ValueError, match=r"sequences of 20 tokens are \d+ too short"):
+        drawn(writer, "passkey", 0, size=20)
 
 
-def test_too_many_distractors_are_refused(text_file: Path) -> None:
-    with pytest.raises(ValueError, match="70 distractors do not fit into sequences of 512 bytes"):
-        draw({"text": 1}, text_file, distractors=70)
+def test_names_are_words_of_the_corpus(writer: TaskWriter) -> None:
+    assert len(writer.names) > 1000
+    assert len(set(writer.names) & set(NAMES)) >= 3
+    assert len(writer.corpus.tokens) < NAMES_FROM
 
 
-def test_shares_and_seeds(text_file: Path) -> None:
-    batch = draw({"text": 3, "passkey": 1, "needles": 0}, text_file, batch=400)
-    has_key = batch.is_answer.any(1).float().mean()
-    assert 0.18 < has_key < 0.32
-    assert not any("magic" in text_of(tokens) for tokens in batch.tokens[:50])
-    again = draw({"text": 3, "passkey": 1, "needles": 0}, text_file, batch=400)
-    other = draw({"text": 3, "passkey": 1, "needles": 0}, text_file, batch=400, seed=1)
-    assert torch.equal(again.tokens, batch.tokens)
-    assert not torch.equal(other.tokens, batch.tokens)
+STAGES = (Stage(256, {"recall": 1.0}, 1.0, 0.5), Stage(512, {"text": 1.0, "passkey": 1.0}, 1.0, 1.0))
 
 
-def test_split(text_file: Path) -> None:
-    batch = draw({"passkey": 1}, text_file, batch=6)
-    parts = batch.split(3)
-    assert [part.tokens.shape[0] for part in parts] == [2, 2, 2]
-    assert torch.equal(torch.cat([part.tokens for part in parts]), batch.tokens)
-    assert torch.equal(parts[1].is_answer, batch.is_answer[2:4])
-    assert torch.equal(parts[2].is_random, batch.is_random[4:])
+@pytest.fixture(scope="module")
+def settings() -> Settings:
+    return family_settings("mamba2", 512, steps=1, batch=2, length=512, stages=STAGES, seed=3)
 
 
-def test_wrong_shares_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\['poem'\]"):
-        mix_tasks({"poem": 1.0}, CPU)
-    with pytest.raises(ValueError, match="more than 0"):
-        mix_tasks({"text": 0.0}, CPU)
+def test_rows_hold_sequences_side_by_side(writer: TaskWriter, settings: Settings) -> None:
+    batch = make_batch(writer, settings, 0, np.random.default_rng(0))
+    assert batch.inputs.shape == batch.targets.shape == batch.kinds.shape == (2, 512)
+    assert batch.seq_idx.tolist() == [0] * 256 + [1] * 256
+    for start in (0, 256):
+        ahead, here = batch.inputs[:, start + 1 : start + 256], batch.targets[:, start : start + 255]
+        assert torch.equal(ahead, here)
+    assert not torch.equal(batch.inputs[:, 256], batch.targets[:, 255])
+    digits = torch.tensor(writer.digits)
+    assert torch.isin(batch.targets[batch.kinds > 0], digits).all()
 
 
-def test_read_books(tmp_path: Path) -> None:
-    text = b"First book.\n" * 900 + SEPARATOR + b"Second book.\n" * 100
-    packed, plain = tmp_path / "text.txt.xz", tmp_path / "text.txt"
-    packed.write_bytes(lzma.compress(text))
-    plain.write_bytes(text)
-    for path in (packed, plain):
-        books = read_books(path, CPU, held_out_bytes=500)
-        assert bytes(torch.cat([books.train, books.held_out]).tolist()) == text.replace(SEPARATOR, b"")
-        assert len(books.held_out) == 500
-    plain.write_bytes(b"short")
-    with pytest.raises(ValueError, match="10,000 bytes, got 5"):
-        read_books(plain, CPU)
+def test_stage_and_seed_decide_what_is_drawn(corpus: Corpus, settings: Settings) -> None:
+    batches, again = Batches(corpus, settings), iter(Batches(corpus, settings))
+    first = batches.load(workers=0)
+    assert torch.equal(next(first).inputs, next(again).inputs)
+    batches.stage[0] = 1
+    second = next(first)
+    assert second.stage == 1
+    assert second.seq_idx.tolist() == [0] * 512
+    other = next(iter(Batches(corpus, replace(settings, seed=4))))
+    assert not torch.equal(other.inputs, next(iter(Batches(corpus, settings))).inputs)
 
 
-def test_windows() -> None:
-    text = torch.arange(100, dtype=torch.uint8)
-    cut = windows(text, 50, 10, torch.Generator().manual_seed(0))
-    assert cut.shape == (50, 10)
-    assert (cut.diff(dim=1) == 1).all()
-    assert cut[:, 0].unique().numel() > 20
+def test_workers_draw_for_the_present_stage(corpus: Corpus, settings: Settings) -> None:
+    batches = Batches(corpus, settings)
+    drawn = batches.load(workers=2)
+    first = [next(drawn) for _ in range(2)]
+    assert [batch.stage for batch in first] == [0, 0]
+    assert not torch.equal(first[0].inputs, first[1].inputs)
+    batches.stage[0] = 1
+    # two for each worker may have been ready
+    assert [next(drawn).stage for _ in range(6)][-1] == 1
