@@ -1,4 +1,4 @@
-"""`python -m train prepare TEXT... --out DATA`, then `python -m train FAMILY --data DATA --out FOLDER`; see README.md."""
+"""`python -m train prepare TEXT... --out DATA`, `python -m train FAMILY --data DATA --out FOLDER`; see README.md."""
 
 import argparse
 import json

@@ -80,9 +80,9 @@ def load_corpus(folder: Path) -> Corpus:
 
 def read_documents(path: Path) -> list[str]:
     """The documents of a text file, packed with xz or not; empty ones are left out."""
-    opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
-    with opened as file:
-        return [document for part in file.read().split(SEPARATOR) if (document := part.strip())]
+    content = path.read_bytes()
+    text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
+    return [document for part in text.split(SEPARATOR) if (document := part.strip())]
 
 
 def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:

@@ -30,7 +30,9 @@ def selective_scan(
     shapes = [tuple(values.shape) for values in (dt, A, B, C, seq_idx)]
     expected = [(batch, tokens, d_inner), (d_inner, d_state), *2 * [(batch, tokens, d_state)], (tokens,)]
     if shapes != expected:
-        raise ValueError(f"selective_scan: dt, A, B, C, seq_idx for x {tuple(x.shape)} must be {expected}, got {shapes}")
+        raise ValueError(
+            f"selective_scan: dt, A, B, C, seq_idx for x {tuple(x.shape)} must be {expected}, got {shapes}"
+        )
     goes_on = F.pad((seq_idx[1:] == seq_idx[:-1]).float(), (1, 0))
     if x.is_cuda or IS_INTERPRETED:
         y, _ = _scan(x, dt, A, B, C, goes_on)

@@ -31,7 +31,7 @@ class Stage:
 
 
 def default_stages() -> tuple[Stage, ...]:
-    """Retrieval first, from many answers in short sequences; then longer ones, the tasks as they are asked, and text."""
+    """Retrieval first, from many answers in short sequences; then longer ones, the tasks as asked later, and text."""
     asked = {"passkey": 0.12, "needles": 0.12, "ruler": 0.12}
     return (
         Stage(256, {"recall": 0.7, "passkey": 0.05, "needles": 0.05, "ruler": 0.05, "text": 0.15}, 2.0, 0.4),

@@ -136,7 +136,9 @@ class TaskWriter:
         """Introduction, needles and question of a niah task; of the simplest one, if the one drawn does not fit."""
         drawn = int(rng.choice(len(RULER_TASKS), p=[share for *_, share in RULER_TASKS]))
         for count, values, asked, _ in (RULER_TASKS[drawn], RULER_TASKS[0]):
-            names = [f"{first}-{second}" for first, second in zip(*[iter(self._names(rng, 2 * count))] * 2, strict=True)]
+            names = [
+                f"{first}-{second}" for first, second in zip(*[iter(self._names(rng, 2 * count))] * 2, strict=True)
+            ]
             items = [(name, _number(rng, RULER_DIGITS)) for name in names for _ in range(values)]
             rng.shuffle(items)
             queries = names[:asked]

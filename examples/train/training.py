@@ -172,6 +172,7 @@ def _precision(settings: Settings, device: torch.device) -> AbstractContextManag
 def _line(entry: dict[str, float], speed: float) -> str:
     shares = "  ".join(f"{task} {entry[task]:.2f}" for task in TASKS if task in entry)
     return (
-        f"{entry['progress']:4.0%}  {entry['seconds']:4.0f} s  {entry['tokens'] / 1e6:6.1f}M tokens  {speed / 1e3:4.0f}k/s  "
-        f"stage {entry['stage']:.0f} ({entry['length']:.0f})  text {entry['text_loss']:.3f}  digits right: {shares}"
+        f"{entry['progress']:4.0%}  {entry['seconds']:4.0f} s  {entry['tokens'] / 1e6:6.1f}M tokens  "
+        f"{speed / 1e3:4.0f}k/s  stage {entry['stage']:.0f} ({entry['length']:.0f})  "
+        f"text {entry['text_loss']:.3f}  digits right: {shares}"
     )
