@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import platform
 import signal
 import threading
@@ -10,8 +9,6 @@ import time
 from pathlib import Path
 
 STARTED = time.monotonic()
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import torch  # noqa: E402
 

@@ -32,13 +32,17 @@ class Stage:
 
 def default_stages() -> tuple[Stage, ...]:
     """Retrieval first, from many answers in short sequences; then longer ones, the tasks as asked later, and text."""
-    asked = {"passkey": 0.12, "needles": 0.12, "ruler": 0.12}
+
+    def shares(asked: float, recall: float) -> dict[str, float]:
+        tasks = dict.fromkeys(("passkey", "needles", "ruler"), asked) | {"recall": recall}
+        return tasks | {"text": round(1 - sum(tasks.values()), 6)}
+
     return (
-        Stage(256, {"recall": 0.7, "passkey": 0.05, "needles": 0.05, "ruler": 0.05, "text": 0.15}, 2.0, 0.4),
-        Stage(512, asked | {"recall": 0.44, "text": 0.2}, 1.0, 0.55),
-        Stage(1024, asked | {"recall": 0.24, "text": 0.4}, 0.6, 0.7),
-        Stage(2048, asked | {"recall": 0.2, "text": 0.44}, 0.6, 0.85, 0.99),
-        Stage(2048, asked | {"recall": 0.04, "text": 0.6}, 0.4, 1.0),
+        Stage(256, {"recall": 0.85, "text": 0.15}, 2.0, 0.4),
+        Stage(512, shares(0.15, 0.35), 1.0, 0.55),
+        Stage(1024, shares(0.2, 0.2), 0.6, 0.7),
+        Stage(2048, shares(0.22, 0.1), 0.6, 0.85, 0.99),
+        Stage(2048, shares(0.18, 0.05), 0.4, 1.0),
     )
 
 
