@@ -24,6 +24,7 @@ QUESTION = {
     True: "\nWhat is the pass key? The pass key is {}\n",
     False: "\nWhat is the magic number of the {name}? The magic number of the {name} is {}\n",
 }
+PASSKEY_IN_RECALL = 0.3
 RULER_NEEDLE = " One of the special magic numbers for {name} is: {}."
 RULER_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 RULER_NOISE_SHARE = 1 / 3
@@ -70,14 +71,15 @@ class TaskWriter:
         hidden: list[Piece] = []
         closing: Piece = ([], [])
         if task == "passkey":
-            hidden, closing = self._recall(rng, 1, 1, size, [PASSKEY], task)
+            hidden, closing = self._recall(rng, task, [PASSKEY], 1, size)
         elif task == "needles":
-            count = int(rng.integers(2, 5))
-            hidden, closing = self._recall(rng, count, int(rng.integers(1, 3)), size, self._names(rng, count), task)
+            names = self._names(rng, int(rng.integers(2, 5)))
+            hidden, closing = self._recall(rng, task, names, int(rng.integers(1, 3)), size)
         elif task == "recall":
-            count = int(rng.integers(1, 4 + size // 256))
-            names = [*self._names(rng, count), PASSKEY][-count:] if rng.random() < 0.3 else self._names(rng, count)
-            hidden, closing = self._recall(rng, count, int(rng.integers(2, 9 + size // 128)), size, names, task)
+            names = self._names(rng, int(rng.integers(1, 4 + size // 256)))
+            if rng.random() < PASSKEY_IN_RECALL:
+                names[-1] = PASSKEY
+            hidden, closing = self._recall(rng, task, names, int(rng.integers(2, 9 + size // 128)), size)
         elif task == "ruler":
             opening, hidden, closing = self._ruler(rng, size)
             noise = self.encode(RULER_NOISE) if rng.random() < RULER_NOISE_SHARE else []
@@ -110,7 +112,7 @@ class TaskWriter:
         return np.concatenate(tokens), np.concatenate(kinds)
 
     def _recall(
-        self, rng: np.random.Generator, count: int, mentions: int, size: int, names: Sequence[str], task: str
+        self, rng: np.random.Generator, task: str, names: Sequence[str], mentions: int, size: int
     ) -> tuple[list[Piece], Piece]:
         """Statements of names' numbers, later mentions, as far as they fit, and the question at the end.
 
@@ -119,11 +121,11 @@ class TaskWriter:
         kind = TASKS.index(task)
         numbers = [_number(rng, DIGITS) for _ in names]
         stated = [self._sentence(STATEMENT, *item, UNKNOWN) for item in zip(names, numbers, strict=True)]
-        last = int(rng.integers(count))
+        last = int(rng.integers(len(names)))
         closing = self._sentence(QUESTION, names[last], numbers[last], kind)
         room = size - _length([*stated, closing])
         for _ in range(mentions - 1):
-            which = int(rng.integers(count))
+            which = int(rng.integers(len(names)))
             is_question = task != "recall" or rng.random() < 0.3
             mention = self._sentence(QUESTION if is_question else STATEMENT, names[which], numbers[which], kind)
             room -= len(mention[0])
