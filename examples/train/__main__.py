@@ -44,7 +44,6 @@ def run(options: argparse.Namespace) -> None:
     for of in (signal.SIGTERM, signal.SIGINT):
         signal.signal(of, lambda *_: stop.set())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = True
     model = make_model(settings).to(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     count = sum(parameter.numel() for parameter in model.parameters())
