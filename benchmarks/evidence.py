@@ -181,7 +181,11 @@ def drive(options: argparse.Namespace) -> None:
     processes = []
     for number, gpu in enumerate(places, first):
         command = [sys.executable, *sys.argv, "--worker", str(number), "--deadline", str(deadline)]
-        environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+        # vLLM's own processes import the worker extension by its name.
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONPATH": paths}
+        if gpu is not None:
+            environment |= {"CUDA_VISIBLE_DEVICES": str(gpu)}
         with (options.output / "logs" / f"worker-{number}.txt").open("wb") as log:
             processes.append(
                 subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
