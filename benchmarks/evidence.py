@@ -1,14 +1,15 @@
 """Pass keys, needles, RULER and text of several models with many methods, through the engine, in limited time.
 
-    python benchmarks/evidence.py MODEL ... --text DOCUMENTS --search-text BOOKS --ruler RULER --gpus 0 1 2 3 --together 3 \
-        --minutes 9 --output out/evidence
+    python benchmarks/evidence.py MODEL ... --text DOCUMENTS --search-text BOOKS --ruler RULER \
+        --gpus 0 1 2 3 --together 3 --minutes 9 --output out/evidence
 
-evidence.json says which methods, tasks, texts, lengths and how many questions, the most important first. Processes, --together of
-them on each GPU, take one cell after the other from that list; each holds the engine of one model, which makes all its tables at its start.
-Where a method is the best of a search, its cells wait for those of the search, on --search-text.
+evidence.json says which methods, tasks, texts, lengths and how many questions, the most important first. Processes,
+--together of them on each GPU, take one cell after the other from that list. Each holds the engine of one model, which
+makes all its tables at its start. Where a method is the best of a search, its cells wait for those of the search, on
+--search-text.
 
-A finished cell is one line of --output/records/*.jsonl. With these files in place, the same command goes on where it was
-ended. `evidence_ruler.py` makes the prompts of --ruler, `evidence_page.py` the page. Without --gpus, on the CPU.
+A finished cell is one line of --output/records/*.jsonl. With these files in place, the same command goes on where it
+ended. evidence_ruler.py makes the prompts of --ruler, `results_page.py --add` the page. Without --gpus, on the CPU.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,16 +188,11 @@ def drive(options: argparse.Namespace) -> None:
         if gpu is not None:
             environment |= {"CUDA_VISIBLE_DEVICES": str(gpu)}
         with (options.output / "logs" / f"worker-{number}.txt").open("wb") as log:
-            processes.append(
-                subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-            )
+            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True))
     for process in processes:
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(max(deadline + GRACE_SECONDS - time.time(), 0.1))
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            _end(process)
+        _end(process)
     done = read_records(options.output / "records")
     print(f"{len(done)} records in {options.output / 'records'}")
 
@@ -207,10 +203,8 @@ def _records(options: argparse.Namespace) -> list[Path]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a process and the engine that it may have left."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

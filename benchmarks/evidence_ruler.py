@@ -1,6 +1,6 @@
-"""The prompts of RULER for `evidence.py`, made by lm-eval's own tasks, so that lm-eval is not needed where they are asked.
+"""The prompts of RULER for evidence.py, made by lm-eval's own tasks; where they are asked, lm-eval is not needed.
 
-    python benchmarks/evidence_ruler.py MODEL --essays BOOKS --tasks S1,S2,MK1,MV,MQ --lengths 2048,8192 --limit 100 -o out/ruler-prompts
+    python benchmarks/evidence_ruler.py MODEL --essays BOOKS --tasks S1,MV --lengths 2048,8192 -o out/ruler-prompts
 
 Needs `pip install "vllm-longmamba[lm-eval]"`. The lengths are tokens of the model's tokenizer, answers included. Text
 in place of Paul Graham's essays keeps this off the network. So does a sentence splitter that knows no abbreviations,

@@ -223,9 +223,7 @@ class Engine:
             questions = json.load(content)[: unit.count]
         new = self._settings["ruler_tokens"]
         jobs = ((number, self._encoder.encode_prompt(one["prompt"]), new) for number, one in enumerate(questions))
-        scores = [
-            values_found(answer, questions[number]["outputs"]) for number, answer in self._runner.complete(jobs)
-        ]
+        scores = [values_found(answer, questions[number]["outputs"]) for number, answer in self._runner.complete(jobs)]
         return {"found": sum(scores), "scores": scores}
 
 
@@ -266,4 +264,3 @@ def description_key(model: str, decimamba: str) -> str:
 def unit_record(unit: Unit, seconds: float, result: Mapping[str, Any]) -> dict[str, Any]:
     """A line of the records."""
     return {"key": unit.key, "unit": asdict(unit), "seconds": round(seconds, 2), **result}
-

@@ -15,9 +15,8 @@ def read_documents(path: Path) -> list[Book]:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     documents = []
     for file in files:
-        opened = lzma.open(file, "rt", encoding="utf-8") if file.suffix == ".xz" else file.open(encoding="utf-8")
-        with opened as content:
-            texts = content.read().split(SEPARATOR)
+        content = lzma.decompress(file.read_bytes()) if file.suffix == ".xz" else file.read_bytes()
+        texts = content.decode().split(SEPARATOR)
         name = file.name.partition(".")[0]
         documents += [Book(f"{name}-{number}", text.strip() + "\n") for number, text in enumerate(texts)]
     return documents
