@@ -4,9 +4,13 @@ import json
 import lzma
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from vllm_longmamba.evaluate.reference_models import reference_module
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "passkey-mamba2-4m"
@@ -142,6 +146,47 @@ def test_values_found_is_rulers_score() -> None:
     for answer in ("1234567, and 7654321.", "1234567", "nothing", ""):
         values = ["1234567", "7654321"]
         assert values_found(answer, values) == string_match_all([answer], [values])
+
+
+@pytest.mark.parametrize("name", ["passkey-mamba2-4m", "reference-mamba1-4m"])
+def test_a_factor_on_dt_is_one_on_the_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker extension on the weights of the torch reference, against the reference with every dt times 0.5."""
+    from support.evidence_engine import EvidenceWorkerExtension
+
+    torch_models = reference_module()
+
+    class HalfDt(torch_models.Plain):  # type: ignore[misc, name-defined]
+        def plan(self, layer: Any, prompt: Any) -> Any:
+            return torch_models.LayerPlan(change_dt=lambda dt: 0.5 * dt)
+
+    folder = ROOT / "examples" / name
+    prompt = list(range(1, 100))
+    plain = torch_models.TorchModel(folder, device="cpu")
+    before = plain.last_logprobs(prompt, 50)
+    expected = torch_models.TorchModel(folder, HalfDt(), device="cpu").last_logprobs(prompt, 50)
+    mixers = []
+    for layer in plain.layers:
+        weights = layer.mixer.weights
+        parts = {"A": layer.mixer.A, "D": weights["D"], "out_proj": SimpleNamespace(weight=weights["out_proj.weight"])}
+        mixers.append(SimpleNamespace(**parts, **({"norm": None} if "norm.weight" in weights else {})))
+    monkeypatch.setattr("vllm_longmamba.layers.filtered_mixer.filtered_mixers", lambda model: mixers)
+    extension = EvidenceWorkerExtension()
+    extension.get_model = lambda: None
+    extension.change_decay(0.5, 0.0)
+    for layer in plain.layers:
+        # What the norm adds to a mean square is not scaled along.
+        if hasattr(layer.mixer, "eps"):
+            layer.mixer.eps /= 0.5**2
+    torch.testing.assert_close(plain.last_logprobs(prompt, 50), expected, atol=2e-3, rtol=0)
+    assert (expected - before).abs().max() > 0.1
+    extension.change_decay(1.0, 0.5)
+    sizes = torch.cat([-mixer.A.flatten() for mixer in mixers])
+    assert (sizes == sizes.min()).float().mean() >= 0.5
+    extension.change_decay(1.0, 0.0)
+    for layer in plain.layers:
+        if hasattr(layer.mixer, "eps"):
+            layer.mixer.eps *= 0.5**2
+    torch.testing.assert_close(plain.last_logprobs(prompt, 50), before, atol=1e-6, rtol=0)
 
 
 def test_records_become_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

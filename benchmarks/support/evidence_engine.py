@@ -239,7 +239,8 @@ class EvidenceWorkerExtension(FilterWorkerExtension):
         """MambaExtend's constant factor on dt, and A clipped from below; 1 and 0 give the model as it was.
 
         The scan is exp(dt A) h + dt B x, then C h + D x. With dt_factor on dt it is A times the factor, and D divided
-        by it, both before an output times the factor. Mamba-2's norm takes that output's factor away again.
+        by it, both before an output times the factor. Mamba-2's norm takes that output's factor away again, all but the
+        share of its epsilon.
         """
         from vllm_longmamba.layers.filtered_mixer import filtered_mixers
 

@@ -33,9 +33,13 @@ class Evidence:
         self.cells: dict[tuple[str, str, str, str, int], Record] = {}
         self.searched: dict[tuple[str, str], list[Record]] = defaultdict(list)
         self.engines: dict[str, Record] = {}
+        self.inspected: dict[str, Record] = {}
         for file in sorted(folder.glob("*.jsonl")):
             for line in file.read_text().splitlines():
                 record = json.loads(line)
+                if "distance" in record:
+                    self.inspected[record["model"]] = record
+                    continue
                 if "unit" not in record:
                     self.engines.setdefault(record["model"], record)
                     continue
@@ -94,6 +98,7 @@ def evidence_tables(folder: Path) -> dict[str, Callable[[], str]]:
         "evidence-options": lambda: _options(evidence),
         "evidence-theta": lambda: _theta(evidence),
         "evidence-sequences": lambda: _sequences(evidence),
+        "evidence-receptive": lambda: _receptive(evidence),
     }
     for task in ("passkey", "needles"):
         for kind in KINDS:
@@ -198,6 +203,18 @@ def _sequences(evidence: Evidence) -> str:
 
 def _spread(figures: Sequence[float], groups: int, digits: int) -> str:
     return f"{mean(figures):.{digits}f} ± {stdev(figures):.{digits}f}" if len(figures) == groups else ""
+
+
+def _receptive(evidence: Evidence) -> str:
+    """How far back models look, and a picture of each."""
+    rows, pictures = [], []
+    for model, record in evidence.inspected.items():
+        shares = [f"{record['global'][0]} of {record['global'][1]}", f"{next(iter(record['kept'].values())):.1%}"]
+        distances = [f"{length:.0f}" for method in record["distance"].values() for length in method.values()]
+        rows.append([model, *shares, *distances])
+        pictures.append(f"![Receptive fields of {model}](pictures/evidence-receptive-{model}.png)")
+    head = ["model", "global channels", "tokens kept, 16k", "plain, 2k", "plain, 16k", "default, 16k"]
+    return "\n\n".join([markdown(head, rows), *pictures])
 
 
 def _conditions(evidence: Evidence) -> str:
