@@ -27,12 +27,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from support.evidence_plan import Plan, Unit, read_records
+from support.evidence_plan import Plan, Records, Unit
+from support.evidence_texts import ruler_file
 
 ROOT = Path(__file__).resolve().parent
 # Processes end by themselves where a cell would take too long; after this they are ended.
 GRACE_SECONDS = 10
 FIRST_RATE = 200_000
+MOST_FAILURES = 3
 CLOSED_LOOP = "closed loop"
 
 # What an engine serves: a model's folder, and DeciMamba's settings or "".
@@ -53,6 +55,7 @@ class Worker:
         self._models = {model.name: model for model in options.models}
         decimates = [name for name, model in self._models.items() if is_pure(model)]
         self._plan = Plan(settings, list(self._models), decimates)
+        self._records = Records(options.output / "records")
         self._rate = float(FIRST_RATE)
         self._longest = max(length for work in settings["work"] for length in work.get("lengths", ()))
 
@@ -80,10 +83,19 @@ class Worker:
         self._record(
             {"key": description_key(name, decimamba), "model": name, "decimamba": decimamba, **engine.describe()}
         )
+        failures = 0
         try:
             while unit := self._claim(variant):
                 started = time.monotonic()
-                result = engine.measure(unit)
+                try:
+                    result = engine.measure(unit)
+                except Exception:
+                    # One cell may fail; where many do, the engine is dead.
+                    failures += 1
+                    if failures == MOST_FAILURES:
+                        raise
+                    traceback.print_exc()
+                    continue
                 seconds = time.monotonic() - started
                 self._record(unit_record(unit, seconds, result))
                 rate = self._tokens(unit) / max(seconds, 1e-3)
@@ -101,11 +113,15 @@ class Worker:
     def _closed_tables(self) -> list[str]:
         return [name for name, made in self._settings["tables"].items() if made.get("method") == "closed-loop"]
 
-    def _open(self) -> Iterator[tuple[int, Variant, Unit]]:
-        """Units that nobody has taken, in their order, with tier and engine."""
-        for tier, unit in self._plan.units(read_records(self._output / "records")):
+    def _open(self, only: str | None = None) -> Iterator[tuple[int, Variant, Unit]]:
+        """Units that nobody has taken, in their order, with tier and engine; of all models or of one."""
+        claimed_keys = set(os.listdir(self._output / "claims"))
+        for tier, unit in self._plan.units(self._records.all(), only):
             variant = (unit.model, unit.setting.decimamba)
-            if self._given_up(variant) or (self._output / "claims" / unit.key).exists():
+            if unit.key in claimed_keys or self._given_up(variant):
+                continue
+            own_haystack = unit.task != "text" and not unit.text
+            if own_haystack and not ruler_file(self._options.ruler, unit.task, unit.length).exists():
                 continue
             if unit.setting.table in self._closed_tables() and not any(
                 (self._output / "tables" / unit.model).glob(f"{unit.setting.table.replace(' ', '-')}-*")
@@ -118,7 +134,7 @@ class Worker:
 
     def _claim(self, variant: Variant) -> Unit | None:
         with self._lock():
-            for _, of, unit in self._open():
+            for _, of, unit in self._open(variant[0]):
                 if of == variant and self._tokens(unit) / self._rate < self._left():
                     (self._output / "claims" / unit.key).touch()
                     return unit
@@ -193,7 +209,7 @@ def drive(options: argparse.Namespace) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(max(deadline + GRACE_SECONDS - time.time(), 0.1))
         _end(process)
-    done = read_records(options.output / "records")
+    done = Records(options.output / "records").all()
     print(f"{len(done)} records in {options.output / 'records'}")
 
 

@@ -110,11 +110,16 @@ def test_records_of_other_settings_are_not_taken() -> None:
 
 
 def test_half_a_line_is_no_record(tmp_path: Path) -> None:
-    from support.evidence_plan import read_records
+    from support.evidence_plan import Records
 
-    (tmp_path / "worker-0.jsonl").write_text('{"key": "a", "found": 1}\n{"key": "b", "by_depth": {"0.5": [1')
+    growing = tmp_path / "worker-0.jsonl"
+    growing.write_text('{"key": "a", "found": 1}\n{"key": "b", "by_depth": {"0.5": [1')
     (tmp_path / "worker-1.jsonl").write_text('{"key": "c"}\n')
-    assert set(read_records(tmp_path)) == {"a", "c"}
+    records = Records(tmp_path)
+    assert set(records.all()) == {"a", "c"}
+    with growing.open("a") as file:
+        file.write('1, 2]}}\n{"key": "d"}\n')
+    assert set(records.all()) == {"a", "b", "c", "d"}
 
 
 def test_texts_are_told_apart_by_their_digits(tmp_path: Path) -> None:
@@ -227,7 +232,7 @@ def test_records_become_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_cells_through_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All cells of the settings above in two engines; then nothing is left to do."""
     import evidence
-    from support.evidence_plan import read_records
+    from support.evidence_plan import Records
 
     (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
     text = "It was late in the evening, and nobody spoke. " * 60
@@ -243,7 +248,7 @@ def test_cells_through_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "evidence.py"), *map(str, arguments[1:])])
     evidence.main()
-    records = read_records(tmp_path / "out" / "records")
+    records = Records(tmp_path / "out" / "records").all()
     units = {
         (one["unit"]["method"], one["unit"]["task"], one["unit"]["length"]): one
         for one in records.values()

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,10 @@ class Unit:
         """In words, for logs."""
         return f"{self.model}: {self.method}: {self.task} {self.text} {self.length}"
 
-    @cached_property
+    @property
     def key(self) -> str:
         """Stands for all of it."""
-        return settings_key(asdict(self))
+        return _key(self)
 
     def tokens(self, documents: int) -> int:
         """About how many tokens it takes.
@@ -84,6 +84,11 @@ class Unit:
             documents: texts that windows are taken of.
         """
         return self.length * self.count * (documents if self.task == "text" else 1)
+
+
+@cache
+def _key(unit: Unit) -> str:
+    return settings_key(asdict(unit))
 
 
 Record = dict[str, Any]
@@ -102,16 +107,18 @@ class Plan:
         self.settings = settings
         self._models = models
         self._decimates = decimates
+        self._found: dict[tuple[str, str], Setting] = {}
 
-    def units(self, records: Mapping[str, Record]) -> Iterator[tuple[int, Unit]]:
+    def units(self, records: Mapping[str, Record], only: str | None = None) -> Iterator[tuple[int, Unit]]:
         """The units that are left and can be run, the most important ones first, each with the number of its tier.
 
         Args:
             records: those done, by key. What a search found decides on the units that build on it.
+            only: a single model; None takes all.
         """
         for tier, work in enumerate(self.settings["work"]):
-            left = []
-            for model in self._models:
+            left: list[Unit] = []
+            for model in [only] if only else self._models:
                 if "search" in work:
                     for method in work["search"]:
                         left += self._search(model, method)
@@ -133,6 +140,14 @@ class Plan:
             return setting if model in self._decimates else None
         if "search" not in given:
             return Setting(**given)
+        if (model, method) not in self._found:
+            best = self._best(model, method, records)
+            if best is None:
+                return None
+            self._found[model, method] = best
+        return self._found[model, method]
+
+    def _best(self, model: str, method: str, records: Mapping[str, Record]) -> Setting | None:
         scores = {}
         for setting in self.candidates(method):
             units = list(self._search_units(model, method, setting))
@@ -176,13 +191,28 @@ def score(records: Sequence[Record]) -> tuple[float, float]:
     return sum(record["found"] for record in asked) / max(questions, 1), nats / max(tokens, 1)
 
 
-def read_records(folder: Path) -> dict[str, Record]:
-    """The records of all *.jsonl in a folder, by key."""
-    records = {}
-    for file in sorted(folder.glob("*.jsonl")):
-        for line in file.read_text().splitlines():
-            # The last line of a worker that was ended may be half of one.
-            if line.endswith("}"):
-                record = json.loads(line)
-                records[record["key"]] = record
-    return records
+class Records:
+    """The records of all *.jsonl in a folder, by key.
+
+    Args:
+        folder: its files may grow.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read: dict[Path, int] = {}
+        self._records: dict[str, Record] = {}
+
+    def all(self) -> Mapping[str, Record]:
+        """Those that are there by now."""
+        for file in sorted(self._folder.glob("*.jsonl")):
+            with file.open("rb") as opened:
+                opened.seek(self._read.get(file, 0))
+                # The last line may be half of one.
+                whole = opened.read().rpartition(b"\n")[0]
+            self._read[file] = self._read.get(file, 0) + len(whole)
+            for line in whole.splitlines():
+                if line:
+                    record = json.loads(line)
+                    self._records[record["key"]] = record
+        return self._records
