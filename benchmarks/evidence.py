@@ -200,7 +200,9 @@ def drive(options: argparse.Namespace) -> None:
         command = [sys.executable, *sys.argv, "--worker", str(number), "--deadline", str(deadline)]
         # vLLM's own processes import the worker extension by its name.
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"PYTHONPATH": paths}
+        # Several engines that compile the same model at the same time each do it in a folder of their own.
+        cache = str(options.output / "cache" / f"worker-{number}")
+        environment = os.environ | {"PYTHONPATH": paths, "VLLM_CACHE_ROOT": cache}
         if gpu is not None:
             environment |= {"CUDA_VISIBLE_DEVICES": str(gpu)}
         with (options.output / "logs" / f"worker-{number}.txt").open("wb") as log:
