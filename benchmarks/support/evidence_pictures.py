@@ -1,6 +1,7 @@
-"""The pictures of docs/evidence.md: keys found and loss of text against the length of the prompt."""
+"""The pictures of docs/evidence.md: keys found and perplexity of text against the length of the prompt."""
 
 from collections.abc import Iterator
+from math import exp
 from pathlib import Path
 
 from matplotlib import pyplot
@@ -53,11 +54,11 @@ def _text(evidence: Evidence, file: Path) -> Path:
     for axes, model in zip(panels[0], evidence.models, strict=True):
         for method in MAIN:
             losses = {length: evidence.loss(model, method, length) for length in LENGTHS}
-            points = [(length, loss) for length, loss in losses.items() if loss is not None]
+            points = [(length, exp(loss)) for length, loss in losses.items() if loss is not None]
             if points:
                 _line(axes, method, *zip(*points, strict=True))
         _length_axis(axes)
-    panels[0][0].set_ylabel("nats a token, last 100 tokens", fontsize=8)
+    panels[0][0].set_ylabel("perplexity, last 100 tokens", fontsize=8)
     return _finish(figure, panels, evidence, file)
 
 
