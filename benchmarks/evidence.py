@@ -1,114 +1,250 @@
-"""The records of a model for docs/results.md: pass keys, needles and text through the engine, with several tables.
+"""Pass keys, needles, RULER and text of several models with many methods, through the engine, in limited time.
 
-    longmamba calibrate examples/reference-mamba1-4m --train-length 512 --method paper --output out/paper.safetensors
-    python benchmarks/evidence.py examples/reference-mamba1-4m --text BOOKS --gpus 0 1 --together 3 \
-        --table paper=out/paper.safetensors --table unclamped=examples/reference-mamba1-4m/longmamba.safetensors
+    python benchmarks/evidence.py MODEL ... --text DOCUMENTS --search-text BOOKS --ruler RULER \
+        --gpus 0 1 2 3 --together 3 --minutes 9 --output out/evidence
 
-Runs `longmamba eval` of each task and table in processes of their own, --together of them on each GPU, and joins the
-reports of a task (join_reports.py) in --output/MODEL/TASK. A run that ended before is not repeated; --work keeps the
-reports and logs. Without --gpus, on the CPU. results_page.py then fills the page.
+evidence.json says which methods, tasks, texts, lengths and how many questions, the most important first. Processes,
+--together of them on each GPU, take one cell after the other from that list. Each holds the engine of one model, which
+makes all its tables at its start. Where a method is the best of a search, its cells wait for those of the search, on
+--search-text.
+
+A finished cell is one line of --output/records/*.jsonl. With these files in place, the same command goes on where it
+ended. evidence_ruler.py makes the prompts of --ruler, `results_page.py --add` the page. Without --gpus, on the CPU.
 """
 
 import argparse
+import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+import traceback
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from queue import Queue
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-TASKS = ("passkey", "needles", "perplexity")
-QUESTIONS = ["--depths", "9", "--seeds", "0,1,2,3,4,5"]
-WINDOWS = ["--windows", "10"]
-# Several engines share a GPU: none measures its memory.
-SHARED = {"enforce_eager": True, "kv_cache_memory_bytes": 2**32, "gpu_memory_utilization": 0.05}
+from support.evidence_plan import Plan, Records, Unit
+from support.evidence_texts import ruler_file
+
+ROOT = Path(__file__).resolve().parent
+# Processes end by themselves where a cell would take too long; after this they are ended.
+GRACE_SECONDS = 10
+FIRST_RATE = 200_000
+MOST_FAILURES = 3
+CLOSED_LOOP = "closed loop"
+
+# What an engine serves: a model's folder, and DeciMamba's settings or "".
+Variant = tuple[str, str]
 
 
-@dataclass(frozen=True)
-class Run:
-    """One `longmamba eval`.
+class Worker:
+    """A process that runs units, in one engine after the other.
 
-    Attributes:
-        name: of its folder, task and table.
-        command: with its arguments.
+    Args:
+        options: the command's.
+        settings: contents of the settings file.
     """
 
-    name: str
-    command: list[str]
+    def __init__(self, options: argparse.Namespace, settings: dict[str, Any]) -> None:
+        self._options, self._settings = options, settings
+        self._output: Path = options.output
+        self._models = {model.name: model for model in options.models}
+        decimates = [name for name, model in self._models.items() if is_pure(model)]
+        self._plan = Plan(settings, list(self._models), decimates)
+        self._records = Records(options.output / "records")
+        self._rate = float(FIRST_RATE)
+        self._longest = max(length for work in settings["work"] for length in work.get("lengths", ()))
+
+    def run(self) -> None:
+        """Run what can be run until the time is over."""
+        while variant := self._choose_engine():
+            try:
+                self._serve(variant)
+            except Exception:
+                traceback.print_exc()
+                self._give_up(variant)
+
+    def _serve(self, variant: Variant) -> None:
+        from support.evidence_engine import ROOM, Engine, Tables, description_key, unit_record
+
+        name, decimamba = variant
+        longest = self._longest + ROOM
+        tables = Tables(self._settings, self._output / "tables" / name, longest)
+        if decimamba == CLOSED_LOOP:
+            for table in self._closed_tables():
+                tables.make_closed(table, self._models[name])
+            return
+        texts = (self._options.text, self._options.search_text)
+        engine = Engine(self._models[name], self._settings, tables, decimamba, texts, self._options.ruler, longest)
+        self._record(
+            {"key": description_key(name, decimamba), "model": name, "decimamba": decimamba, **engine.describe()}
+        )
+        failures = 0
+        try:
+            while unit := self._claim(variant):
+                started = time.monotonic()
+                try:
+                    result = engine.measure(unit)
+                except Exception:
+                    # One cell may fail; where many do, the engine is dead.
+                    failures += 1
+                    if failures == MOST_FAILURES:
+                        raise
+                    traceback.print_exc()
+                    continue
+                seconds = time.monotonic() - started
+                self._record(unit_record(unit, seconds, result))
+                rate = self._tokens(unit) / max(seconds, 1e-3)
+                self._rate = 0.7 * self._rate + 0.3 * rate
+                print(f"{unit.name}: {seconds:.1f} s, {rate:.0f} tokens/s", flush=True)
+        finally:
+            engine.close()
+
+    def _left(self) -> float:
+        return float(self._options.deadline) - time.time()
+
+    def _tokens(self, unit: Unit) -> int:
+        return unit.tokens(self._settings["documents"])
+
+    def _closed_tables(self) -> list[str]:
+        return [name for name, made in self._settings["tables"].items() if made.get("method") == "closed-loop"]
+
+    def _open(self, only: str | None = None) -> Iterator[tuple[int, Variant, Unit]]:
+        """Units that nobody has taken, in their order, with tier and engine; of all models or of one."""
+        claimed_keys = set(os.listdir(self._output / "claims"))
+        for tier, unit in self._plan.units(self._records.all(), only):
+            variant = (unit.model, unit.setting.decimamba)
+            if unit.key in claimed_keys or self._given_up(variant):
+                continue
+            own_haystack = unit.task != "text" and not unit.text
+            if own_haystack and not ruler_file(self._options.ruler, unit.task, unit.length).exists():
+                continue
+            if unit.setting.table in self._closed_tables() and not any(
+                (self._output / "tables" / unit.model).glob(f"{unit.setting.table.replace(' ', '-')}-*")
+            ):
+                claimed = self._output / "claims" / f"{unit.model}-{CLOSED_LOOP}"
+                if not claimed.exists() and not self._given_up((unit.model, CLOSED_LOOP)):
+                    yield tier, (unit.model, CLOSED_LOOP), unit
+                continue
+            yield tier, variant, unit
+
+    def _claim(self, variant: Variant) -> Unit | None:
+        with self._lock():
+            for _, of, unit in self._open(variant[0]):
+                if of == variant and self._tokens(unit) / self._rate < self._left():
+                    (self._output / "claims" / unit.key).touch()
+                    return unit
+        return None
+
+    def _choose_engine(self) -> Variant | None:
+        """The engine to start: of those needed for the most important units, that with the most work for a process."""
+        if self._left() < self._settings["start_seconds"]:
+            return None
+        with self._lock():
+            mine = self._output / "engines" / str(self._options.worker)
+            mine.unlink(missing_ok=True)
+            running = Counter(file.read_text() for file in mine.parent.iterdir())
+            first, work = None, Counter[Variant]()
+            for tier, variant, unit in self._open():
+                first = tier if first is None else first
+                # Later tiers count for little.
+                work[variant] += self._tokens(unit) / 4 ** (tier - first)
+            if not work:
+                return None
+            chosen = max(work, key=lambda variant: work[variant] / (1 + running[json.dumps(variant)]))
+            mine.write_text(json.dumps(chosen))
+            if chosen[1] == CLOSED_LOOP:
+                (self._output / "claims" / f"{chosen[0]}-{CLOSED_LOOP}").touch()
+            return chosen
+
+    def _given_up(self, variant: Variant) -> bool:
+        return (self._output / "claims" / f"failed-{variant[0]}-{bool(variant[1])}").exists()
+
+    def _give_up(self, variant: Variant) -> None:
+        (self._output / "claims" / f"failed-{variant[0]}-{bool(variant[1])}").touch()
+
+    def _record(self, record: dict[str, Any]) -> None:
+        with (self._output / "records" / f"worker-{self._options.worker}.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        with (self._output / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
 
-def tables(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """Names and files of the tables."""
-    return [(name, file) for name, _, file in (given.partition("=") for given in options.table)]
+def is_pure(model: Path) -> bool:
+    """Whether a model has nothing but Mamba layers, as DeciMamba asks."""
+    config = json.loads((model / "config.json").read_text())
+    return config.get("model_type", "mamba") in ("mamba", "mamba2", "falcon_mamba") and not config.get("attn_layer_idx")
 
 
-def label(task: str, name: str) -> str:
-    """The folder of a task and a table."""
-    return f"{task}-{name.replace(' ', '-')}"
+def drive(options: argparse.Namespace) -> None:
+    """Start the processes, wait for them, and end those that outlive the time."""
+    for name in ("records", "tables", "claims", "engines", "logs"):
+        (options.output / name).mkdir(parents=True, exist_ok=True)
+    for name in ("claims", "engines"):
+        for file in (options.output / name).iterdir():
+            file.unlink()
+    # A process appends to a file of its own.
+    first = max((int(file.stem.partition("-")[2]) + 1 for file in _records(options)), default=0)
+    places = [gpu for _ in range(options.together) for gpu in options.gpus or [None]]
+    deadline = time.time() + 60 * options.minutes
+    processes = []
+    for number, gpu in enumerate(places, first):
+        command = [sys.executable, *sys.argv, "--worker", str(number), "--deadline", str(deadline)]
+        # vLLM's own processes import the worker extension by its name.
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        # Several engines that compile the same model at the same time each do it in a folder of their own.
+        cache = str(options.output / "cache" / f"worker-{number}")
+        environment = os.environ | {"PYTHONPATH": paths, "VLLM_CACHE_ROOT": cache}
+        if gpu is not None:
+            environment |= {"CUDA_VISIBLE_DEVICES": str(gpu)}
+        with (options.output / "logs" / f"worker-{number}.txt").open("wb") as log:
+            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True))
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(deadline + GRACE_SECONDS - time.time(), 0.1))
+        _end(process)
+    done = Records(options.output / "records").all()
+    print(f"{len(done)} records in {options.output / 'records'}")
 
 
-def runs(options: argparse.Namespace) -> Iterator[Run]:
-    """The runs of all tasks and tables."""
-    common = ["--lengths", ",".join(map(str, options.lengths)), "--dtype", "float32"]
-    engine = ["--engine-args", json.dumps(SHARED)] if options.gpus else []
-    for task in TASKS:
-        text, asked = ("--text", WINDOWS) if task == "perplexity" else ("--haystack", QUESTIONS)
-        for name, file in tables(options):
-            folder = label(task, name)
-            places = [text, str(options.text), "--table", file, "-o", str(options.work / folder)]
-            yield Run(folder, ["longmamba", "eval", task, str(options.model), *asked, *common, *places, *engine])
+def _records(options: argparse.Namespace) -> list[Path]:
+    return sorted((options.output / "records").glob("worker-*.jsonl"))
 
 
-def run(one: Run, work: Path, slots: "Queue[int | None]") -> bool:
-    """Run it where a slot, the number of a GPU or None, is free; whether it succeeded, now or before."""
-    folder, log = work / one.name, work / one.name / "log.txt"
-    folder.mkdir(parents=True, exist_ok=True)
-    done = folder / "done"
-    if done.exists():
-        return True
-    slot = slots.get()
-    environment = os.environ | ({} if slot is None else {"CUDA_VISIBLE_DEVICES": str(slot)})
-    with log.open("wb") as output:
-        code = subprocess.run(one.command, stdout=output, stderr=output, env=environment, check=False).returncode
-    slots.put(slot)
-    if code == 0:
-        done.touch()
-    print(f"{one.name}: {'done' if code == 0 else f'failed, see {log}'}", flush=True)
-    return code == 0
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and the engine that it may have left."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def main() -> None:
-    """Run what is left to run, and join the reports."""
+    """Run what is left to run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, required=True, help="to hide numbers in and to score")
-    parser.add_argument("--table", action="append", required=True, metavar="NAME=FILE", help="repeatable")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512 * 2**power for power in range(7)])
+    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="folder of a model")
+    parser.add_argument("--settings", type=Path, default=ROOT / "evidence.json", help="[%(default)s]")
+    parser.add_argument("--text", type=Path, required=True, help="documents to measure on, .txt or .txt.xz")
+    parser.add_argument("--search-text", type=Path, required=True, help="other documents, for searches")
+    parser.add_argument("--ruler", type=Path, default=Path("out/ruler-prompts"), help="prompts [%(default)s]")
     parser.add_argument("--gpus", type=int, nargs="*", default=[], help="numbers of the GPUs")
-    parser.add_argument("--together", type=int, default=1, help="runs on a GPU, or on the CPU, at a time [%(default)s]")
-    parser.add_argument("--work", type=Path, help="[default: out/evidence/MODEL]")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="[%(default)s]")
+    parser.add_argument("--together", type=int, default=1, help="engines on a GPU, or on the CPU [%(default)s]")
+    parser.add_argument("--minutes", type=float, default=9.0, help="then stop [%(default)s]")
+    parser.add_argument("--output", type=Path, default=Path("out/evidence"), help="[%(default)s]")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.work = options.work or ROOT / "out" / "evidence" / options.model.name
-    all_runs = list(runs(options))
-    slots: Queue[int | None] = Queue()
-    for _ in range(options.together):
-        for gpu in options.gpus or [None]:
-            slots.put(gpu)
-    with ThreadPoolExecutor(slots.qsize()) as pool:
-        succeeded = list(pool.map(lambda one: run(one, options.work, slots), all_runs))
-    if not all(succeeded):
-        sys.exit("evidence: some runs failed; the same command goes on with them")
-    for task in TASKS:
-        reports = [f"{options.work / label(task, name)}={name}" for name, _ in tables(options)]
-        joined = options.output / options.model.name / task
-        script = Path(__file__).with_name("join_reports.py")
-        subprocess.run([sys.executable, str(script), *reports, "-o", str(joined)], check=True)
-        print(f"wrote {joined / 'report.json'}")
+    if options.worker is None:
+        drive(options)
+    else:
+        Worker(options, json.loads(options.settings.read_text())).run()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Fills the tables of README.md and docs/results.md, and draws their pictures, from the records in benchmarks/results.
 
     python benchmarks/results_page.py
+    python benchmarks/results_page.py --add records.jsonl    # first takes new records of evidence.py
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; whatever was there is replaced. Pictures go to
 docs/pictures. No figure of those tables is written by hand.
@@ -13,11 +14,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from support.evidence_tables import evidence_tables
 from support.records import DEFAULT, METHODS, MODELS, of_models, report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/evidence.md")
 LENGTHS = (512, 2048, 8192, 16384, 32768)
 TASKS = {"passkey": ("pass key", "share"), "needles": ("needle", "share"), "perplexity": ("text", "loss")}
 BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -37,7 +39,28 @@ def tables(results: Path) -> dict[str, Callable[[], str]]:
         "generated": lambda: _generated(results),
         "prefill": lambda: _prefill(results),
         "agreement": lambda: _agreement(results),
+        **evidence_tables(results / "evidence"),
     }
+
+
+def add_records(file: Path, folder: Path) -> None:
+    """Put the records of a run of evidence.py into those of each model; those of the same key are replaced.
+
+    Args:
+        file: records of any models, one a line.
+        folder: of the records, one file a model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    of_models: dict[str, dict[str, str]] = {}
+    for line in file.read_text().splitlines():
+        record = json.loads(line)
+        model = record["unit"]["model"] if "unit" in record else record["model"]
+        of_models.setdefault(model, {})[record["key"]] = line
+    for model, lines in of_models.items():
+        known = folder / f"{model}.jsonl"
+        before = known.read_text().splitlines() if known.exists() else []
+        every = {json.loads(line)["key"]: line for line in before} | lines
+        known.write_text("".join(f"{every[key]}\n" for key in sorted(every)))
 
 
 def fill(page: str, results: Path) -> str:
@@ -147,7 +170,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
+    parser.add_argument("--add", type=Path, nargs="*", default=[], help="records of evidence.py")
     options = parser.parse_args()
+    for file in options.add:
+        add_records(file, options.results / "evidence")
     for name in PAGES:
         page = options.root / name
         page.write_text(fill(page.read_text(), options.results))

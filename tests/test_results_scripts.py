@@ -1,7 +1,6 @@
-"""The scripts of benchmarks/ that evaluate a model with several tables, and that write the page of results."""
+"""The scripts of benchmarks/ that join reports, and that write the pages of results."""
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from types import ModuleType
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-HAYSTACK = BENCHMARKS.parent / "examples" / "texts" / "haystack.txt"
 
 Script = Callable[..., None]
 
@@ -61,7 +59,7 @@ def test_results_page_follows_the_records(script: Script, tmp_path: Path) -> Non
         assert "Mamba-1" in changed
         assert "| 0.12 |" in changed
     drawn = {path.name for path in (tmp_path / "docs" / "pictures").iterdir()}
-    assert drawn == {"keys.png", "text.png", "depths.png", "prefill.png"}
+    assert drawn >= {"keys.png", "text.png", "depths.png", "prefill.png"}
 
 
 def test_a_table_that_is_not_known(script: Script) -> None:
@@ -107,46 +105,3 @@ def test_other_methods_are_put_beside(script: Script, tmp_path: Path, task: str,
     for number, (message, report) in enumerate(wrong.items()):
         with pytest.raises(SystemExit, match=message):
             script("join_reports", ours, "--beside", write(f"wrong{number}", report), "-o", tmp_path / "joined")
-
-
-def test_evidence_goes_on_after_a_failure(
-    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With a `longmamba eval` that fails until a file exists, and tells which GPU it was given."""
-    reports = {task: _report(task, {"plain": 0.5, "longmamba": 0.9}) for task in ("passkey", "needles", "perplexity")}
-    (tmp_path / "reports.json").write_text(json.dumps(reports))
-    fake = tmp_path / "bin" / "longmamba"
-    fake.parent.mkdir()
-    fake.write_text(
-        f"#!{sys.executable}\n"
-        "import json, os, sys\n"
-        "from pathlib import Path\n"
-        "task, output = sys.argv[2], Path(sys.argv[sys.argv.index('-o') + 1])\n"
-        f"home = Path({str(tmp_path)!r})\n"
-        "with (home / 'calls').open('a') as calls:\n"
-        "    calls.write(output.name + ' on ' + os.environ['CUDA_VISIBLE_DEVICES'] + '\\n')\n"
-        "if task == 'needles' and not (home / 'mended').exists():\n"
-        "    sys.exit('no needles today')\n"
-        "(output / 'report.json').write_text(json.dumps(json.loads((home / 'reports.json').read_text())[task]))\n"
-    )
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{fake.parent}{os.pathsep}{os.environ['PATH']}")
-    arguments = [
-        "evidence", "some/tiny", "--text", HAYSTACK, "--table", "paper=one", "--table", "my own=two",
-        "--gpus", 0, 1, "--work", tmp_path / "work", "--output", tmp_path / "results",
-    ]  # fmt: skip
-    with pytest.raises(SystemExit, match="some runs failed"):
-        script(*arguments)
-    assert f"needles-paper: failed, see {tmp_path}" in capsys.readouterr().out
-    assert "no needles today" in (tmp_path / "work" / "needles-my-own" / "log.txt").read_text()
-    first = (tmp_path / "calls").read_text().splitlines()
-    assert len(first) == 6
-    assert {call[-1] for call in first} == {"0", "1"}
-
-    (tmp_path / "mended").touch()
-    script(*arguments)
-    again = (tmp_path / "calls").read_text().splitlines()[6:]
-    assert sorted(call.split()[0] for call in again) == ["needles-my-own", "needles-paper"]
-    for task in reports:
-        joined = json.loads((tmp_path / "results" / "tiny" / task / "report.json").read_text())
-        assert list(joined["methods"]) == ["plain", "LongMamba, paper", "LongMamba, my own"]

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from .evidence_pictures import draw_evidence
 from .records import DEFAULT, MODELS, of_models
 
 TRAIN_LENGTH = 512
@@ -31,6 +32,7 @@ def draw_pictures(results: Path, folder: Path) -> Iterator[Path]:
     yield _lines(results, "perplexity", ("plain", "LongMamba, paper", DEFAULT), folder / "text.png")
     yield _depths(results, folder / "depths.png")
     yield _prefill(results, folder / "prefill.png")
+    yield from draw_evidence(results / "evidence", folder)
 
 
 def _lines(results: Path, task: str, methods: tuple[str, ...], file: Path) -> Path:

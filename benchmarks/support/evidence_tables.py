@@ -1,0 +1,244 @@
+"""The tables of docs/evidence.md, from the records of `evidence.py`."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from vllm_longmamba.evaluate.statistics import share_interval
+
+from .evidence_plan import SEARCH, Record, Setting, score
+
+LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
+RULER = ("S1", "S2", "MK1", "MV", "MQ")
+KINDS = {"novels": "novels", "numbers": "text full of numbers", "sentences": "repeated sentences"}
+DEFAULT = "default"
+# What every table shows; the others stand in the table of options.
+MAIN = ("plain", "paper", DEFAULT)
+# Lengths at which options and rivals are compared.
+OPTIONS = (16384, 32768)
+
+
+class Evidence:
+    """The records of all models.
+
+    Args:
+        folder: with one *.jsonl a model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.cells: dict[tuple[str, str, str, str, int], Record] = {}
+        self.searched: dict[tuple[str, str], list[Record]] = defaultdict(list)
+        self.engines: dict[str, Record] = {}
+        self.inspected: dict[str, Record] = {}
+        for file in sorted(folder.glob("*.jsonl")):
+            for line in file.read_text().splitlines():
+                record = json.loads(line)
+                if "distance" in record:
+                    self.inspected[record["model"]] = record
+                    continue
+                if "unit" not in record:
+                    self.engines.setdefault(record["model"], record)
+                    continue
+                unit = record["unit"]
+                if unit["searching"]:
+                    self.searched[unit["model"], unit["method"]].append(record)
+                else:
+                    key = (unit["model"], unit["method"], unit["task"], unit["text"], unit["length"])
+                    # Of two with another number of questions, the larger one.
+                    if key not in self.cells or self.cells[key]["unit"]["count"] < unit["count"]:
+                        self.cells[key] = record
+        self.models = sorted({model for model, *_ in self.cells})
+        self.methods = list(dict.fromkeys(method for _, method, *_ in self.cells))
+
+    def share(self, model: str, method: str, task: str, text: str, length: int) -> tuple[float, float, float] | None:
+        """Share of the numbers found, with its 95 % interval; None where it was not measured."""
+        record = self.cells.get((model, method, task, text, length))
+        if record is None:
+            return None
+        scores = _scores(record)
+        return (sum(scores) / len(scores), *share_interval(scores))
+
+    def loss(self, model: str, method: str, length: int, of: str = "") -> float | None:
+        """Nats a token over the last 100 tokens of the windows; over all of them where `of` is "all_"."""
+        record = self.cells.get((model, method, "text", "", length))
+        if record is None:
+            return None
+        books = record["books"].values()
+        return float(sum(book[f"{of}nats"] for book in books) / sum(book[f"{of}tokens"] for book in books))
+
+    def ruler(self, model: str, method: str, length: int, tasks: Sequence[str] = RULER) -> float | None:
+        """Mean score of RULER's tasks; None where one of them was not measured."""
+        shares = [self.share(model, method, task, "", length) for task in tasks]
+        return None if None in shares else mean(share[0] for share in shares if share is not None)
+
+
+def _scores(record: Record) -> list[float]:
+    if "scores" in record:
+        return list(record["scores"])
+    return [1.0] * record["found"] + [0.0] * (record["unit"]["count"] - record["found"])
+
+
+def evidence_tables(folder: Path) -> dict[str, Callable[[], str]]:
+    """Every table that the page may name.
+
+    Args:
+        folder: of the records.
+    """
+    evidence = Evidence(folder)
+    known: dict[str, Callable[[], str]] = {
+        "evidence-conditions": lambda: _conditions(evidence),
+        "evidence-text": lambda: _by_length(evidence, lambda *cell: _number(evidence.loss(*cell), 3)),
+        "evidence-text-all": lambda: _by_length(evidence, lambda *cell: _number(evidence.loss(*cell, "all_"), 3)),
+        "evidence-ruler": lambda: _by_length(evidence, lambda *cell: _number(evidence.ruler(*cell), 2)),
+        "evidence-ruler-tasks": lambda: _ruler_tasks(evidence),
+        "evidence-options": lambda: _options(evidence),
+        "evidence-theta": lambda: _theta(evidence),
+        "evidence-sequences": lambda: _sequences(evidence),
+        "evidence-receptive": lambda: _receptive(evidence),
+    }
+    for task in ("passkey", "needles"):
+        for kind in KINDS:
+            known[f"evidence-{task}-{kind}"] = _found(evidence, task, kind)
+    return known
+
+
+def _found(evidence: Evidence, task: str, kind: str) -> Callable[[], str]:
+    def cell(model: str, method: str, length: int) -> str:
+        share = evidence.share(model, method, task, kind, length)
+        return _number(share[0] if share else None, 2)
+
+    return lambda: _by_length(evidence, cell)
+
+
+def _by_length(evidence: Evidence, cell: Callable[[str, str, int], str]) -> str:
+    rows = []
+    for model in evidence.models:
+        for method in MAIN:
+            cells = [cell(model, method, length) for length in LENGTHS]
+            if any(cells):
+                rows.append([f"{model}, {_bold(method)}", *cells])
+    return markdown(["model, method", *map(short, LENGTHS)], rows)
+
+
+def _ruler_tasks(evidence: Evidence) -> str:
+    rows = []
+    for model in evidence.models:
+        for method in MAIN:
+            for length in OPTIONS:
+                cells = [_number(evidence.ruler(model, method, length, [task]), 2) for task in RULER]
+                if any(cells):
+                    rows.append([f"{model}, {_bold(method)}", short(length), *cells])
+    return markdown(["model, method", "tokens", *RULER], rows)
+
+
+def _options(evidence: Evidence) -> str:
+    rows = []
+    for model in evidence.models:
+        for method in evidence.methods:
+            if "seed" in method:
+                continue
+            cells = []
+            for kind in ("novels", "numbers"):
+                for length in OPTIONS:
+                    share = evidence.share(model, method, "passkey", kind, length)
+                    cells.append(_number(share[0] if share else None, 2))
+            cells += [_number(evidence.loss(model, method, length), 3) for length in OPTIONS]
+            if any(cells):
+                rows.append([model, f"{_bold(method)}{_setting(evidence, model, method)}", *cells])
+    names = [f"{kind}, {short(length)}" for kind in ("novels", "numbers") for length in OPTIONS]
+    return markdown(["model", "method", *names, *(f"text, {short(length)}" for length in OPTIONS)], rows)
+
+
+def _setting(evidence: Evidence, model: str, method: str) -> str:
+    """What a search found for a method, in words."""
+    if not any(of == model and name.startswith(f"{SEARCH}{method}: ") for of, name in evidence.searched):
+        return ""
+    cells = (record["unit"] for record in evidence.cells.values())
+    found = next(unit["setting"] for unit in cells if (unit["model"], unit["method"]) == (model, method))
+    default = asdict(Setting())
+    given = [f"{name} {value}" for name, value in found.items() if value not in (default[name], 1)]
+    return f" ({', '.join(given)})" if given else ""
+
+
+def _theta(evidence: Evidence) -> str:
+    """What the searches saw: keys found, and nats a token, by table and theta."""
+    figures: dict[tuple[str, float], dict[str, str]] = defaultdict(dict)
+    tables = []
+    for (model, method), records in sorted(evidence.searched.items()):
+        setting = records[0]["unit"]["setting"]
+        if not method.startswith(f"{SEARCH}paper: "):
+            continue
+        share, loss = score(records)
+        tables.append(setting["table"])
+        figures[model, setting["theta"]][setting["table"]] = f"{share:.2f}; {loss:.3f}"
+    names = sorted(set(tables), key=lambda name: float(name[1:]))
+    rows = [
+        [model, f"{theta:g}", *(cells.get(name, "") for name in names)]
+        for (model, theta), cells in sorted(figures.items())
+    ]
+    return markdown(["model", "theta", *(f"C {name[1:]} %: keys; text" for name in names)], rows)
+
+
+def _sequences(evidence: Evidence) -> str:
+    """Three groups of five calibration sequences: mean and standard deviation."""
+    rows = []
+    for model in evidence.models:
+        for method in [name for name in evidence.methods if f"{name}, seed 1" in evidence.methods]:
+            groups = [method, f"{method}, seed 1", f"{method}, seed 2"]
+            cells = []
+            for length in OPTIONS:
+                shares = [evidence.share(model, group, "passkey", "novels", length) for group in groups]
+                cells.append(_spread([share[0] for share in shares if share], len(groups), 2))
+                losses = [evidence.loss(model, group, length) for group in groups]
+                cells.append(_spread([loss for loss in losses if loss is not None], len(groups), 4))
+            if any(cells):
+                rows.append([model, _bold(method), *cells])
+    names = [f"{what}, {short(length)}" for length in OPTIONS for what in ("keys", "text")]
+    return markdown(["model", "method", *names], rows)
+
+
+def _spread(figures: Sequence[float], groups: int, digits: int) -> str:
+    return f"{mean(figures):.{digits}f} ± {stdev(figures):.{digits}f}" if len(figures) == groups else ""
+
+
+def _receptive(evidence: Evidence) -> str:
+    """How far back models look, and a picture of each."""
+    rows, pictures = [], []
+    for model, record in evidence.inspected.items():
+        shares = [f"{record['global'][0]} of {record['global'][1]}", f"{next(iter(record['kept'].values())):.1%}"]
+        distances = [f"{length:.0f}" for method in record["distance"].values() for length in method.values()]
+        rows.append([model, *shares, *distances])
+        pictures.append(f"![Receptive fields of {model}](pictures/evidence-receptive-{model}.png)")
+    head = ["model", "global channels", "tokens kept, 16k", "plain, 2k", "plain, 16k", "default, 16k"]
+    return "\n\n".join([markdown(head, rows), *pictures])
+
+
+def _conditions(evidence: Evidence) -> str:
+    rows = []
+    for model in evidence.models:
+        engine: Mapping[str, Any] = evidence.engines.get(model, {})
+        rows.append([model, *(str(engine.get(name, "")) for name in ("hardware", "vllm", "dtype", "step_tokens"))])
+    return markdown(["model", "hardware", "vLLM", "dtype", "tokens a step"], rows)
+
+
+def short(length: int) -> str:
+    """A length as a heading has it."""
+    return f"{length // 1024}k"
+
+
+def _bold(method: str) -> str:
+    return f"**{method}**" if method == DEFAULT else method
+
+
+def _number(figure: float | None, digits: int) -> str:
+    return "" if figure is None else f"{figure:.{digits}f}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [list(head), ["---"] * len(head), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
