@@ -8,7 +8,6 @@ from .causal_conv1d import causal_conv1d
 from .causal_conv1d_update import causal_conv1d_update
 from .compile_ahead import PER_DECODE_TOKEN, compile_ahead
 from .filter_dt import filter_dt_
-from .gated_norm import gated_norm_, gated_norm_reference
 from .reference import (
     causal_conv1d_reference,
     causal_conv1d_update_reference,
@@ -31,8 +30,6 @@ __all__ = [
     "compile_ahead",
     "filter_dt_",
     "filter_dt_reference",
-    "gated_norm_",
-    "gated_norm_reference",
     "selective_scan",
     "selective_scan_reference",
     "selective_state_update",

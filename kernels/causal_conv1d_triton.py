@@ -13,12 +13,12 @@ from .reference import NULL_SLOT
 from .triton_helpers import filter_raw_dt, find_sequence, silu
 
 # measured on an H200 (benchmarks/notes.md): a warp has some neighbouring channels and walks over a part of a sequence
-PART = 64
-LARGEST_BLOCK = 256
+PART = 16
+LARGEST_BLOCK = 128
 SMALLEST_BLOCK = 64
 NUM_WARPS = 1
 # tokens that are loaded at once
-GROUP = 4
+GROUP = 8
 # tokens of dt that are filtered at once
 FILTER_TOKENS = 16
 

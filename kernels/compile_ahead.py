@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 # Names of arguments with a row per token.
-PER_PROMPT_TOKEN = frozenset({"x", "dt", "B", "C", "z", "out", "y", "row_scale"})
+PER_PROMPT_TOKEN = frozenset({"x", "dt", "B", "C", "z", "out"})
 PER_DECODE_TOKEN = PER_PROMPT_TOKEN | {"state_indices", "token_rows"}
 
 # Elements of a meta tensor that stands for any storage.
@@ -42,7 +42,7 @@ def compile_ahead(
         most_tokens: the most that a call will have.
         per_token: names of the arguments with a row per token.
     """
-    if not next(iter(arguments.values())).is_cuda:
+    if not arguments["x"].is_cuda:
         return
     layout = (function, most_tokens, *(_layout(argument) for argument in arguments.values()))
     if layout in _scheduled:

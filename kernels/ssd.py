@@ -3,7 +3,6 @@
 import torch
 
 from .dispatch import check_tensor, uses_triton
-from .gated_norm import check_gated_norm, gated_norm_
 from .reference import ssd_reference
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -30,10 +29,6 @@ def ssd(
     seq_rows: torch.Tensor | None = None,
     seq_prompt_tokens: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    z: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
-    norm_eps: float | None = None,
-    row_scale: torch.Tensor | None = None,
     check: bool = True,
 ) -> torch.Tensor:
     """Run ``h = exp(dt A) h + dt x B^T; out = h C + D x`` per head, with ``dt = softplus(dt + dt_bias)``.
@@ -64,11 +59,6 @@ def ssd(
         seq_rows: (sequences,) int32: each sequence's row; needed with ``dt_threshold``.
         seq_prompt_tokens: (sequences,) int32: how many of a sequence's first tokens in this call are prompt tokens.
         out: (tokens, nheads, headdim) in ``x.dtype``, laid out like ``x``, to write to. None allocates it.
-        z: (tokens, nheads, headdim) gate, laid out like ``x``: ``out`` is then gated and normalized as
-            :func:`kernels.gated_norm.gated_norm_` does it. bfloat16 and float32 only.
-        norm_weight: (nheads * headdim,) contiguous; needed with ``z``, as are ``norm_eps`` and ``row_scale``.
-        norm_eps: of the norm.
-        row_scale: (tokens, 2) in ``x.dtype``, written: the factor of each row, as there.
         check: False leaves the checks out, for a caller whose arguments of this layout have passed them before.
 
     Returns:
@@ -80,27 +70,19 @@ def ssd(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     tensors = (x, dt, A, B, C, D, dt_bias, state, query_start_loc, state_indices, has_initial_state)
     filters = (dt_threshold, seq_rows, seq_prompt_tokens)
-    gate = (z, norm_weight, norm_eps, row_scale)
     if check:
         _check(*tensors, out)
         _check_filter(x, len(state_indices), *filters)
-        if any(part is not None for part in gate):
-            _check_gate(out, *gate)
     if x.numel() == 0 or len(state_indices) == 0:
         return out
     if uses_triton(x):
         from .ssd_triton import ssd_triton
 
-        ssd_triton(*tensors, *filters, out, *gate)
+        ssd_triton(*tensors, *filters, out)
         return out
     y = ssd_reference(x.float(), *tensors[1:], *filters)
     is_padding = (state_indices == 0).repeat_interleave(query_start_loc.diff(), output_size=len(x))
     out.copy_(torch.where(is_padding[:, None, None], out, y.to(out.dtype)))
-    if z is not None and norm_weight is not None and norm_eps is not None and row_scale is not None:
-        rows = ~is_padding
-        gated, scale = out[rows].flatten(1), row_scale[rows]
-        gated_norm_(gated, z[rows].flatten(1), norm_weight, norm_eps, scale)
-        out[rows], row_scale[rows] = gated.view(out[rows].shape), scale
     return out
 
 
@@ -154,14 +136,3 @@ def _check_filter(
     check_tensor("dt_threshold", dt_threshold, (rows, x.shape[1]), (torch.float32,), x.device)
     check_tensor("seq_rows", seq_rows, (sequences,), (torch.int32,), x.device)
     check_tensor("seq_prompt_tokens", seq_prompt_tokens, (sequences,), (torch.int32,), x.device)
-
-
-def _check_gate(
-    out: torch.Tensor, z: torch.Tensor | None, norm_weight: torch.Tensor | None, norm_eps: float | None,
-    row_scale: torch.Tensor | None,
-) -> None:  # fmt: skip
-    if z is None or norm_weight is None or norm_eps is None or row_scale is None:
-        raise ValueError("z needs norm_weight, norm_eps and row_scale beside it; one of them came as None")
-    if z.shape != out.shape:
-        raise ValueError(f"z must have shape {tuple(out.shape)}, got {tuple(z.shape)}")
-    check_gated_norm(out.flatten(1), z.flatten(1), norm_weight, row_scale)

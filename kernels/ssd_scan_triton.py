@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import UNALIGNED
-from .triton_helpers import find_sequence, silu
+from .triton_helpers import find_sequence
 
 
 @triton.jit
@@ -137,17 +137,12 @@ def _constants(values, constant: tl.constexpr, HEADS: tl.constexpr):
 @triton.jit
 def _scan_blocks(
     x_ptr, B_ptr, C_ptr, D_ptr, out_ptr, dt_ptr, decay_ptr, weight_ptr, total_ptr, product_ptr, segment_state_ptr,
-    z_ptr, norm_weight_ptr, squares_ptr,
-    head, part, base, n_tokens, first_block, n_blocks, tokens, blocks,
-    x_stride, B_stride, C_stride, out_stride, z_stride,
+    head, part, base, n_tokens, first_block, n_blocks, tokens, blocks, x_stride, B_stride, C_stride, out_stride,
     nheads: tl.constexpr, headdim: tl.constexpr, ngroups: tl.constexpr, d_state: tl.constexpr, BLOCK: tl.constexpr,
     HEADS: tl.constexpr, STATES: tl.constexpr, FACTORED: tl.constexpr, MOST_DECAY: tl.constexpr,
-    PRECISION: tl.constexpr, GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of HEADS heads of a segment, which starts at token ``base``, block after block.
-
-    GATED: y times the gate and the norm's weight is written, and the sum of squares of what the weight is applied to.
-    """
+    """The outputs of HEADS heads of a segment, which starts at token ``base``, block after block."""
     CHANNELS: tl.constexpr = HEADS * headdim
     group = head // (nheads // ngroups)
     channel = tl.arange(0, CHANNELS)
@@ -176,12 +171,6 @@ def _scan_blocks(
         # factored: log2 of what h is to be multiplied by to be the state
         scales = scales + (totals[k] * 0.0,)
     D = skips[0] if HEADS == 1 else tl.trans(_down(skips, channel, headdim, HEADS))
-    if GATED:
-        z_ptr += base * z_stride + head * headdim
-        z_offsets = position[:, None] * z_stride + channel[None, :]
-        norm_weight = tl.load(norm_weight_ptr + head * headdim + channel).to(tl.float32)
-        # a block ahead: nothing else hides how long this load takes
-        next_z = tl.load(z_ptr + z_offsets, mask=(position < n_tokens)[:, None], other=0.0)
 
     for i in range(0, n_blocks):
         here = tl.minimum(i, n_blocks).to(tl.int64)
@@ -191,10 +180,6 @@ def _scan_blocks(
         B = tl.load(B_ptr + first * B_stride + B_offsets, mask=is_token[:, None] & is_state, other=0.0)
         x = tl.load(x_ptr + first * x_stride + x_offsets, mask=is_token[:, None], other=0.0)
         S = tl.load(product_ptr + here * (ngroups * BLOCK * BLOCK) + product_offsets)
-        if GATED:
-            z = next_z
-            is_next = (i + 1) * BLOCK + position < n_tokens
-            next_z = tl.load(z_ptr + (first + BLOCK) * z_stride + z_offsets, mask=is_next[:, None], other=0.0)
         if FACTORED:
             # rarely, since most blocks decay by little
             lowest_scale = scales[0] + totals[0]
@@ -245,14 +230,6 @@ def _scan_blocks(
             h = h * block_decay
         h = tl.dot(fed, B, h, input_precision=PRECISION)
         result = tl.trans(y) + x.to(tl.float32) * D
-        if GATED:
-            result *= silu(z.to(tl.float32))
-            squares = tl.sum(result * result, 1)
-            result *= norm_weight[None, :]
-            for k in tl.static_range(HEADS):
-                # together with the first head's
-                squares_ptrs = squares_ptr + (head + k).to(tl.int64) * tokens + base + first + position
-                tl.store(squares_ptrs, squares if k == 0 else squares * 0.0, mask=is_token)
         tl.store(
             out_ptr + first * out_stride + out_offsets, result.to(out_ptr.dtype.element_ty), mask=is_token[:, None]
         )
@@ -264,12 +241,11 @@ def _scan_blocks(
 )
 def _ssd_scan_kernel(
     x_ptr, B_ptr, C_ptr, D_ptr, out_ptr, dt_ptr, decay_ptr, weight_ptr, total_ptr, product_ptr, segment_state_ptr,
-    z_ptr, norm_weight_ptr, squares_ptr, query_start_loc_ptr, state_indices_ptr, nseq, search_depth, tokens, blocks,
-    x_stride, B_stride, C_stride, out_stride, z_stride, index_stride,
+    query_start_loc_ptr, state_indices_ptr, nseq, search_depth, tokens, blocks,
+    x_stride, B_stride, C_stride, out_stride, index_stride,
     nheads: tl.constexpr, headdim: tl.constexpr, ngroups: tl.constexpr, d_state: tl.constexpr, NULL: tl.constexpr,
     BLOCK: tl.constexpr, SEGMENT: tl.constexpr, HEADS: tl.constexpr, STATES: tl.constexpr,
     FACTORED: tl.constexpr, PAIRED: tl.constexpr, MOST_DECAY: tl.constexpr, PRECISION: tl.constexpr,
-    GATED: tl.constexpr,
 ):  # fmt: skip
     """The outputs of HEADS heads of a segment.
 
@@ -302,8 +278,7 @@ def _ssd_scan_kernel(
             return
     _scan_blocks(
         x_ptr, B_ptr, C_ptr, D_ptr, out_ptr, dt_ptr, decay_ptr, weight_ptr, total_ptr, product_ptr,
-        segment_state_ptr, z_ptr, norm_weight_ptr, squares_ptr,
-        head, part, base, n_tokens, first_block, n_blocks, tokens, blocks,
-        x_stride, B_stride, C_stride, out_stride, z_stride, nheads, headdim, ngroups, d_state, BLOCK, HEADS, STATES,
-        FACTORED, MOST_DECAY, PRECISION, GATED,
+        segment_state_ptr, head, part, base, n_tokens, first_block, n_blocks, tokens, blocks,
+        x_stride, B_stride, C_stride, out_stride, nheads, headdim, ngroups, d_state, BLOCK, HEADS, STATES,
+        FACTORED, MOST_DECAY, PRECISION,
     )  # fmt: skip

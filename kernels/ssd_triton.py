@@ -13,7 +13,6 @@ import triton
 
 from .compile_ahead import launch
 from .dispatch import is_nvidia
-from .gated_norm_triton import row_scale_triton
 from .reference import NULL_SLOT
 from .ssd_blocks_triton import _ssd_prepare_kernel, _ssd_walk_kernel
 from .ssd_scan_triton import _ssd_scan_kernel, _ssd_segment_state_kernel
@@ -36,7 +35,8 @@ class Sizes(NamedTuple):
     scan_heads: int = 1
     scan_warps: int = 4
     scan_stages: int = 3
-    scan_registers: int | None = 168
+    # 0: by d_state
+    scan_registers: int | None = 0
     exact_warps: int = 4
     exact_stages: int = 2
     is_factored: bool = True
@@ -49,6 +49,11 @@ LARGEST_SEGMENT = 4096
 FLOAT32_SIZES = Sizes(
     state_heads=1, state_stages=1, scan_warps=8, scan_stages=1, scan_registers=None, exact_warps=8, exact_stages=1
 )
+
+
+def _scan_registers(d_state: int) -> int:
+    """The fewest with which little is spilled: the state takes d_state / 2 of a thread."""
+    return 128 if d_state <= 64 else 184
 
 
 def _heads(wanted: int, headdim: int, heads_per_group: int) -> int:
@@ -72,7 +77,7 @@ def _segment(tokens: int, nheads: int) -> int:
 
 def ssd_triton(
     x, dt, A, B, C, D, dt_bias, state, query_start_loc, state_indices, has_initial_state,
-    dt_threshold, seq_rows, seq_prompt_tokens, out, z=None, norm_weight=None, norm_eps=None, row_scale=None, sizes=None,
+    dt_threshold, seq_rows, seq_prompt_tokens, out, sizes=None,
 ) -> None:  # fmt: skip
     """Launch for checked arguments; see :func:`kernels.ssd.ssd`.
 
@@ -90,10 +95,7 @@ def ssd_triton(
     product = torch.empty((blocks, ngroups, block, block), dtype=x.dtype, device=x.device)
     segment_state = torch.empty((parts, nheads * headdim, d_state), **float32)
     segment_decay = torch.empty((parts, nheads), **float32)
-    is_gated = z is not None
-    squares = torch.empty((nheads, tokens) if is_gated else (0, 0), **float32)
     # an unused pointer argument still needs a tensor
-    gate = (z, norm_weight, squares) if is_gated else (x, D, total)
     filters = (
         (dt_threshold, seq_rows, seq_prompt_tokens) if dt_threshold is not None else (A, state_indices, state_indices)
     )
@@ -124,15 +126,16 @@ def ssd_triton(
         BLOCK_SIZE=1024, AHEAD=4, num_warps=4,
     )  # fmt: skip
     scan = (
-        x, B, C, D, out, softplus_dt, decay, weight, total, product, segment_state, *gate, *where, *search,
-        tokens, blocks, x.stride(0), B.stride(0), C.stride(0), out.stride(0), gate[0].stride(0), index_stride,
+        x, B, C, D, out, softplus_dt, decay, weight, total, product, segment_state, *where, *search,
+        tokens, blocks, x.stride(0), B.stride(0), C.stride(0), out.stride(0), index_stride,
     )  # fmt: skip
-    large |= {"MOST_DECAY": MOST_DECAY, "GATED": is_gated}
+    large["MOST_DECAY"] = MOST_DECAY
     heads = 0
     if sizes.is_factored and x.dtype != torch.float16:
         heads = _heads(sizes.scan_heads, headdim, nheads // ngroups)
         # an NVIDIA compiler option
-        limits = {"maxnreg": sizes.scan_registers} if sizes.scan_registers and is_nvidia(x.device) else {}
+        registers = _scan_registers(d_state) if sizes.scan_registers == 0 else sizes.scan_registers
+        limits = {"maxnreg": registers} if registers and is_nvidia(x.device) else {}
         launch(_ssd_scan_kernel, (nheads // heads, parts), x)(
             *scan, **large, HEADS=heads, PAIRED=heads, FACTORED=True,
             num_warps=_warps(sizes.scan_warps, heads * headdim), num_stages=sizes.scan_stages, **limits,
@@ -141,5 +144,3 @@ def ssd_triton(
         *scan, **large, HEADS=1, PAIRED=heads, FACTORED=False,
         num_warps=_warps(sizes.exact_warps, headdim), num_stages=sizes.exact_stages,
     )  # fmt: skip
-    if is_gated:
-        row_scale_triton(squares, nheads * headdim, norm_eps, row_scale)

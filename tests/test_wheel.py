@@ -25,16 +25,23 @@ import sys
 import vllm_longmamba
 from vllm import LLM, SamplingParams
 
-text = open(sys.argv[2]).read()
-key, question = "\\nThe pass key is 48213. Remember it.\\n", "\\nWhat is the pass key? The pass key is "
-prompt = text[:600] + key + text[600:2000] + question
-llm = LLM(
-    sys.argv[1], model_impl="longmamba", dtype="float32", max_num_seqs=4, max_model_len=4096, enforce_eager=True,
-    additional_config={"longmamba": {"calibrate": False}},
-)
-[answer] = llm.generate([prompt], SamplingParams(max_tokens=5, temperature=0.0))
-print("from", vllm_longmamba.__file__)
-print("answer", answer.outputs[0].text)
+
+def main():
+    text = open(sys.argv[2]).read()
+    key, question = "\\nThe pass key is 48213. Remember it.\\n", "\\nWhat is the pass key? The pass key is "
+    prompt = text[:600] + key + text[600:2000] + question
+    llm = LLM(
+        sys.argv[1], model_impl="longmamba", dtype="float32", max_num_seqs=4, max_model_len=4096, enforce_eager=True,
+        additional_config={"longmamba": {"calibrate": False}},
+    )
+    [answer] = llm.generate([prompt], SamplingParams(max_tokens=5, temperature=0.0))
+    print("from", vllm_longmamba.__file__)
+    print("answer", answer.outputs[0].text)
+
+
+# The engine's process imports this file.
+if __name__ == "__main__":
+    main()
 """
 
 

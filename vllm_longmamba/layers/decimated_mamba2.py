@@ -26,7 +26,7 @@ class WholeMambaMixer2(LongMambaMixer2):
         """
         projected = self.in_proj(hidden_states)[0]
         scanned = self._empty_scanned(projected)
-        self.conv_ssm_forward(projected, scanned)
+        self.scan_step(projected, scanned)
         self._gate_and_project_out(scanned, projected, output)
         return None
 
@@ -77,7 +77,7 @@ class DeciMambaMixer2(DecimatedMixer, WholeMambaMixer2):
             only_decodes = copy(before)
             only_decodes.num_prefills = only_decodes.num_prefill_tokens = 0
             with self._step(only_decodes):
-                self.conv_ssm_forward(projected[:decodes], scanned[:decodes])
+                self.scan_step(projected[:decodes], scanned[:decodes])
         convolved = convolved.index_select(0, rows[decodes:] - decodes)
         dt = torch.split(projected[decodes:], sizes, dim=-1)[2]
         if self.runs_own_kernels() and self._has_own_ssd(after):

@@ -5,16 +5,14 @@ from typing import Any
 import torch
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+from vllm.model_executor.layers.mamba.ops.layernorm_gated import _layer_norm_fwd
 from vllm.model_executor.layers.mamba.ops.ssd_checkpoint import store_prefill_checkpoint
 from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
 from vllm.utils.torch_utils import _encode_layer_name
 
-from vllm_longmamba.kernels import filter_dt_, gated_norm_, ssd, ssd_supports
+from vllm_longmamba.kernels import filter_dt_, ssd, ssd_supports
 from vllm_longmamba.layers.filtered_mixer import FilteredMixer
 from vllm_longmamba.layers.step_metadata import FilterRows, LongMamba2Backend
-
-# Columns of a layer's buffer behind its channels. The first two add up to a row's factor; rows stay 16-byte aligned.
-FACTOR_COLUMNS = 8
 
 
 class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
@@ -34,62 +32,73 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
         return super().get_kv_cache_spec(vllm_config)
 
     def forward(self, hidden_states: torch.Tensor, mup_vector: torch.Tensor | None = None) -> torch.Tensor:
-        """See vLLM's `MambaMixer2`. Where it can be, the norm's factor of a row is applied behind out_proj.
-
-        The kernel that computes a row gates it, before it knows the factor, and the gated norm is no launch of its own.
+        """See vLLM's `MambaMixer2`. Its kernel of the gated norm is faster than what its compiler makes of the norm.
 
         Args:
             hidden_states: (tokens, d_model).
             mup_vector: (gate + x + B + C + dt,), or None.
         """
-        if not self._gates_in_kernels(hidden_states):
-            output: torch.Tensor = super().forward(hidden_states, mup_vector)
+        output: torch.Tensor
+        if not self._norms_in_step():
+            output = super().forward(hidden_states, mup_vector)
             return output
         projected = self.in_proj(hidden_states)[0]
         if mup_vector is not None:
             projected = projected * mup_vector
-        channels = self.tped_intermediate_size
-        shape = (hidden_states.shape[0], channels + FACTOR_COLUMNS)
-        gated = torch.empty(shape, dtype=hidden_states.dtype, device=hidden_states.device)
-        torch.ops.vllm.mamba_mixer2(projected, gated, _encode_layer_name(self.prefix))
-        factor = gated[:, channels : channels + 2].float().sum(-1, keepdim=True)
-        projected_out: torch.Tensor = self.out_proj(gated[:, :channels])[0]
-        return (projected_out * factor).to(hidden_states.dtype)
+        shape = (hidden_states.shape[0], self.tped_intermediate_size)
+        normalized = torch.empty(shape, dtype=hidden_states.dtype, device=hidden_states.device)
+        torch.ops.vllm.mamba_mixer2(projected, normalized, _encode_layer_name(self.prefix))
+        output = self.out_proj(normalized)[0]
+        return output
 
-    def _gates_in_kernels(self, hidden_states: torch.Tensor) -> bool:
-        has_one_norm = self.use_rms_norm and self.norm.n_groups == 1 and self.tp_size == 1
-        # float16 might not hold what is not normalized yet.
-        fits = hidden_states.dtype in (torch.bfloat16, torch.float32)
-        return has_one_norm and fits and self._has_plain_out_proj() and self.runs_own_kernels()
+    def _norms_in_step(self) -> bool:
+        """Whether that kernel can: on a GPU, one norm over all channels of one rank."""
+        return bool(self.A.is_cuda and self.use_rms_norm and self.norm.n_groups == 1 and self.tp_size == 1)
 
     def conv_ssm_forward(self, projected_states: torch.Tensor, output: torch.Tensor) -> Any:
+        """Run the convolution, the SSM and, where `forward` wants it, the gated norm.
+
+        Args:
+            projected_states: as for `scan_step`.
+            output: (tokens, d_inner), written in place.
+        """
+        self.scan_step(projected_states, output)
+        if self._norms_in_step():
+            gate = projected_states[:, : self.tped_intermediate_size]
+            norm = self.norm
+            _layer_norm_fwd(
+                output,
+                norm.weight,
+                None,
+                norm.variance_epsilon,
+                z=gate,
+                out=output,
+                norm_before_gate=False,
+                is_rms_norm=True,
+            )
+        return None
+
+    def scan_step(self, projected_states: torch.Tensor, output: torch.Tensor) -> Any:
         """Run the convolution and the SSM on a batch of decode tokens followed by prefill tokens.
 
         Args:
             projected_states: (tokens, gate + x + B + C + dt), changed in place except for the gate; nothing reads the
                 rest afterwards.
-            output: (tokens, d_inner), written in place; (tokens, d_inner + FACTOR_COLUMNS) from `forward`, which wants
-                it gated.
+            output: (tokens, d_inner), written in place.
         """
         metadata = (get_forward_context().attn_metadata or {}).get(self.prefix)
-        channels = self.tped_intermediate_size
         if metadata is None:
-            return super().conv_ssm_forward(projected_states, output[:, :channels])
+            return super().conv_ssm_forward(projected_states, output)
         decodes, tokens = metadata.num_decode_tokens, metadata.num_decode_tokens + metadata.num_prefill_tokens
         sizes = [self.tped_intermediate_size, self.tped_conv_size, self.tped_dt_size]
-        z, x_B_C, dt = torch.split(projected_states[:tokens], sizes, dim=-1)
+        _, x_B_C, dt = torch.split(projected_states[:tokens], sizes, dim=-1)
         rows = metadata.filter_rows or FilterRows()
         self._record_dt(dt[decodes:], self.dt_bias)
         if self.runs_own_kernels():
-            out, factor = output[:tokens, :channels], output[:tokens, channels:]
-            is_gated = factor.shape[1] > 0
             if decodes > 0:
-                self._decode(x_B_C[:decodes], dt[:decodes], metadata, rows, out[:decodes])
-                if is_gated:
-                    self._gate(out[:decodes], z[:decodes], factor[:decodes])
+                self._decode(x_B_C[:decodes], dt[:decodes], metadata, rows, output[:decodes])
             if tokens > decodes:
-                gate = (z[decodes:], factor[decodes:]) if is_gated else None
-                self._prefill(x_B_C[decodes:], dt[decodes:], metadata, rows, out[decodes:], gate)
+                self._prefill(x_B_C[decodes:], dt[decodes:], metadata, rows, output[decodes:tokens])
             return None
         # softplus(-inf) is exactly 0 in vLLM's kernels.
         if rows.decode is not None:
@@ -100,7 +109,7 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
 
     def runs_own_kernels(self) -> bool:
         """See `FilteredMixer`. With another backend of the state update, vLLM runs the whole layer."""
-        return bool(super().runs_own_kernels() and self._updates_state and not self.use_replayssm)
+        return super().runs_own_kernels() and self._updates_state and not self.use_replayssm
 
     def _decode(
         self, x_B_C: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
@@ -116,45 +125,23 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
             out=out,
         )
 
-    def _gate(self, y: torch.Tensor, z: torch.Tensor, factor: torch.Tensor) -> None:
-        gated_norm_(y, z, self.norm.weight, self.norm.variance_epsilon, factor[:, :2])
-
     def _prefill(
-        self,
-        x_B_C: torch.Tensor,
-        dt: torch.Tensor,
-        metadata: Any,
-        rows: FilterRows,
-        out: torch.Tensor,
-        gate: tuple[torch.Tensor, torch.Tensor] | None,
+        self, x_B_C: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
     ) -> None:
-        """Convolution and SSM of prompts, and the gate with (z, factor)."""
+        """Convolution and SSM of prompts."""
         if self._has_own_ssd(metadata):
-            self._ssd(self._convolve_prompts(x_B_C, metadata), dt, metadata, rows, out, gate)
-            return
-        self._prefill_by_vllm(x_B_C, dt, metadata, rows, out)
-        if gate is not None:
-            self._gate(out, *gate)
+            self._ssd(self._convolve_prompts(x_B_C, metadata), dt, metadata, rows, out)
+        else:
+            self._prefill_by_vllm(x_B_C, dt, metadata, rows, out)
 
     def _has_own_ssd(self, metadata: Any) -> bool:
         return ssd_supports(self.head_dim, self.ssm_state_size) and metadata.checkpoint_chunk_idx is None
 
     def _ssd(
-        self,
-        convolved: torch.Tensor,
-        dt: torch.Tensor,
-        metadata: Any,
-        rows: FilterRows,
-        out: torch.Tensor,
-        gate: tuple[torch.Tensor, torch.Tensor] | None = None,
+        self, convolved: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
     ) -> None:
         x, B, C = self.split_hidden_states_B_C_fn(convolved)
         is_filtered = rows.prefill_rows is not None
-        gating: dict[str, Any] = {}
-        if gate is not None:
-            z, factor = gate
-            gating = {"z": z.view(len(dt), -1, self.head_dim), "row_scale": factor[:, :2]}
-            gating |= {"norm_weight": self.norm.weight, "norm_eps": self.norm.variance_epsilon}
         self._run_prefill(
             ssd,
             **self._recurrence(
@@ -172,7 +159,6 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
             seq_rows=rows.prefill_rows,
             seq_prompt_tokens=rows.prefill_prompt_tokens,
             out=out.view(len(dt), -1, self.head_dim),
-            **gating,
         )
 
     def _prefill_by_vllm(
