@@ -26,8 +26,6 @@ class Backend(Protocol):
     max_model_len: int | None
     # Prompts that should be under way at a time.
     concurrency: int
-    # Whether prompts go as messages; matters to a server only.
-    chat: bool
 
     async def complete(self, prompt: Prompt) -> Completion:
         """Answer one prompt.
@@ -36,9 +34,6 @@ class Backend(Protocol):
             RecordError: this prompt cannot be answered.
             JobStoppedError: no prompt can be answered any more.
         """
-
-    async def close(self) -> None:
-        """Free what it holds. Prompts under way are dropped."""
 
 
 class Answerer:

@@ -1,13 +1,13 @@
 """An OpenAI-compatible server as the backend: what it says is checked once, here; retries, and patience."""
 
 import asyncio
-import base64
 import email.utils
 import json
 import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,7 +19,7 @@ from yarl import URL
 
 from vllm_longmamba.summarize.progress import say
 from vllm_longmamba.summarize.prompts import Prompt
-from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError, printable
+from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError
 from vllm_longmamba.summarize.settings import JobSettings
 
 _CONCURRENCY = 64
@@ -84,18 +84,27 @@ class _Answer(BaseModel, strict=True):
 Said = TypeVar("Said", bound=BaseModel)
 
 
+@dataclass
 class _NoAnswerError(Exception):
-    """A request without an answer; `again`: another try may help; `away`: the server failed, and not the request.
+    """A request without an answer.
 
-    `pause` is what the server asks for until the next try, and `since` when the first of several was.
+    Attributes:
+        kind, detail: as of `RecordError`.
+        away: whether the server failed, and not the request.
+        again: whether another try may help.
+        pause: seconds that the server asks for until the next try.
+        since: when the first of several tries failed.
     """
 
-    def __init__(
-        self, kind: str, detail: str, *, again: bool = False, away: bool = False, pause: float | None = None
-    ) -> None:
-        super().__init__(detail)
-        self.kind, self.again, self.away, self.pause = kind, again or away, away, pause
-        self.since: float | None = None
+    kind: str
+    detail: str
+    away: bool = False
+    again: bool = False
+    pause: float | None = None
+    since: float | None = None
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 class ServerBackend:
@@ -115,17 +124,17 @@ class ServerBackend:
         self.tokenizer: Any = None
         self.max_model_len: int | None = None
         self.concurrency = settings.concurrency or _CONCURRENCY
+        # Whether prompts go as messages.
         self.chat = False
         # As it is shown: without a password.
         self._address = str(url.with_user(None).with_query(None).with_fragment(None))
-        self._url, self._settings, self._model = url.with_user(None), settings, settings.model
-        self._secrets = [secret for secret in (settings.api_key, url.password) if secret]
+        self._url, self._settings, self._model = url, settings, settings.model
+        self._secrets = [secret for secret in (settings.api_key, url.password, url.raw_password) if secret]
         self._last_answer = -math.inf
-        authorization = f"Bearer {settings.api_key or 'none'}"
-        if url.user:
-            authorization = f"Basic {base64.b64encode(f'{url.user}:{url.password or str()}'.encode()).decode()}"
+        # The name and password in an address become a header of their own.
+        authorization = {} if url.user else {"Authorization": f"Bearer {settings.api_key or 'none'}"}
         self._session = aiohttp.ClientSession(
-            headers={"Authorization": authorization, "Accept-Encoding": "identity"},
+            headers=authorization | {"Accept-Encoding": "identity"},
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(settings.timeout_s, sock_connect=_CONNECT_TIMEOUT_S),
             trust_env=True,
@@ -145,13 +154,12 @@ class ServerBackend:
             hint = "" if self._address.rstrip("/").endswith("/v1") else " (the address of an API mostly ends with /v1)"
             raise JobStoppedError(f"{self._address} gives no list of models{hint}: {error}") from None
         models = [model for model in said.data if model is not None]
-        found = next((model for model in models if wanted in (None, model.id)), None)
-        if found is None and models:
+        if not models and wanted is None:
+            raise JobStoppedError(f"{self._address} serves no model")
+        found = next((model for model in models if wanted in (None, model.id)), ServedModel(id=str(wanted)))
+        if models and found not in models:
             names = ", ".join(printable(model.id, 100) for model in models[:20])
             raise JobStoppedError(f"{self._address} has no model {wanted!r}, but {names}; see --model")
-        if found is None and wanted is None:
-            raise JobStoppedError(f"{self._address} serves no model")
-        found = found or ServedModel(id=str(wanted))
         self._model, self.max_model_len = found.id, found.max_model_len
         root = found.root or found.id
         self.tokenizer = await asyncio.to_thread(_tokenizer, self._settings.tokenizer, root)
@@ -165,7 +173,7 @@ class ServerBackend:
         try:
             answer = await self._patiently(self._request, prompt, self._settings.sampling.max_tokens)
         except _NoAnswerError as error:
-            if await self._answers_others(error.since or started):
+            if self._last_answer > (error.since or started) or await self._answers():
                 raise RecordError(error.kind, str(error)) from None
             raise JobStoppedError(f"{self._address} answers nothing any more: {error}") from None
         self._last_answer = time.monotonic()
@@ -177,10 +185,8 @@ class ServerBackend:
         """Close the connections."""
         await self._session.close()
 
-    async def _answers_others(self, since: float) -> bool:
-        """Whether the server has answered another prompt since, or answers a short one now."""
-        if self._last_answer > since:
-            return True
+    async def _answers(self) -> bool:
+        """Whether the server answers a short prompt now."""
         try:
             await self._request(_PROBE, 1)
         except (RecordError, _NoAnswerError):
@@ -204,7 +210,7 @@ class ServerBackend:
             if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
                 detail = f"no whole answer in {self._settings.timeout_s:g} s (--timeout)"
                 raise _NoAnswerError("timeout", detail) from None
-            raise _NoAnswerError("server error", self._clean(str(error) or type(error).__name__), away=True) from None
+            raise _NoAnswerError("server error", self._clean(str(error) or type(error).__name__), True, True) from None
         if len(said) > limit:
             raise _NoAnswerError("bad answer", f"more than {limit:,} bytes")
         try:
@@ -229,7 +235,7 @@ class ServerBackend:
         if status not in _AWAY and status < 500:
             return RecordError("refused", detail)
         pause = _retry_after(response.headers.get("Retry-After", ""))
-        return _NoAnswerError("server error", detail, again=True, away=status in _AWAY, pause=pause)
+        return _NoAnswerError("server error", detail, status in _AWAY, again=True, pause=pause)
 
     def _clean(self, text: str) -> str:
         for secret in self._secrets:
@@ -240,17 +246,14 @@ class ServerBackend:
         """Call until it succeeds, or it is enough: of failures, or of the time that the server may be away."""
         since, failures = 0.0, 0
 
-        def failure(state: tenacity.RetryCallState) -> Any:
-            return state.outcome and state.outcome.exception()
-
         def pause(state: tenacity.RetryCallState) -> float:
-            asked: float | None = failure(state).pause
+            asked: float | None = _error_of(state).pause
             return _PAUSE(state) if asked is None else asked
 
         def is_enough(state: tenacity.RetryCallState) -> bool:
             nonlocal since, failures
             since = since or time.monotonic()
-            if failure(state).away:
+            if _error_of(state).away:
                 return time.monotonic() + state.upcoming_sleep - since > self._settings.retry_for_s
             failures += 1
             return failures >= _MAX_FAILURES
@@ -260,24 +263,24 @@ class ServerBackend:
         try:
             return await patient(request, *given)
         except _NoAnswerError as error:
-            detail = str(error)
             if error.away:
-                detail, error.since = f"{error}, for {time.monotonic() - since:.0f} s (--retry-for)", since
+                error.detail += f", for {time.monotonic() - since:.0f} s (--retry-for)"
+                error.since = since
             elif error.again:
-                detail = f"{failures} times {error}"
-            error.args = (detail,)
+                error.detail = f"{failures} times {error}"
             raise
+
+
+def _error_of(state: tenacity.RetryCallState) -> Any:
+    return state.outcome and state.outcome.exception()
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
     """The first bytes of a body."""
-    content = bytearray()
-    async for part in response.content.iter_any():
-        content += part
-        if len(content) >= limit:
-            response.close()
-            break
-    return bytes(content[:limit])
+    try:
+        return await response.content.readexactly(limit)
+    except asyncio.IncompleteReadError as whole:
+        return whole.partial
 
 
 def _retry_after(value: str) -> float | None:
@@ -287,6 +290,13 @@ def _retry_after(value: str) -> float | None:
             return float(value)
         return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     return None
+
+
+def printable(text: str, length: int = 500) -> str:
+    """Words of others in a message of ours: one line, of limited length, without control characters."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text[: 2 * length])
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= length else shown[:length] + "..."
 
 
 def _tokenizer(given: str | None, served: str) -> Any:
