@@ -79,7 +79,7 @@ def measure(
         table: the model's table.
         table_path: where it was read from.
         text: plain text (UTF-8).
-        lengths: prompt lengths in tokens; by default 1, 2, 4 and 8 training lengths, as far as the text goes.
+        lengths: see `choose_lengths`.
         channels: channels whose receptive field is taken.
         progress: wraps the iteration over the prompts, for a progress bar.
         starting: what the engine is started in.
@@ -108,11 +108,8 @@ def measure(
     try:
         tokens = llm.get_tokenizer().encode(text.read_text(encoding="utf-8"), add_special_tokens=False)
         lengths = choose_lengths(lengths, table.metadata.train_length, len(tokens))
-        passes = [
-            (length, is_filtered)
-            for length in lengths
-            for is_filtered in ((False, True) if table.row_of(length) else (False,))
-        ]
+        passes = [(length, is_filtered) for length in lengths for is_filtered in (False, True)]
+        passes = [(length, is_filtered) for length, is_filtered in passes if table.row_of(length) or not is_filtered]
         results: dict[bool, dict[int, Measurement]] = {False: {}, True: {}}
         for length, is_filtered in progress(passes):
             given = (table.row_of(length), is_filtered, [list(channel) for channel in channels])
