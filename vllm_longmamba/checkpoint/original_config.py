@@ -4,12 +4,10 @@ Format: `MambaConfig` of github.com/state-spaces/mamba (mamba_ssm/models/config_
 its `Mamba` and `Mamba2` modules, which `ssm_cfg` holds.
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from vllm_longmamba.checkpoint.time_step_limit import check_time_step_limit
+from vllm_longmamba.compatibility import errors_only
 
 ORIGINAL_FORMAT_ATTRIBUTE = "longmamba_original_format"
 
@@ -149,16 +147,5 @@ def register_config_parser() -> None:
             return config, config_cls(**translated)
 
     # vLLM warns that a known format is overwritten; that is what is wanted here.
-    with _raised_log_level("vllm.transformers_utils.config"):
+    with errors_only("vllm.transformers_utils.config"):
         register_config_parser("hf")(OriginalCheckpointConfigParser)
-
-
-@contextmanager
-def _raised_log_level(logger_name: str) -> Iterator[None]:
-    logger = logging.getLogger(logger_name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
