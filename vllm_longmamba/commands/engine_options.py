@@ -123,7 +123,7 @@ def engine_arguments(
     """Keyword arguments of vLLM's `LLM`, `EngineArgs` and `AsyncEngineArgs`.
 
     What --engine-args says is merged where it adds to what the command sets (`additional_config`), and refused where it
-    would undo it.
+    would undo it. Arguments that nobody set are left out.
 
     Args:
         model: name or folder.
@@ -131,9 +131,6 @@ def engine_arguments(
         longmamba: options of LongMamba that the command sets beside those of `options`, such as {"filter": False}.
         stock_vllm: whether --engine-args may choose vLLM's own model ({"model_impl": "auto"}).
         set_by_command: further arguments that the command sets itself.
-
-    Returns:
-        The arguments; those that nobody set are left out.
 
     Raises:
         ValueError: --engine-args names what has an option of its own, what the command sets, or what vLLM has not.
@@ -168,7 +165,7 @@ def engine_arguments(
     return {name: value for name, value in arguments.items() if value is not None} | given
 
 
-def _merged(given: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(given: Any, own: dict[str, Any]) -> dict[str, Any]:
     """The user's `additional_config`, with options of LongMamba that are already settled."""
     theirs = given.get(_OURS, {}) if isinstance(given, dict) else None
     if not isinstance(theirs, dict):
@@ -182,7 +179,7 @@ def _merged(given: Any, own: Mapping[str, Any]) -> dict[str, Any]:
                 f"--engine-args: additional_config says {name} {theirs[name]!r}, and this command has set it to "
                 f"{own[name]!r}; leave it out"
             )
-    merged = theirs | dict(own)
+    merged = theirs | own
     return {name: value for name, value in given.items() if name != _OURS} | ({_OURS: merged} if merged else {})
 
 
