@@ -78,6 +78,11 @@ class Row:
     dropped_tokens: int = 0
     steps: list[dict[str, Any]] | None = None
 
+    def count(self, completions: list[Completion]) -> None:
+        """Add the tokens of answers."""
+        self.prompt_tokens += sum(completion.prompt_tokens for completion in completions)
+        self.output_tokens += sum(completion.output_tokens for completion in completions)
+
     def to_dict(self) -> dict[str, Any]:
         """The row as it is written."""
         return {name: getattr(self, name) for name in COLUMNS}

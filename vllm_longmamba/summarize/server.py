@@ -1,7 +1,6 @@
-"""An OpenAI-compatible server as the backend: what it says is checked once, here; retries, and patience."""
+"""An OpenAI-compatible server as the backend: retries, and patience."""
 
 import asyncio
-import email.utils
 import json
 import math
 import time
@@ -9,17 +8,18 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 import tenacity
-from pydantic import AliasChoices, AliasPath, BaseModel, BeforeValidator, Field, ValidationError, WrapValidator
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from yarl import URL
 
 from vllm_longmamba.summarize.progress import say
 from vllm_longmamba.summarize.prompts import Prompt
 from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError
+from vllm_longmamba.summarize.served import Answer, Models, ServedModel, Usage, printable, retry_after
 from vllm_longmamba.summarize.settings import JobSettings
 
 _CONCURRENCY = 64
@@ -35,50 +35,6 @@ _MAX_ERROR_BYTES = 64 * 1024
 _BASE_BYTES, _BYTES_A_TOKEN = 2**20, 64
 # Who answers this, answers.
 _PROBE = Prompt("Hello", "Hello", None)
-
-
-def _or_none(said: Any, validate: Callable[[Any], Any]) -> Any:
-    try:
-        return validate(said)
-    except ValidationError:
-        return None
-
-
-def _writable(said: Any) -> Any:
-    return said.encode("utf-8", "replace").decode() if isinstance(said, str) else said
-
-
-# Numbers that fit a column, and text without half surrogate pairs, which cannot be written.
-_Count = Annotated[int, Field(ge=0, lt=2**48)]
-_Text = Annotated[str, BeforeValidator(_writable)]
-
-
-class ServedModel(BaseModel, strict=True):
-    """What a server says of a model: its name there, its folder or name elsewhere, and its length."""
-
-    id: str
-    root: Annotated[str | None, WrapValidator(_or_none)] = None
-    max_model_len: Annotated[_Count | None, WrapValidator(_or_none)] = None
-
-
-class _Models(BaseModel, strict=True):
-    data: list[Annotated[ServedModel | None, WrapValidator(_or_none)]]
-
-
-class _Choice(BaseModel, strict=True):
-    text: _Text = Field(validation_alias=AliasChoices("text", AliasPath("message", "content")))
-    # A server that is being stopped may answer with what it has so far, for another reason.
-    finish_reason: Literal["stop", "length", "content_filter", "tool_calls"]
-
-
-class _Usage(BaseModel, strict=True):
-    prompt_tokens: _Count
-    completion_tokens: _Count
-
-
-class _Answer(BaseModel, strict=True):
-    choices: Annotated[list[_Choice], Field(min_length=1)]
-    usage: _Usage | None = None
 
 
 Said = TypeVar("Said", bound=BaseModel)
@@ -149,7 +105,7 @@ class ServerBackend:
         """
         wanted = self._settings.model
         try:
-            said = await self._patiently(self._ask, "GET", "models", None, _Models)
+            said = await self._patiently(self._ask, "GET", "models", None, Models)
         except _NoAnswerError as error:
             hint = "" if self._address.rstrip("/").endswith("/v1") else " (the address of an API mostly ends with /v1)"
             raise JobStoppedError(f"{self._address} gives no list of models{hint}: {error}") from None
@@ -177,7 +133,7 @@ class ServerBackend:
                 raise RecordError(error.kind, str(error)) from None
             raise JobStoppedError(f"{self._address} answers nothing any more: {error}") from None
         self._last_answer = time.monotonic()
-        usage = answer.usage or _Usage(prompt_tokens=prompt.tokens, completion_tokens=0)
+        usage = answer.usage or Usage(prompt_tokens=prompt.tokens, completion_tokens=0)
         choice = answer.choices[0]
         return Completion(choice.text, usage.prompt_tokens, usage.completion_tokens, choice.finish_reason)
 
@@ -193,11 +149,11 @@ class ServerBackend:
             return False
         return True
 
-    async def _request(self, prompt: Prompt, max_tokens: int) -> _Answer:
+    async def _request(self, prompt: Prompt, max_tokens: int) -> Answer:
         body = {"model": self._model, **self._settings.sampling.parameters(), "max_tokens": max_tokens}
         body |= {"messages": [{"role": "user", "content": prompt.content}]} if self.chat else {"prompt": prompt.text}
         path = "chat/completions" if self.chat else "completions"
-        return await self._ask("POST", path, body, _Answer, _BASE_BYTES + _BYTES_A_TOKEN * max_tokens)
+        return await self._ask("POST", path, body, Answer, _BASE_BYTES + _BYTES_A_TOKEN * max_tokens)
 
     async def _ask(self, method: str, path: str, body: Any, kind: type[Said], limit: int = _BASE_BYTES) -> Said:
         """One request, and what comes back."""
@@ -234,7 +190,7 @@ class ServerBackend:
             return _NoAnswerError("refused", detail)
         if status not in _AWAY and status < 500:
             return RecordError("refused", detail)
-        pause = _retry_after(response.headers.get("Retry-After", ""))
+        pause = retry_after(response.headers.get("Retry-After", ""))
         return _NoAnswerError("server error", detail, status in _AWAY, again=True, pause=pause)
 
     def _clean(self, text: str) -> str:
@@ -281,22 +237,6 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
         return await response.content.readexactly(limit)
     except asyncio.IncompleteReadError as whole:
         return whole.partial
-
-
-def _retry_after(value: str) -> float | None:
-    """Seconds that the header Retry-After asks for, which is a number of seconds or a date."""
-    with suppress(ValueError, TypeError, OverflowError):
-        if value.isdecimal():
-            return float(value)
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    return None
-
-
-def printable(text: str, length: int = 500) -> str:
-    """Words of others in a message of ours: one line, of limited length, without control characters."""
-    shown = "".join(letter if letter.isprintable() else " " for letter in text[: 2 * length])
-    shown = " ".join(shown.split())
-    return shown if len(shown) <= length else shown[:length] + "..."
 
 
 def _tokenizer(given: str | None, served: str) -> Any:

@@ -86,9 +86,7 @@ class JobSettings:
     max_bytes: Annotated[
         int, _option("Maximum number of bytes in a document; larger ones become error rows.", _SOURCE, min=1)
     ] = 256 * 2**20
-    model: Annotated[
-        str | None, _option("Name or folder of the model, as for vllm serve.", "Engine", show_default=False)
-    ] = None
+    model: Annotated[str | None, _option("Name or folder of the model, as for vllm serve.", "Engine")] = None
     instruction: Annotated[str | None, _option("What to do with each document. (default: summarize it)", _PROMPT)] = (
         None
     )
@@ -98,12 +96,7 @@ class JobSettings:
     ] = "auto"
     template: Annotated[
         str | None,
-        _option(
-            "Jinja file of the prompt, with {{ document }} and {{ instruction }}.",
-            _PROMPT,
-            parser=_content,
-            metavar="FILE",
-        ),
+        _option("Jinja file, with {{ document }} and {{ instruction }}.", _PROMPT, parser=_content, metavar="FILE"),
     ] = None
     overwrite: Annotated[
         bool, _option("Begin the output anew, or go on where it ends.", _JOB, "--overwrite/--resume")
@@ -120,12 +113,8 @@ class JobSettings:
     api_key: Annotated[
         str | None, _option("Key for the server.", _FLEET, envvar="OPENAI_API_KEY", show_default=False)
     ] = None
-    timeout_s: Annotated[float, _option("Seconds that one answer may take in all.", _FLEET, "--timeout", min=0.1)] = (
-        3600.0
-    )
-    retry_for_s: Annotated[float, _option("Seconds that the server may be away.", _FLEET, "--retry-for", min=0.0)] = (
-        600.0
-    )
+    timeout_s: Annotated[float, _option("Seconds that an answer may take.", _FLEET, "--timeout", min=0.1)] = 3600.0
+    retry_for_s: Annotated[float, _option("Seconds that the server may be away.", _FLEET, "--retry-for", min=0)] = 600.0
     ray_address: Annotated[
         str | None, _option("Address of a Ray cluster, auto, or local to start one on this machine.", _FLEET, "--ray")
     ] = None
