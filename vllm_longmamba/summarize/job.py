@@ -40,7 +40,7 @@ def run_job(settings: JobSettings, console: Console, starting: Starting = nullco
     """
     progress = Progress(console)
     try:
-        code, text = asyncio.run(_run(settings, progress, console, starting))
+        code, text = asyncio.run(_run(settings, progress, starting))
     except DiskFullError as error:
         more = "Every row written so far is whole. Make room; then the same command goes on from here."
         code, text = EXIT_DISK_FULL, f"disk full: {error}. {more}"
@@ -54,7 +54,7 @@ def run_job(settings: JobSettings, console: Console, starting: Starting = nullco
     return code
 
 
-async def _run(settings: JobSettings, progress: Progress, console: Console, starting: Starting) -> tuple[int, str]:
+async def _run(settings: JobSettings, progress: Progress, starting: Starting) -> tuple[int, str]:
     """(exit code, closing words)."""
     again = {"overwrite": settings.overwrite, "retry_errors": settings.retry_errors}
     with closing(Store(settings.output, settings.answer_settings(), **again)) as store:
@@ -66,8 +66,8 @@ async def _run(settings: JobSettings, progress: Progress, console: Console, star
         # Where nothing is left to do, no engine is started for it.
         if (first := next(admitted, None)) is not None:
             async with AsyncExitStack() as stack:
-                runner = await _start(stack, settings, chain([first], admitted), store, progress, console, starting)
-                complete, failure = await _watched(runner, progress, console), runner.failure
+                runner = await _start(stack, settings, chain([first], admitted), store, progress, starting)
+                complete, failure = await _watched(runner, progress), runner.failure
         if not isinstance(failure, DiskFullError):
             store.export()
         if failure is not None:
@@ -145,7 +145,6 @@ async def _start(
     admitted: Iterator[Admitted],
     store: Store,
     progress: Progress,
-    console: Console,
     starting: Starting,
 ) -> Runner:
     """Start what answers, and the watchdog over it; the loop, ready to run."""
@@ -155,22 +154,22 @@ async def _start(
         # On Ray it waits for the end of this process, and ends what Ray leaves of a cluster on this machine.
         stack.callback(watchdog.stop)
     extractor = TextExtractor(settings.encoding, settings.max_bytes, settings.timeout_s)
-    backend, answerer = await start_backend(stack, settings, console, starting, engine=not on_ray)
+    backend, answerer = await start_backend(stack, settings, progress.console, starting, engine=not on_ray)
     if backend is not None:
         return Runner(admitted, answerer, extractor, backend, store, progress)
     from vllm_longmamba.summarize.ray_data import RayRunner
 
-    say(console, f"starting {settings.replicas} engines on Ray ({settings.ray_address})")
+    say(progress.console, f"starting {settings.replicas} engines on Ray ({settings.ray_address})")
     return RayRunner(admitted, answerer, extractor, settings, store, progress)
 
 
-async def _watched(runner: Runner, progress: Progress, console: Console) -> bool:
+async def _watched(runner: Runner, progress: Progress) -> bool:
     """Run the loop; the first interrupt lets it finish what is under way, the second ends it."""
     interrupts = count(1)
 
     def interrupt() -> None:
         if next(interrupts) == 1:
-            say(console, f"finishing {runner.under_way} documents; once more drops them")
+            say(progress.console, f"finishing {runner.under_way} documents; once more drops them")
             runner.stop()
         else:
             runner.abort()

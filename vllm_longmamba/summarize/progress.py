@@ -25,6 +25,7 @@ class Progress:
     Attributes:
         total_bytes: size of all input files; 0 where nobody knows.
         counts: of rows, tokens, and what became of records.
+        console: where it is shown.
         errors: error rows by kind.
     """
 
@@ -32,7 +33,7 @@ class Progress:
         self.total_bytes = 0
         self.counts: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
-        self._console = console
+        self.console = console
         self._answered_bytes = self._passed_bytes = 0.0
         self._started = self._line_due = time.monotonic()
         self._ended: float | None = None
@@ -64,7 +65,7 @@ class Progress:
             self._bar.update(self._task, completed=done, description=self.state())
         elif time.monotonic() > self._line_due:
             self._line_due = time.monotonic() + _LINE_INTERVAL_S
-            say(self._console, self.state())
+            say(self.console, self.state())
 
     def skipped(self, weight: float, *, repeated: bool) -> None:
         """Count a record that has a row already, or that came again."""
