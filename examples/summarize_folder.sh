@@ -10,8 +10,8 @@ model=(--model examples/passkey-mamba2-4m --dtype float32 --max-model-len 16384 
 books='examples/texts/*.txt'
 mkdir -p out
 
-# What is there, and what will not fit? Starts no engine.
-longmamba summarize "$books" -o out/summaries.jsonl "${model[@]}" --dry-run --sample 0
+# What is there, and what will not fit? This starts no engine.
+longmamba summarize "$books" -o out/summaries.jsonl "${model[@]}" --dry-run
 
 # The first document only: longer than 16384 tokens, so its sections are summarized, and then their summaries.
 longmamba summarize "$books" -o out/summaries.jsonl "${model[@]}" --fit map-reduce --max-tokens 64 --limit 1

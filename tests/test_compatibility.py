@@ -1,5 +1,6 @@
 """Tests of vllm_longmamba/compatibility.py."""
 
+import logging
 import sys
 from importlib import metadata
 
@@ -11,6 +12,7 @@ from vllm_longmamba.compatibility import (
     TESTED_VLLM,
     IncompatibleVllmError,
     check_vllm_version,
+    errors_only,
     installed_vllm_version,
 )
 
@@ -76,3 +78,20 @@ def test_installed_vllm_version_without_vllm(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "vllm.version", None)
     with pytest.raises(IncompatibleVllmError, match=r"found none; install `vllm-longmamba\[cuda\]`"):
         installed_vllm_version()
+
+
+def test_errors_only() -> None:
+    """Within the block; the level of before comes back, also after an exception."""
+    logger = logging.getLogger("longmamba.test")
+    logger.setLevel(logging.INFO)
+    enabled: list[bool] = []
+
+    def fail() -> None:
+        with errors_only("longmamba.test"):
+            enabled.extend(map(logger.isEnabledFor, (logging.WARNING, logging.ERROR)))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert enabled == [False, True]
+    assert logger.level == logging.INFO

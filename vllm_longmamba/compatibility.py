@@ -1,7 +1,12 @@
-"""Which vLLM this plugin runs on. Standard library only: this is read before anything of vLLM is imported."""
+"""Which vLLM this plugin runs on, and how it gets on with other libraries. Standard library only: this is read before
+anything of vLLM is imported.
+"""
 
+import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 
 TESTED_VLLM = ("0.32", "0.33")
@@ -54,3 +59,15 @@ def check_vllm_version(version: str | None = None) -> None:
         f"Install a tested one (pip install 'vllm>={TESTED_VLLM[0]},<0.34'), set {ALLOW_UNTESTED}=1 to try this one "
         "all the same, or set VLLM_PLUGINS to a list without longmamba to run vLLM without this plugin."
     )
+
+
+@contextmanager
+def errors_only(logger_name: str) -> Iterator[None]:
+    """In this block, a library's logger shows errors only: it warns of what is wanted here."""
+    logger = logging.getLogger(logger_name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

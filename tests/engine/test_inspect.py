@@ -131,7 +131,7 @@ def test_command(
 ) -> None:
     path, _ = tiny_table("mamba2")
     command = ["inspect", str(tiny_model("mamba2")), "--table", str(path), "--text", str(text), "--dtype", "float32"]
-    command += ["--lengths", "200,300", "--layers", "0-1", "--channel", "2:3", "-o", str(tmp_path / "pictures")]
+    command += ["--lengths", "200,300", "--channel", "2:3", "-o", str(tmp_path / "pictures")]
     command += ["--engine-args", json.dumps(MEMORY)]
     result = CliRunner().invoke(app, command, env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output

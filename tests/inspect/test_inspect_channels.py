@@ -1,15 +1,10 @@
-"""Which layers and channels are shown."""
+"""Which channels are drawn."""
 
 import pytest
 import torch
 from small_tables import ROW_LENGTHS, small_table
 
-from vllm_longmamba.inspect.channels import (
-    check_layers,
-    choose_channels,
-    parse_channel,
-    parse_numbers,
-)
+from vllm_longmamba.inspect.channels import choose_channels, parse_channel
 from vllm_longmamba.tables import LayerThresholds, ThresholdTable
 
 
@@ -24,37 +19,17 @@ def table_of(*retentions: list[float], theta: float = 1e-2) -> ThresholdTable:
     return ThresholdTable(table.metadata, table.row_lengths, layers)
 
 
-@pytest.mark.parametrize(
-    ("text", "numbers"), [("7", [7]), ("0,4-7", [0, 4, 5, 6, 7]), ("5-5, 2 ,2", [2, 5]), ("4096,8192", [4096, 8192])]
-)
-def test_parse_numbers(text: str, numbers: list[int]) -> None:
-    assert parse_numbers(text, "--layers") == numbers
-
-
-@pytest.mark.parametrize("text", ["", "a", "1,,2", "-3", "1-", "1-2-3", "1.5"])
-def test_parse_numbers_refuses(text: str) -> None:
-    with pytest.raises(ValueError, match=r"--layers must be numbers and ranges such as 0,4-7"):
-        parse_numbers(text, "--layers")
-
-
 def test_parse_channel() -> None:
     table = small_table(layers=(0, 3), channels=5)
     assert parse_channel("3:4", table) == (3, 4)
     for text, message in {
         "3": "must be LAYER:CHANNEL",
         "3:x": "must be LAYER:CHANNEL",
-        "1:0": r"no layers \[1\]; it has \[0, 3\]",
+        "1:0": r"no layer 1; it has \[0, 3\]",
         "3:5": "layer 3 has the channels 0 to 4",
     }.items():
         with pytest.raises(ValueError, match=message):
             parse_channel(text, table)
-
-
-def test_check_layers() -> None:
-    table = small_table(layers=(0, 3))
-    assert check_layers([3], table) == [3]
-    with pytest.raises(ValueError, match=r"no layers \[1, 2\]"):
-        check_layers([0, 1, 2], table)
 
 
 def test_choose_channels() -> None:

@@ -80,11 +80,11 @@ def test_table_in_the_terminal(tmp_path: Path) -> None:
     assert "0 1/3 33% no filter 0.1 0.3" in lines
     assert "all 2/6 33%" in lines
 
-    _, output = inspect(tmp_path / "table.safetensors", "--layers", "2", "--min-retention", "1e-5", "--lengths", "20")
+    _, output = inspect(tmp_path / "table.safetensors", "--min-retention", "1e-5", "--lengths", "20")
     lines = [" ".join(line.split()) for line in output.splitlines()]
     assert "min_retention 1e-05 (the table's own: 0.01)" in lines
     assert "2 2/3 67% 0.3" in lines
-    assert "all 2/3 67%" in lines
+    assert "all 4/6 67%" in lines
 
 
 def test_what_is_left_unfiltered_is_not_counted(tmp_path: Path) -> None:
@@ -125,8 +125,8 @@ def test_pictures_of_a_table(tmp_path: Path) -> None:
         (["gone.safetensors"], "there is no such file"),
         (["TABLE", "--text", "TABLE"], "a table by itself has no Δt of a text"),
         (["TABLE", "--table", "TABLE"], "--table needs a model"),
-        (["TABLE", "--layers", "7"], "the table has no layers [7]; it has [0, 1]"),
-        (["TABLE", "--lengths", "4k"], "--lengths must be numbers and ranges such as 0,4-7, got '4k'"),
+        (["TABLE", "--channel", "7:0"], "the table has no layer 7; it has [0, 1]"),
+        (["TABLE", "--lengths", "4k"], "--lengths must be numbers such as 4096,8192, got '4k'"),
         (["TABLE", "--channel", "0:9"], "layer 0 has the channels 0 to 2"),
     ],
 )

@@ -86,7 +86,7 @@ def test_dry_run_counts(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"id": f"d{size}", "text": "x" * size} for size in (10, 500, 2000)])
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     arguments = [str(tmp_path), "-o", str(tmp_path / "out.parquet"), "--model", str(EXAMPLE_MODEL), "--dry-run"]
-    arguments += ["--max-model-len", "1000", "--max-tokens", "100", "--sample", "0"]
+    arguments += ["--max-model-len", "1000", "--max-tokens", "100"]
     code, said = invoke(*arguments)
     assert code == 0, said
     assert "2 files, 3 documents to answer, 2,534 prompt tokens (longest 2,008), up to 300 output tokens" in said
@@ -99,18 +99,20 @@ def test_dry_run_counts(tmp_path: Path) -> None:
     assert "2 cannot be read: 2 unreadable" in invoke(*arguments)[1]
 
 
-def test_dry_run_measures(tmp_path: Path) -> None:
+def test_dry_run_asks_nothing(tmp_path: Path) -> None:
+    """Of a server it wants the list of models; no document goes there, and no row is written."""
     write_jsonl(tmp_path / "rows.jsonl", [{"id": str(number), "text": "x y " * 50} for number in range(20)])
-    with StubServer(delay_s=0.05) as server:
+    with StubServer() as server:
         common = [str(tmp_path), "-o", str(tmp_path / "out.jsonl"), "--base-url", server.url]
         assert invoke(*common, "--limit", "12")[0] == 0
+        rows = (tmp_path / "out.jsonl").read_bytes()
         asked = sum(server.requests.values())
-        code, said = invoke(*common, "--dry-run", "--sample", "2")
-        assert sum(server.requests.values()) == asked + 3
+        code, said = invoke(*common, "--dry-run")
+        assert sum(server.requests.values()) == asked
     assert code == 0
-    assert "8 documents to answer" in said
+    assert "8 documents to answer, 1,848 characters of prompts (nobody here can count tokens; see --tokenizer)" in said
     assert "12 done before" in said
-    assert "from 2 documents answered at" in said
+    assert (tmp_path / "out.jsonl").read_bytes() == rows
 
 
 def test_dry_run_without_its_server(tmp_path: Path) -> None:

@@ -44,6 +44,19 @@ def test_state(clock: Clock) -> None:
     assert progress.state() == "5 documents, 0.5/s, 500 tokens/s, 1 errors, 1 done before, ETA 40.0 s"
 
 
+def test_a_tiny_first_document_tells_no_time(clock: Clock) -> None:
+    """Before a hundredth of the bytes to answer is answered there is no ETA; what was done before does not count."""
+    progress = Progress(Console(file=io.StringIO()))
+    progress.total_bytes = 3000
+    progress.begin()
+    progress.skipped(weight=1000, repeated=False)
+    clock.now = 10.0
+    progress.answered(a_row(), weight=20)
+    assert "ETA" not in progress.state()
+    progress.answered(a_row(), weight=20)
+    assert progress.state().endswith("ETA 8 min 10 s")
+
+
 def test_report(clock: Clock) -> None:
     progress = Progress(Console(file=io.StringIO()))
     progress.begin()

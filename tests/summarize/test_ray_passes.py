@@ -85,7 +85,7 @@ def run(settings: JobSettings, tokenizer: Any, stop_after: int | None = None) ->
             answerer = make_answerer(settings, tokenizer, None)
             runner = Passes(admitted, answerer, TextExtractor(), settings, store, progress)
             runner.stop_after = stop_after
-            await asyncio.to_thread(runner._passes, asyncio.get_running_loop(), {})
+            await runner._answer_in_passes({})
             return runner
 
     return asyncio.run(passes())

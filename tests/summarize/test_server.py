@@ -12,7 +12,8 @@ from rich.console import Console
 from vllm_longmamba.summarize import server as server_module
 from vllm_longmamba.summarize.prompts import Prompt
 from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError
-from vllm_longmamba.summarize.server import ServedModel, ServerBackend
+from vllm_longmamba.summarize.served import ServedModel, retry_after
+from vllm_longmamba.summarize.server import ServerBackend
 from vllm_longmamba.summarize.settings import JobSettings, Sampling
 
 from .conftest import EXAMPLE_MODEL, Job
@@ -93,7 +94,7 @@ def test_waits_as_long_as_the_server_asks(
 
 @pytest.mark.parametrize("value", ["", "soon", "nan", "inf", "-5", "1e999", "Mon, 99 Foo 2026"])
 def test_a_pause_that_is_none(value: str) -> None:
-    assert server_module._retry_after(value) in (None, 0.0)
+    assert retry_after(value) in (None, 0.0)
 
 
 def test_a_longer_pause_than_the_user_allows(server: StubServer) -> None:

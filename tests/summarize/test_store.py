@@ -143,7 +143,7 @@ def test_a_foreign_file_in_the_place_of_the_store(output: Path, overwrite: bool)
 def test_a_job_of_the_earlier_version(output: Path) -> None:
     output.with_name(f"{output.name}.job.json").write_text("{}")
     output.write_text("rows")
-    with pytest.raises(ValueError, match=r"begun by an earlier version, .*\.job\.json is beside it\); choose another"):
+    with pytest.raises(ValueError, match=r"was not written by a job .* choose another output, or move it away"):
         Store(output, SETTINGS)
     assert output.read_text() == "rows"
 

@@ -1,13 +1,11 @@
 """Reads dt in the mixers of the running model and turns it into thresholds."""
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from vllm_longmamba.calibration.settings import CalibrationSettings
+from vllm_longmamba.compatibility import errors_only
 from vllm_longmamba.tables import LayerCalibration, LayerThresholds, layer_budgets
 
 
@@ -89,17 +87,6 @@ class CalibrationRecorder:
                 self.metadata.combine,
                 self._budgets[layer_index],
             )
-        with _without_thread_warnings():
+        # vLLM's CPU worker refuses torch.set_num_threads with a warning each time.
+        with errors_only("vllm.v1.worker.cpu_worker"):
             self.layers[layer_index].add(dt)
-
-
-@contextmanager
-def _without_thread_warnings() -> Iterator[None]:
-    # vLLM's CPU worker refuses torch.set_num_threads with a warning each time.
-    logger = logging.getLogger("vllm.v1.worker.cpu_worker")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

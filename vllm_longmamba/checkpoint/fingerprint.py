@@ -17,14 +17,8 @@ _LM_HEAD = "lm_head.weight"
 def weights_fingerprint(files: list[str]) -> str:
     """Hash every tensor of a checkpoint, whatever files hold them.
 
-    The original and the Hugging Face format of one model have the same fingerprint: names are brought to one form, a
-    head that only repeats the embedding is left out, and file boundaries do not count.
-
-    Args:
-        files: the .safetensors or .bin/.pt files of the checkpoint.
-
-    Returns:
-        64 hexadecimal digits.
+    The original and the Hugging Face format of one model have the same fingerprint, of 64 hexadecimal digits: names are
+    brought to one form, a head that only repeats the embedding is left out, and file boundaries do not count.
 
     Raises:
         ValueError: a file cannot be read, or holds something other than tensors; see `load_weights_file`.
@@ -32,30 +26,23 @@ def weights_fingerprint(files: list[str]) -> str:
     digests: dict[str, str] = {}
     for file in sorted(files):
         for name, tensor in _tensors(file):
+            # A zero-dimensional tensor cannot be viewed as bytes.
+            tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
             data = tensor.contiguous().view(torch.uint8).reshape(-1).numpy()
             content = blake3(data, max_threads=blake3.AUTO).hexdigest()  # type: ignore[arg-type]
-            digests[_canonical_name(name)] = f"{tensor.dtype} {tuple(tensor.shape)} {content}"
+            name = name.replace("backbone.embedding.", "backbone.embeddings.", 1)
+            digests[name] = f"{tensor.dtype} {tuple(tensor.shape)} {content}"
     if digests.get(_LM_HEAD) == digests.get(_EMBEDDINGS):
         digests.pop(_LM_HEAD, None)
     return blake3("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode()).hexdigest()
 
 
-def _canonical_name(name: str) -> str:
-    return name.replace("backbone.embedding.", "backbone.embeddings.", 1)
-
-
 def _tensors(file: str) -> Iterator[tuple[str, torch.Tensor]]:
-    if Path(file).suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(file, framework="pt") as checkpoint:
-            for name in checkpoint.keys():  # noqa: SIM118 - not a dict
-                yield name, _at_least_1d(checkpoint.get_tensor(name))
+    if Path(file).suffix != ".safetensors":
+        yield from load_weights_file(file).items()
         return
-    for name, tensor in load_weights_file(file).items():
-        yield name, _at_least_1d(tensor)
+    from safetensors import safe_open
 
-
-def _at_least_1d(tensor: torch.Tensor) -> torch.Tensor:
-    # A zero-dimensional tensor cannot be viewed as bytes.
-    return tensor.reshape(1) if tensor.dim() == 0 else tensor
+    with safe_open(file, framework="pt") as checkpoint:
+        for name in checkpoint.keys():  # noqa: SIM118 - not a dict
+            yield name, checkpoint.get_tensor(name)

@@ -10,11 +10,11 @@ _HEAD = "lm_head.weight"
 def complete_weights(model: Any, loaded: set[str]) -> None:
     """Makes sure that a checkpoint has filled every parameter of a model, which vLLM does not check for all layers.
 
-    Parameters of quantized layers are not looked at: their scales need not be in the checkpoint.
+    Where config.json ties the head to the embedding and the checkpoint has no head, the head becomes the embedding, in
+    place. Parameters of quantized layers are not looked at: their scales need not be in the checkpoint.
 
     Args:
-        model: vLLM's model, or this rank's part of it. Changed in place: where config.json ties the head to the
-            embedding and the checkpoint has no head, the head becomes the embedding.
+        model: vLLM's model, or this rank's part of it.
         loaded: names of its parameters that were loaded, as `load_weights` returns them.
 
     Raises:

@@ -4,12 +4,10 @@ Format: `MambaConfig` of github.com/state-spaces/mamba (mamba_ssm/models/config_
 its `Mamba` and `Mamba2` modules, which `ssm_cfg` holds.
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from vllm_longmamba.checkpoint.time_step_limit import check_time_step_limit
+from vllm_longmamba.compatibility import errors_only
 
 ORIGINAL_FORMAT_ATTRIBUTE = "longmamba_original_format"
 
@@ -18,24 +16,12 @@ _REQUIRED = {"d_model", "n_layer", "vocab_size"}
 _FIXED_MODEL_OPTIONS = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": []}
 _FIXED_SSM_OPTIONS = {
     "Mamba1": {},
-    "Mamba2": {
-        "rmsnorm": True,
-        "norm_before_gate": False,
-        "D_has_hdim": False,
-        "d_ssm": None,
-    },
+    "Mamba2": {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False, "d_ssm": None},
 }
 # Options that only initialise weights or choose a kernel for training.
 _IGNORED_SSM_OPTIONS = {
-    "A_init_range",
-    "conv_init",
-    "dt_init",
-    "dt_init_floor",
-    "dt_max",
-    "dt_min",
-    "dt_scale",
-    "use_fast_path",
-    "use_mem_eff_path",
+    *("A_init_range", "conv_init", "use_fast_path", "use_mem_eff_path"),
+    *("dt_init", "dt_init_floor", "dt_max", "dt_min", "dt_scale"),
 }
 
 
@@ -45,13 +31,10 @@ def is_original_format(config: dict[str, Any]) -> bool:
 
 
 def translate_original_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Translate an original config.json into the names of transformers' `MambaConfig` or `Mamba2Config`.
-
-    Args:
-        config: the parsed config.json.
+    """Translate an original config.json into keyword arguments of transformers' `MambaConfig` or `Mamba2Config`.
 
     Returns:
-        Keyword arguments for the transformers config, `model_type` and `architectures` included.
+        The arguments, `model_type` and `architectures` included.
 
     Raises:
         ValueError: the checkpoint uses an option that vLLM's mixers do not implement, or one that is unknown.
@@ -86,7 +69,7 @@ def translate_original_config(config: dict[str, Any]) -> dict[str, Any]:
         ORIGINAL_FORMAT_ATTRIBUTE: layer,
     }
     if layer == "Mamba1":
-        translated = common | {
+        own = {
             "model_type": "mamba",
             "architectures": ["MambaForCausalLM"],
             "state_size": ssm.pop("d_state", 16),
@@ -94,7 +77,7 @@ def translate_original_config(config: dict[str, Any]) -> dict[str, Any]:
         }
     else:
         headdim = ssm.pop("headdim", 64)
-        translated = common | {
+        own = {
             "model_type": "mamba2",
             "architectures": ["Mamba2ForCausalLM"],
             "state_size": ssm.pop("d_state", 128),
@@ -106,7 +89,7 @@ def translate_original_config(config: dict[str, Any]) -> dict[str, Any]:
     unknown = ssm.keys() - _IGNORED_SSM_OPTIONS - _FIXED_SSM_OPTIONS[layer].keys()
     if unknown:
         raise ValueError(f"config.json: ssm_cfg has options not known for {layer}: {', '.join(sorted(unknown))}")
-    return translated
+    return common | own
 
 
 def _require_fixed(options: dict[str, Any], fixed: dict[str, Any], place: str) -> None:
@@ -130,16 +113,11 @@ def register_config_parser() -> None:
         reads_original_checkpoints = True
 
         def parse(
-            self,
-            model: Any,
-            trust_remote_code: bool,
-            revision: str | None = None,
-            code_revision: str | None = None,
-            **kwargs: Any,
-        ) -> tuple[dict[str, Any], Any]:
+            self, model: Any, trust_remote_code: bool, revision: str | None = None, *given: Any, **kwargs: Any
+        ) -> Any:
             """Same arguments and result as the stock parser's; errors of the stock parser for all other configs."""
             try:
-                return super().parse(model, trust_remote_code, revision, code_revision, **kwargs)  # type: ignore[no-any-return]
+                return super().parse(model, trust_remote_code, revision, *given, **kwargs)
             except ValueError:
                 config, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
                 if not is_original_format(config):
@@ -149,16 +127,5 @@ def register_config_parser() -> None:
             return config, config_cls(**translated)
 
     # vLLM warns that a known format is overwritten; that is what is wanted here.
-    with _raised_log_level("vllm.transformers_utils.config"):
+    with errors_only("vllm.transformers_utils.config"):
         register_config_parser("hf")(OriginalCheckpointConfigParser)
-
-
-@contextmanager
-def _raised_log_level(logger_name: str) -> Iterator[None]:
-    logger = logging.getLogger(logger_name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

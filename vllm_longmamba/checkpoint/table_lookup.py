@@ -21,11 +21,7 @@ FILE_NAME = "longmamba.safetensors"
 
 
 def cache_folder() -> Path:
-    """Folder of the tables a user made: $XDG_CACHE_HOME/vllm_longmamba, by default ~/.cache/vllm_longmamba.
-
-    Raises:
-        ValueError: the user has no home folder, and the variable is not set.
-    """
+    """Folder of the tables a user made: $XDG_CACHE_HOME/vllm_longmamba, by default ~/.cache/vllm_longmamba."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm_longmamba"
     except RuntimeError:
@@ -36,11 +32,9 @@ def cache_folder() -> Path:
 
 
 def cached_table_path(fingerprint: str, quantization: str | None = None) -> Path:
-    """Where the cache keeps the table that a user made of the weights with this fingerprint.
+    """Where the cache keeps the table that a user made of weights.
 
-    Args:
-        fingerprint: see `weights_fingerprint`.
-        quantization: what vLLM makes of the weights when it loads them; dt differs a little, so the table is another.
+    Quantization is what vLLM makes of them when it loads them; dt differs a little, so the table is another.
     """
     return cache_folder() / f"{'-'.join(filter(None, [fingerprint[:32], quantization]))}.safetensors"
 
@@ -48,13 +42,8 @@ def cached_table_path(fingerprint: str, quantization: str | None = None) -> Path
 def find_table(model: str, weights: "Weights", options: LongMambaOptions) -> Path:
     """The table of a model for a tool that runs no engine: as `search_table`, or else the one an engine made last.
 
-    Args:
-        model: the model's name or folder, for messages.
-        weights: the files of the model's weights.
-        options: see `search_table`.
-
     Raises:
-        TableError: as `search_table`, or no table was found.
+        TableError: as `search_table`, or no table was found for the model, whose name the message says.
     """
     found = search_table(weights, options)
     if found is not None:
@@ -67,15 +56,10 @@ def find_table(model: str, weights: "Weights", options: LongMambaOptions) -> Pat
 
 
 def search_table(weights: "Weights", options: LongMambaOptions, quantization: str | None = None) -> Path | None:
-    """The threshold table to use with a model, those apart that engines make for themselves.
-
-    Args:
-        weights: the files of the model's weights.
-        options: `options.table` is taken as it is; without it the other places are searched.
-        quantization: vLLM's name of the model's quantization.
+    """The threshold table of a model, those apart that engines make for themselves.
 
     Returns:
-        Path of a table whose format and fingerprint are right, None where there is none.
+        `options.table`, or what lies in the other places with the right format and fingerprint; None if nothing does.
 
     Raises:
         TableError: the named table, or the one beside the weights, is unreadable or belongs to other weights.
@@ -98,12 +82,7 @@ def search_table(weights: "Weights", options: LongMambaOptions, quantization: st
 
 
 def no_table(model: str, obstacle: str | None = None) -> TableError:
-    """The error where a model has no table.
-
-    Args:
-        model: the model's name or folder.
-        obstacle: why an engine does not make one itself.
-    """
+    """The error where a model has no table; `obstacle` is why an engine does not make one itself."""
     return TableError(
         f"no threshold table for {model!r} (looked beside the weights, among the shipped tables and in "
         f"{cache_folder()}){f', and the engine makes none: {obstacle}' if obstacle else ''}; make one with "
@@ -114,19 +93,14 @@ def no_table(model: str, obstacle: str | None = None) -> TableError:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weight files of a model, as vLLM's loader will read them.
-
-    Attributes:
-        folder: where they lie, None for dummy weights.
-        files: their paths, none for dummy weights.
-    """
+    """The weight files of a model, as vLLM's loader will read them; for dummy weights no folder and no files."""
 
     folder: Path | None
     files: list[str]
 
     @cached_property
     def fingerprint(self) -> str:
-        """See `weights_fingerprint`; `DUMMY` for dummy weights. Computed when first asked for."""
+        """See `weights_fingerprint`; `DUMMY` for dummy weights."""
         return weights_fingerprint(self.files) if self.files else DUMMY
 
 
@@ -135,17 +109,8 @@ def is_threshold_table(file: Path) -> bool:
     return file.name == FILE_NAME or (file.suffix == ".safetensors" and is_table_file(file))
 
 
-def safetensors_weights(folder: Path) -> list[Path]:
-    """The .safetensors files of a folder in order, threshold tables not among them."""
-    return [file for file in sorted(folder.glob("*.safetensors")) if not is_threshold_table(file)]
-
-
 def locate_weights(model_config: Any, load_config: Any) -> Weights:
-    """Find (and for a model on the hub, download) the weight files that vLLM will load.
-
-    Args:
-        model_config: vLLM's `ModelConfig`.
-        load_config: vLLM's `LoadConfig`.
+    """Find (and for a model on the hub, download) the weight files that vLLM will load with these configs.
 
     Raises:
         ValueError: a load format whose files this plugin cannot read.
@@ -189,10 +154,7 @@ def weight_patterns(model_config: Any) -> list[str] | None:
     """File patterns for vLLM's loader where its own would take the threshold table for the weights.
 
     vLLM prefers *.safetensors over *.bin, and tables beside a pytorch_model.bin are the only .safetensors files. On the
-    hub only a table of the usual name is known to be one.
-
-    Returns:
-        ["*.bin"] in that case, otherwise None, which means vLLM's own choice.
+    hub only a table of the usual name is known to be one. None means vLLM's own choice.
     """
     from vllm.transformers_utils.repo_utils import list_filtered_repo_files
 

@@ -12,13 +12,7 @@ _MOST_NAMES = 4
 
 
 def load_weights_file(file: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Reads the weights of a checkpoint.
-
-    Args:
-        file: a .bin or .pt file.
-
-    Returns:
-        Name -> dense tensor.
+    """Reads the weights of a checkpoint, a .bin or .pt file: name -> dense tensor.
 
     Raises:
         ValueError: as `load_torch_file`, or the file holds anything but named tensors.
@@ -34,10 +28,7 @@ def load_weights_file(file: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 
 def load_torch_file(file: str | os.PathLike[str]) -> Any:
-    """Reads a tensor, or a dict of them.
-
-    Args:
-        file: a file of `torch.save`. Those of torch 1.6 or later are mapped into memory, not copied.
+    """Reads a tensor, or a dict of them, from a file of `torch.save`; one of torch 1.6 or later is mapped into memory.
 
     Returns:
         What was saved. A tensor, or each value of a dict that is one, is dense and all of it is in the file.

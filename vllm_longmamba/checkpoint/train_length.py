@@ -24,9 +24,7 @@ def set_default_length(model_config: Any) -> None:
     Stock vLLM takes 2048 tokens where config.json names no length, and refuses more than config.json names. Here the
     default is `DEFAULT_MAX_MODEL_LEN` (or the config's own length where that is larger), and `--max-model-len` may be
     more. A hybrid's attention layers keep keys and values of every token, so its default is fitted to the memory.
-
-    Args:
-        model_config: vLLM's `ModelConfig` under construction; its `max_model_len` is what the user gave, None or -1.
+    `max_model_len` of vLLM's `ModelConfig`, which is under construction, is what the user gave, None or -1.
 
     Raises:
         ValueError: more is asked for than the model's scaled rotary embedding covers.

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN
 from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments, with_engine_options
@@ -103,39 +102,31 @@ def calibrate(
     from vllm_longmamba.commands.engine_errors import explained_start
     from vllm_longmamba.tables import save_table
 
-    try:
-        settings = CalibrationSettings(
-            num_sequences=sequences,
-            clamp_percent=clamp_percent,
-            min_retention=min_retention,
-            train_length=engine.train_length,
-            max_length=max_length,
-            seed=seed,
-            method=method,
-            combine=combine,
-            measure_to=measure_to,
-            budget=budget,
-            unfiltered_end=unfiltered_end,
-            channel_budgets=tuple(channel_budget or ()),
-            texts=tuple(str(path) for path in text or ()),
-            text_column=text_column,
-        )
-        arguments = engine_arguments(model, engine, quantization=quantization)
-        with explained_start(engine.verbose):
-            table = make_table(arguments.pop("model"), settings, **arguments)
-        path = output or cached_table_path(table.metadata.weights_fingerprint, quantization)
-        if output is None:
-            make_private_folder(path.parent)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_table(table, path)
-    except (ValueError, OSError) as error:
-        console.print(f"[bold red]longmamba calibrate:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    channels = sum(len(layer.retention) for layer in table.layers.values())
-    global_channels = table.count_global()
-    console.print(
-        f"wrote {path}: {len(table.layers)} layers, {global_channels} of {channels} channels global, "
-        f"rows up to {int(table.row_lengths[-1])} tokens",
-        markup=False,
-        soft_wrap=True,
+    settings = CalibrationSettings(
+        num_sequences=sequences,
+        clamp_percent=clamp_percent,
+        min_retention=min_retention,
+        train_length=engine.train_length,
+        max_length=max_length,
+        seed=seed,
+        method=method,
+        combine=combine,
+        measure_to=measure_to,
+        budget=budget,
+        unfiltered_end=unfiltered_end,
+        channel_budgets=tuple(channel_budget or ()),
+        texts=tuple(str(path) for path in text or ()),
+        text_column=text_column,
     )
+    arguments = engine_arguments(model, engine, quantization=quantization)
+    with explained_start(engine.verbose):
+        table = make_table(arguments.pop("model"), settings, **arguments)
+    path = output or cached_table_path(table.metadata.weights_fingerprint, quantization)
+    if output is None:
+        make_private_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_table(table, path)
+    channels = sum(len(layer.retention) for layer in table.layers.values())
+    share = f"{table.count_global()} of {channels} channels global"
+    rows = f"rows up to {int(table.row_lengths[-1])} tokens"
+    console.print(f"wrote {path}: {len(table.layers)} layers, {share}, {rows}", markup=False, soft_wrap=True)

@@ -64,12 +64,7 @@ def explained_start(verbose: bool = False) -> Iterator[None]:
 
 
 def explain(error: BaseException, said: str) -> str:
-    """One line: why an engine did not start, and what to do.
-
-    Args:
-        error: what came out of the start.
-        said: what the processes printed meanwhile.
-    """
+    """One line: why an engine did not start (`error`, while its processes `said`), and what to do."""
     cause = _words(type(error).__name__, str(error))
     # Pydantic packs the message of a ValueError into several lines of its own.
     if callable(errors := getattr(error, "errors", None)) and errors():
@@ -92,8 +87,8 @@ class _Output:
     """Standard output and error of this process and its children, through a pipe to the real standard error."""
 
     def __init__(self, may_hold: bool) -> None:
-        self._said: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._held: deque[str] = deque(maxlen=_KEPT_LINES)
+        # From the first sign of trouble on.
+        self._trouble: deque[str] = deque(maxlen=_KEPT_LINES)
         self._may_hold, self._show_held = may_hold, False
         self._mark = secrets.token_hex()
         self._drained = threading.Event()
@@ -109,7 +104,7 @@ class _Output:
         atexit.register(pump.join, 1.0)
 
     def end(self, show: bool) -> str:
-        """Give this process its own output back; what was printed so far."""
+        """Give this process its own output back, and show what was held back or not; what was printed in trouble."""
         _flush()
         os.dup2(self._stdout, 1)
         os.dup2(self._stderr, 2)
@@ -117,30 +112,22 @@ class _Output:
         os.write(self._writing, f"{self._mark}\n".encode())
         os.close(self._writing)
         self._drained.wait(5.0)
-        return "".join(self._said)
+        return "".join(self._trouble)
 
     def _pump(self, reading: int) -> None:
         # As it comes: a line may end with a carriage return, as those of progress bars do.
         with open(reading, encoding="utf-8", errors="replace", newline="") as lines:
             for line in lines:
                 text, mark, _ = line.partition(self._mark)
-                self._take(text)
+                if not self._drained.is_set() and (self._trouble or _TROUBLE.search(text)):
+                    self._trouble.append(text)
+                    text = "" if self._may_hold else text
+                if mark and self._may_hold and self._show_held:
+                    text = "".join(self._trouble) or text
+                with contextlib.suppress(OSError), open(self._stderr, "w", encoding="utf-8", closefd=False) as shown:
+                    shown.write(text)
                 if mark:
-                    self._may_hold = False
-                    self._show("".join(self._held) if self._show_held else "")
                     self._drained.set()
-
-    def _take(self, line: str) -> None:
-        if not self._drained.is_set():
-            self._said.append(line)
-        if self._may_hold and (self._held or _TROUBLE.search(line)):
-            self._held.append(line)
-        else:
-            self._show(line)
-
-    def _show(self, text: str) -> None:
-        with contextlib.suppress(OSError), open(self._stderr, "w", encoding="utf-8", closefd=False) as shown:
-            shown.write(text)
 
 
 def _flush() -> None:

@@ -5,11 +5,12 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
+from rich.console import Console
 
 # Arguments of vLLM that have an option of their own, which --engine-args must not contradict.
 _OWN_OPTIONS = {
@@ -60,32 +61,55 @@ class EngineOptions:
     verbose: Annotated[bool, _option("Show the whole traceback if the engine does not start.", "--verbose")] = False
 
 
-def with_engine_options(*, without: Collection[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command the options of `EngineOptions`; its parameter `engine` gets them as one value.
+def with_options(*, without: Collection[str] = (), **groups: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the options of dataclasses, each of which it gets as one value; its errors become one line.
 
     Args:
-        without: names of `EngineOptions` that the command has no use for, such as "table" where it makes one.
+        without: names of options that the command has no use for.
+        groups: the command's parameter -> dataclass, whose fields with an annotation of typer's are the options.
     """
-    hints = get_type_hints(EngineOptions, include_extras=True)
-    # The default of engine_args is text, as from the command line.
-    defaults = {each.name: getattr(EngineOptions, each.name, "{}") for each in fields(EngineOptions)}
-    names = [name for name in defaults if name not in without]
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(command)
-        def with_options(**given: Any) -> Any:
-            engine = EngineOptions(**{name: given.pop(name) for name in names})
-            return command(engine=engine, **given)
-
         kind = inspect.Parameter.KEYWORD_ONLY
         own = inspect.signature(command, eval_str=True).parameters.values()
-        parameters = [parameter.replace(kind=kind) for parameter in own if parameter.name != "engine"]
-        parameters += [inspect.Parameter(name, kind, default=defaults[name], annotation=hints[name]) for name in names]
-        with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return with_options
+        parameters = [parameter.replace(kind=kind) for parameter in own if parameter.name not in groups]
+        owners: dict[str, str] = {}
+        for group, options in groups.items():
+            hints = get_type_hints(options, include_extras=True)
+            for each in fields(options):
+                if each.name not in without and get_origin(hints[each.name]) is Annotated:
+                    owners[each.name] = group
+                    annotation = hints[each.name]
+                    parameters.append(inspect.Parameter(each.name, kind, default=_default(each), annotation=annotation))
+
+        @functools.wraps(command)
+        def with_values(**given: Any) -> Any:
+            values: dict[str, dict[str, Any]] = {group: {} for group in groups}
+            for name, group in owners.items():
+                values[group][name] = given.pop(name)
+            try:
+                return command(**{group: options(**values[group]) for group, options in groups.items()}, **given)
+            except (ValueError, OSError, ImportError) as error:
+                said = f"longmamba {command.__name__}: {error}"
+                Console(stderr=True).print(said, style="bold red", markup=False, highlight=False, soft_wrap=True)
+                raise typer.Exit(1) from None
+
+        with_values.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        with_values.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return with_values
 
     return decorate
+
+
+def with_engine_options(*, without: Collection[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the options of `EngineOptions`; its parameter `engine` gets them as one value."""
+    return with_options(without=without, engine=EngineOptions)
+
+
+def _default(option: Any) -> Any:
+    if option.default_factory is not MISSING:
+        return option.default_factory()
+    return inspect.Parameter.empty if option.default is MISSING else option.default
 
 
 def engine_arguments(
@@ -99,7 +123,7 @@ def engine_arguments(
     """Keyword arguments of vLLM's `LLM`, `EngineArgs` and `AsyncEngineArgs`.
 
     What --engine-args says is merged where it adds to what the command sets (`additional_config`), and refused where it
-    would undo it.
+    would undo it. Arguments that nobody set are left out.
 
     Args:
         model: name or folder.
@@ -107,9 +131,6 @@ def engine_arguments(
         longmamba: options of LongMamba that the command sets beside those of `options`, such as {"filter": False}.
         stock_vllm: whether --engine-args may choose vLLM's own model ({"model_impl": "auto"}).
         set_by_command: further arguments that the command sets itself.
-
-    Returns:
-        The arguments; those that nobody set are left out.
 
     Raises:
         ValueError: --engine-args names what has an option of its own, what the command sets, or what vLLM has not.
@@ -144,7 +165,7 @@ def engine_arguments(
     return {name: value for name, value in arguments.items() if value is not None} | given
 
 
-def _merged(given: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(given: Any, own: dict[str, Any]) -> dict[str, Any]:
     """The user's `additional_config`, with options of LongMamba that are already settled."""
     theirs = given.get(_OURS, {}) if isinstance(given, dict) else None
     if not isinstance(theirs, dict):
@@ -158,7 +179,7 @@ def _merged(given: Any, own: Mapping[str, Any]) -> dict[str, Any]:
                 f"--engine-args: additional_config says {name} {theirs[name]!r}, and this command has set it to "
                 f"{own[name]!r}; leave it out"
             )
-    merged = theirs | dict(own)
+    merged = theirs | own
     return {name: value for name, value in given.items() if name != _OURS} | ({_OURS: merged} if merged else {})
 
 

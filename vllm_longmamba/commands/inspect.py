@@ -30,9 +30,6 @@ def inspect(
     lengths: Annotated[
         str | None, typer.Option(help="Prompt lengths in tokens, such as 4096,8192. (default: training lengths x 2^n)")
     ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Layers to show, such as 0,4-7. (default: all; curves: four)")
-    ] = None,
     channel: Annotated[
         list[str] | None,
         typer.Option(help="LAYER:CHANNEL whose receptive field is drawn; repeatable. (default: three)"),
@@ -42,34 +39,34 @@ def inspect(
 ) -> None:
     """Show what is in a threshold table and, with a text, what it does to the model."""
     from vllm_longmamba.commands.engine_errors import explained_start
-    from vllm_longmamba.inspect.channels import parse_numbers
     from vllm_longmamba.inspect.measure import SET_HERE
     from vllm_longmamba.inspect.report import report
 
     set_here: dict[str, Any] = dict.fromkeys(SET_HERE)
+    measuring = engine_arguments(model_or_table, engine, **set_here) if text is not None else {}
+    measuring.pop("model", None)
+    files = report(
+        model_or_table,
+        Console(),
+        text=text,
+        output=output,
+        lengths=_numbers(lengths) if lengths else None,
+        channels=channel or [],
+        table_path=engine.table,
+        min_retention=engine.min_retention,
+        progress=_progress_bar,
+        starting=partial(explained_start, engine.verbose),
+        **measuring,
+    )
+    for file in files:
+        messages.print(f"wrote {file}", markup=False, soft_wrap=True)
+
+
+def _numbers(text: str) -> list[int]:
     try:
-        measuring = engine_arguments(model_or_table, engine, **set_here) if text is not None else {}
-        measuring.pop("model", None)
-        files = report(
-            model_or_table,
-            Console(),
-            text=text,
-            output=output,
-            lengths=parse_numbers(lengths, "--lengths") if lengths else None,
-            layers=parse_numbers(layers, "--layers") if layers else None,
-            channels=channel or [],
-            table_path=engine.table,
-            min_retention=engine.min_retention,
-            progress=_progress_bar,
-            starting=partial(explained_start, engine.verbose),
-            **measuring,
-        )
-        for file in files:
-            messages.print(f"wrote {file}", markup=False, soft_wrap=True)
-    except (ValueError, OSError) as error:
-        messages.print("[bold red]longmamba inspect:[/]", end=" ")
-        messages.print(str(error), markup=False)
-        raise typer.Exit(1) from None
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--lengths must be numbers such as 4096,8192, got {text!r}") from None
 
 
 def _progress_bar(passes: list[Any]) -> Iterable[Any]:

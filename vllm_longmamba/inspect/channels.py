@@ -1,4 +1,4 @@
-"""Which layers and channels are shown."""
+"""The channels whose receptive field is drawn."""
 
 import numpy as np
 
@@ -6,21 +6,6 @@ from vllm_longmamba.inspect.measure import Channel
 from vllm_longmamba.tables import ThresholdTable
 
 _GLOBAL_CHANNELS = 2
-
-
-def parse_numbers(text: str, option: str) -> list[int]:
-    """Numbers and ranges such as "0,4-7".
-
-    Raises:
-        ValueError: the text is something else.
-    """
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"{option} must be numbers and ranges such as 0,4-7, got {text!r}")
-        numbers += range(int(first), int(last if dash else first) + 1)
-    return sorted(set(numbers))
 
 
 def parse_channel(text: str, table: ThresholdTable) -> Channel:
@@ -32,22 +17,12 @@ def parse_channel(text: str, table: ThresholdTable) -> Channel:
     layer, colon, channel = text.partition(":")
     if not colon or not layer.isdecimal() or not channel.isdecimal():
         raise ValueError(f"--channel must be LAYER:CHANNEL such as 3:17, got {text!r}")
-    (index,) = check_layers([int(layer)], table)
-    channels = len(table.layers[index].retention)
+    if int(layer) not in table.layers:
+        raise ValueError(f"--channel {text}: the table has no layer {layer}; it has {sorted(table.layers)}")
+    channels = len(table.layers[int(layer)].retention)
     if int(channel) >= channels:
-        raise ValueError(f"--channel {text}: layer {index} has the channels 0 to {channels - 1}; choose one of them")
-    return index, int(channel)
-
-
-def check_layers(layers: list[int], table: ThresholdTable) -> list[int]:
-    """The layers, if the table has them all.
-
-    Raises:
-        ValueError: it lacks one.
-    """
-    if unknown := [layer for layer in layers if layer not in table.layers]:
-        raise ValueError(f"the table has no layers {unknown}; it has {sorted(table.layers)}")
-    return layers
+        raise ValueError(f"--channel {text}: layer {layer} has the channels 0 to {channels - 1}; choose one of them")
+    return int(layer), int(channel)
 
 
 def choose_channels(table: ThresholdTable) -> list[Channel]:

@@ -37,11 +37,11 @@ class LayerInputs:
 
 
 def attention(inputs: LayerInputs, channel: int, queries: Tensor) -> Tensor:
-    """Rows of the attention matrix of one channel.
+    """Rows of the attention matrix of one channel (Mamba-1) or head (Mamba-2).
 
     Args:
         inputs: of the layer.
-        channel: index of the channel (Mamba-1) or head (Mamba-2).
+        channel: its index.
         queries: (queries,) int64, positions i, ascending.
 
     Returns:
@@ -64,12 +64,7 @@ def attention(inputs: LayerInputs, channel: int, queries: Tensor) -> Tensor:
 
 
 def receptive_field(inputs: LayerInputs, channel: int, bins: int) -> Tensor:
-    """The attention matrix of one channel as a picture.
-
-    Args:
-        inputs: of the layer.
-        channel: index of the channel.
-        bins: pixels of a side; fewer where there are fewer tokens.
+    """The attention matrix of one channel as a picture of so many bins a side; fewer where there are fewer tokens.
 
     Returns:
         (bins, bins) float64: |alpha_ij| for a token i of each row's part of the prompt (its last), averaged over the
@@ -89,10 +84,6 @@ def mean_distance(inputs: LayerInputs, channels: list[int]) -> Tensor:
 
     sum_j (S - j) |alpha_Sj| / sum_j |alpha_Sj| for a prompt of S tokens (arXiv 2406.14528, Eq. 10), for each channel by
     itself.
-
-    Args:
-        inputs: of the layer.
-        channels: indices of channels.
 
     Returns:
         (channels,) float64; 0 where all weights are 0, as when every token of the prompt is filtered.

@@ -76,11 +76,10 @@ def measure(
 
     Args:
         model: name or folder, as for `vllm serve`.
-        table: the model's table.
-        table_path: where it was read from.
+        table: the model's table, which was read from `table_path`.
         text: plain text (UTF-8).
-        lengths: prompt lengths in tokens; by default 1, 2, 4 and 8 training lengths, as far as the text goes.
-        channels: channels whose receptive field is taken.
+        lengths: see `choose_lengths`.
+        channels: those whose receptive field is taken.
         progress: wraps the iteration over the prompts, for a progress bar.
         starting: what the engine is started in.
         engine_args: further arguments of vLLM's `LLM`, such as `dtype`; none of `SET_HERE`.
@@ -88,8 +87,9 @@ def measure(
     Raises:
         ValueError: the text is shorter than the training length or a length asked for.
     """
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
 
+    once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
     longest = max(lengths) if lengths else 8 * table.metadata.train_length
     config = engine_args.pop("additional_config", {})
     with starting():
@@ -108,37 +108,23 @@ def measure(
     try:
         tokens = llm.get_tokenizer().encode(text.read_text(encoding="utf-8"), add_special_tokens=False)
         lengths = choose_lengths(lengths, table.metadata.train_length, len(tokens))
-        passes = [
-            (length, is_filtered)
-            for length in lengths
-            for is_filtered in ((False, True) if table.row_of(length) else (False,))
-        ]
+        passes = [(length, is_filtered) for length in lengths for is_filtered in (False, True)]
+        passes = [(length, is_filtered) for length, is_filtered in passes if table.row_of(length) or not is_filtered]
         results: dict[bool, dict[int, Measurement]] = {False: {}, True: {}}
         for length, is_filtered in progress(passes):
-            given = (table.row_of(length), is_filtered, [list(channel) for channel in channels])
-            results[is_filtered][length] = _measure_prompt(llm, tokens[:length], given)
+            llm.collective_rpc("longmamba_inspect_begin", args=(table.row_of(length), is_filtered, channels))
+            llm.generate({"prompt_token_ids": tokens[:length]}, once, use_tqdm=False)
+            (layers,) = llm.collective_rpc("longmamba_inspect_end")
+            results[is_filtered][length] = {layer: _layer(content) for layer, content in sorted(layers.items())}
     finally:
         llm.llm_engine.engine_core.shutdown(timeout=_END_TIMEOUT_S)
     return Measurements(text.name, channels, results[False], results[True])
 
 
-def _measure_prompt(llm: Any, prompt: list[int], given: tuple[int, bool, list[list[int]]]) -> Measurement:
-    from vllm import SamplingParams
-
-    once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-    llm.collective_rpc("longmamba_inspect_begin", args=given)
-    llm.generate({"prompt_token_ids": prompt}, once, use_tqdm=False)
-    (layers,) = llm.collective_rpc("longmamba_inspect_end")
-    return {layer: _layer(content) for layer, content in sorted(layers.items())}
-
-
 def choose_lengths(lengths: list[int] | None, train_length: int, available: int) -> list[int]:
-    """The prompt lengths to measure, ascending.
+    """The prompt lengths to measure in tokens, ascending: those asked for, all of which the text must have.
 
-    Args:
-        lengths: what was asked for; None for 1, 2, 4 and 8 training lengths, as far as the text goes.
-        train_length: in tokens.
-        available: tokens of the text.
+    By default they are 1, 2, 4 and 8 training lengths, as far as the available tokens of the text go.
 
     Raises:
         ValueError: the text is too short.

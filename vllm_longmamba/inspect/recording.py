@@ -24,13 +24,10 @@ class InspectWorkerExtension:
     # Layer index -> what `_measure` returns.
     _longmamba_results: dict[int, dict[str, Any]]
 
-    def longmamba_inspect_begin(self, row: int, is_filtered: bool, chosen: list[list[int]]) -> None:
-        """Measure the prompt that comes next.
+    def longmamba_inspect_begin(self, row: int, is_filtered: bool, chosen: list[tuple[int, int]]) -> None:
+        """Measure the prompt that comes next, of this row, with the filter or without it.
 
-        Args:
-            row: the prompt's row of the table.
-            is_filtered: whether the model runs with the filter.
-            chosen: pairs of layer and channel whose receptive field is drawn.
+        `chosen` are pairs of layer and channel whose receptive field is drawn.
         """
         mixers: list[Any] = filtered_mixers(self.get_model())
         own = mixers[0].prompt_filter
@@ -94,9 +91,7 @@ def _measure(inputs: LayerInputs, thresholds: torch.Tensor, unfiltered_end: int,
 
 
 def layer_inputs(mixer: Any, hidden: torch.Tensor, mup_vector: torch.Tensor | None) -> LayerInputs:
-    """What a mixer's SSM reads for a prompt that begins with an empty state.
-
-    The projections are the mixer's own modules; the convolution is repeated in plain torch.
+    """What a mixer's SSM reads for a prompt that begins with an empty state; the convolution is repeated in torch.
 
     Args:
         mixer: a LongMamba mixer of a model that is not tensor-parallel.

@@ -16,20 +16,14 @@ def default_lengths(table: ThresholdTable) -> list[int]:
 
 
 def provenance(table: ThresholdTable, source: str, own_theta: float) -> Table:
-    """Where a table comes from, one line a fact.
-
-    Args:
-        table: the table, with the theta asked for.
-        source: its file.
-        own_theta: the theta in this file.
-    """
+    """Where a table comes from (`source`, a file with `own_theta`), one line a fact."""
     metadata = table.metadata
     theta = metadata.min_retention
     rows = table.row_lengths
     grid = Table(title="Threshold table", title_justify="left", show_header=False, box=None)
     grid.add_column(style="bold")
     grid.add_column(overflow="fold")
-    for name, value in {
+    facts = {
         "file": source,
         "model": metadata.model_id,
         "weights": metadata.weights_fingerprint[:16],
@@ -37,40 +31,35 @@ def provenance(table: ThresholdTable, source: str, own_theta: float) -> Table:
         "rows": f"{len(rows) - 1}, for prompts of {rows[1] if len(rows) > 1 else rows[0]} to {rows[-1]} tokens",
         "min_retention": f"{theta:g}" + ("" if theta == own_theta else f" (the table's own: {own_theta:g})"),
         "clamp": f"{metadata.clamp_percent:g} %",
-        **({"budget": f"{metadata.budget:g}"} if metadata.budget != 1 else {}),
-        **({"budgets of channels": ", ".join(metadata.channel_budgets)} if metadata.channel_budgets else {}),
-        **({"left unfiltered": ", ".join(metadata.unfiltered)} if metadata.unfiltered else {}),
-        **({"unfiltered end": f"{metadata.unfiltered_end} tokens"} if metadata.unfiltered_end else {}),
+        "budget": f"{metadata.budget:g}" if metadata.budget != 1 else "",
+        "budgets of channels": ", ".join(metadata.channel_budgets),
+        "left unfiltered": ", ".join(metadata.unfiltered),
+        "unfiltered end": f"{metadata.unfiltered_end} tokens" if metadata.unfiltered_end else "",
         "calibrated on": f"{metadata.num_sequences} sequences, seed {metadata.seed}: {metadata.corpus}",
         "made by": f"{metadata.tool_version}, method {metadata.method!r}",
         "digest": table.digest(),
-    }.items():
-        grid.add_row(name, Text(value))
+    }
+    for name, value in facts.items():
+        if value:
+            grid.add_row(name, Text(value))
     return grid
 
 
-def layer_table(table: ThresholdTable, lengths: list[int], layers: list[int]) -> Table:
-    """Layers by share of global channels and the median of these channels' thresholds.
-
-    Args:
-        table: the table.
-        lengths: prompt lengths in tokens, one column each.
-        layers: indices of layers, one row each.
-    """
+def layer_table(table: ThresholdTable, lengths: list[int]) -> Table:
+    """Layers by share of global channels and the median of these channels' thresholds, for prompt lengths in tokens."""
     title = "Layers (thresholds of dt: median of the global channels)"
     result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     result.add_column("layer", justify="right")
     result.add_column("global channels", justify="right")
     for length in lengths:
         result.add_column(_column_name(table, length), justify="right")
-    counts = np.zeros(2, dtype=int)
-    for layer in layers:
+    for layer in sorted(table.layers):
         is_global = table.is_global(layer)
-        counts += (int(is_global.sum()), len(is_global))
         cells = [_median(table, layer, length) for length in lengths]
         result.add_row(str(layer), _share(int(is_global.sum()), len(is_global)), *cells)
     result.add_section()
-    result.add_row("all", _share(int(counts[0]), int(counts[1])), *[""] * len(lengths))
+    channels = sum(len(layer.retention) for layer in table.layers.values())
+    result.add_row("all", _share(table.count_global(), channels), *[""] * len(lengths))
     return result
 
 

@@ -26,8 +26,6 @@ class Backend(Protocol):
     max_model_len: int | None
     # Prompts that should be under way at a time.
     concurrency: int
-    # Whether prompts go as messages; matters to a server only.
-    chat: bool
 
     async def complete(self, prompt: Prompt) -> Completion:
         """Answer one prompt.
@@ -37,18 +35,9 @@ class Backend(Protocol):
             JobStoppedError: no prompt can be answered any more.
         """
 
-    async def close(self) -> None:
-        """Free what it holds. Prompts under way are dropped."""
-
 
 class Answerer:
-    """Knows which prompts a document takes.
-
-    Args:
-        maker: makes prompts.
-        fit: what happens to documents that do not fit.
-        max_tokens: longest answer.
-        limit: tokens that a prompt may have, or None where nobody can tell.
+    """Knows which prompts a document takes; `limit` is how many tokens each may have, None where nobody can tell.
 
     Raises:
         ValueError: every document would fail: no tokenizer, no known length, or too little room.
@@ -88,11 +77,8 @@ class Answerer:
         prompt = self.maker.prompt(document)
         if self.limit is not None and not self.fits(prompt):
             if self._fit.mode == "error":
-                raise RecordError(
-                    "too long",
-                    f"{prompt.tokens} tokens of prompt, and {self.limit} fit beside {self._max_tokens} of answer; "
-                    "--fit truncate or map-reduce",
-                )
+                fitting = f"{self.limit} fit beside {self._max_tokens} of answer; --fit truncate or map-reduce"
+                raise RecordError("too long", f"{prompt.tokens} tokens of prompt, and {fitting}")
             if self._fit.mode == "truncate":
                 prompt, row.dropped_tokens = truncated(self.maker, document, self.limit, drop=self._fit.drop)
             else:
@@ -101,7 +87,7 @@ class Answerer:
         asked = [prompt]
         del document, prompt
         (answer,) = yield asked
-        _count(row, [answer])
+        row.count([answer])
         row.summary, row.finish_reason = answer.text, answer.finish_reason
 
     def _reduced(self, text: str, limit: int, row: Row) -> Generator[list[Prompt], list[Completion], Prompt]:
@@ -110,7 +96,7 @@ class Answerer:
         level, maker = 1, self.maker
         while True:
             answers = yield [maker.prompt(section) for section in sections(maker, text, limit)]
-            _count(row, answers)
+            row.count(answers)
             for number, answer in enumerate(answers, 1):
                 counts = {"prompt_tokens": answer.prompt_tokens, "output_tokens": answer.output_tokens}
                 row.steps.append({"level": level, "section": number, **counts, "summary": answer.text})
@@ -156,13 +142,7 @@ def make_answerer(settings: JobSettings, tokenizer: Any, length: int | None) -> 
         # The server has one of its own, which nobody can count with.
         tokenizer = None
     maker = PromptMaker(chat, settings.instruction, settings.template, tokenizer)
-    max_tokens = settings.sampling.max_tokens
-    length = settings.max_model_len or length
+    max_tokens, length = settings.sampling.max_tokens, settings.max_model_len or length
     if length is not None and length <= max_tokens:
         raise ValueError(f"--max-tokens {max_tokens} leaves no room for a prompt in {length} tokens")
     return Answerer(maker, settings.fit, max_tokens, None if length is None else length - max_tokens)
-
-
-def _count(row: Row, completions: list[Completion]) -> None:
-    row.prompt_tokens += sum(completion.prompt_tokens for completion in completions)
-    row.output_tokens += sum(completion.output_tokens for completion in completions)

@@ -11,7 +11,6 @@ from typing import Any
 from vllm_longmamba.summarize.prompts import Prompt
 from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError
 from vllm_longmamba.summarize.settings import Sampling
-from vllm_longmamba.summarize.watchdog import Watchdog
 
 # Requests waiting in the engine beside those that run: a share of these, and enough for small engines, whose places
 # may all come free before this process has had its turn on a busy machine.
@@ -39,17 +38,11 @@ class EngineBackend:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         quiet = {"enable_log_requests": False, "disable_log_stats": True}
-        self._watchdog = Watchdog()
-        try:
-            with _interrupts_held_back():
-                # As large steps and batches as `LLM` takes; the default for a server is a half or an eighth.
-                self._engine: Any = AsyncLLM.from_engine_args(
-                    AsyncEngineArgs(**(quiet | arguments)), usage_context=UsageContext.LLM_CLASS
-                )
-        except BaseException:
-            self._watchdog.stop()
-            raise
-        self.chat = False
+        with _interrupts_held_back():
+            # As large steps and batches as `LLM` takes; the default for a server is a half or an eighth.
+            self._engine: Any = AsyncLLM.from_engine_args(
+                AsyncEngineArgs(**(quiet | arguments)), usage_context=UsageContext.LLM_CLASS
+            )
         self.tokenizer = self._engine.get_tokenizer()
         self.max_model_len: int | None = self._engine.model_config.max_model_len
         self.concurrency = concurrency or kept_full(self._engine.vllm_config.scheduler_config.max_num_seqs)
@@ -82,7 +75,6 @@ class EngineBackend:
         self._engine.shutdown(timeout=_END_TIMEOUT_S)
         # Its finalizer shuts it down once more, which fails once Python has begun to take modules apart.
         self._engine = None
-        self._watchdog.stop()
 
 
 def kept_full(running: int) -> int:

@@ -29,10 +29,7 @@ def room_of(maker: PromptMaker, limit: int) -> int:
 
 
 def truncated(maker: PromptMaker, document: str, limit: int, *, drop: str) -> tuple[Prompt, int]:
-    """Cut tokens out of a document until its prompt fits.
-
-    Returns:
-        The prompt, and how many tokens of the document it lacks.
+    """Cut tokens out of a document until its prompt fits; the prompt, and how many tokens of the document it lacks.
 
     Raises:
         RecordError: it cannot be made to fit.
@@ -57,9 +54,6 @@ def truncated(maker: PromptMaker, document: str, limit: int, *, drop: str) -> tu
 
 def sections(maker: PromptMaker, document: str, limit: int) -> Iterator[str]:
     """Cut a document into sections of about equal length whose prompts fit, at paragraphs or sentences if possible.
-
-    Yields:
-        The sections; together they are the document.
 
     Raises:
         RecordError: a section cannot be made to fit.

@@ -48,7 +48,7 @@ class Inputs:
         for name in given:
             if name == STDIN or os.path.isdir(name):
                 continue
-            if next(_matches(name), None) is None:
+            if next(_paths(name), None) is None:
                 raise ValueError(f"{name}: {'matches no file' if glob.has_magic(name) else 'no such file or folder'}")
             if os.path.lexists(name) and _file(name) is None:
                 raise ValueError(f"{name}: cannot tell its format; {_KNOWN}")
@@ -62,23 +62,22 @@ class Inputs:
             if name == STDIN:
                 yield InputFile(STDIN, "jsonl", None, 0)
                 continue
-            for each in _walk(name) if os.path.isdir(name) else _matches(name):
+            for each in _paths(name):
                 file = _file(each)
                 if file is not None and os.path.realpath(each) not in self._exclude:
                     yield file
 
 
-def _matches(name: str) -> Iterator[str]:
-    if os.path.lexists(name):
-        yield name
+def _paths(given: str) -> Iterator[str]:
+    """The files of a folder, but hidden ones, or the matches of a pattern, in a stable order."""
+    if os.path.isdir(given):
+        for parent, folders, files in os.walk(given):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            yield from (str(Path(parent) / name) for name in sorted(files) if not name.startswith("."))
+    elif os.path.lexists(given):
+        yield given
     else:
-        yield from (match for match in sorted(glob.iglob(name, recursive=True)) if not os.path.isdir(match))
-
-
-def _walk(folder: str) -> Iterator[str]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (str(Path(parent) / name) for name in sorted(files) if not name.startswith("."))
+        yield from (match for match in sorted(glob.iglob(given, recursive=True)) if not os.path.isdir(match))
 
 
 def _file(path: str) -> InputFile | None:

@@ -5,7 +5,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, AsyncExitStack, closing, nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import chain, count, islice
 
 from blake3 import blake3
@@ -14,12 +13,13 @@ from rich.console import Console
 from vllm_longmamba.summarize.answering import Answerer, Backend, make_answerer
 from vllm_longmamba.summarize.inputs import Inputs
 from vllm_longmamba.summarize.progress import Progress, say
-from vllm_longmamba.summarize.records import DiskFullError, JobStoppedError, Row
-from vllm_longmamba.summarize.runner import Admitted, Runner
+from vllm_longmamba.summarize.records import Admitted, DiskFullError, JobStoppedError, Row
+from vllm_longmamba.summarize.runner import Runner
 from vllm_longmamba.summarize.settings import JobSettings
 from vllm_longmamba.summarize.sources import read_records
 from vllm_longmamba.summarize.store import Store, Verdict
 from vllm_longmamba.summarize.texts import TextExtractor
+from vllm_longmamba.summarize.watchdog import Watchdog
 
 # Exit codes beside 0 (every record has a row without an error), 1 (wrong settings) and 2 (wrong arguments).
 EXIT_ERROR_ROWS = 3
@@ -33,17 +33,14 @@ Starting = Callable[[], AbstractContextManager[None]]
 
 
 def run_job(settings: JobSettings, console: Console, starting: Starting = nullcontext) -> int:
-    """Run a job.
-
-    Returns:
-        Exit code.
+    """Run a job; its exit code.
 
     Raises:
         ValueError: the settings are wrong, do not fit the output, or the engine refuses them.
     """
     progress = Progress(console)
     try:
-        code, text = asyncio.run(_run(settings, progress, console, starting))
+        code, text = asyncio.run(_run(settings, progress, starting))
     except DiskFullError as error:
         more = "Every row written so far is whole. Make room; then the same command goes on from here."
         code, text = EXIT_DISK_FULL, f"disk full: {error}. {more}"
@@ -57,7 +54,7 @@ def run_job(settings: JobSettings, console: Console, starting: Starting = nullco
     return code
 
 
-async def _run(settings: JobSettings, progress: Progress, console: Console, starting: Starting) -> tuple[int, str]:
+async def _run(settings: JobSettings, progress: Progress, starting: Starting) -> tuple[int, str]:
     """(exit code, closing words)."""
     again = {"overwrite": settings.overwrite, "retry_errors": settings.retry_errors}
     with closing(Store(settings.output, settings.answer_settings(), **again)) as store:
@@ -69,9 +66,8 @@ async def _run(settings: JobSettings, progress: Progress, console: Console, star
         # Where nothing is left to do, no engine is started for it.
         if (first := next(admitted, None)) is not None:
             async with AsyncExitStack() as stack:
-                make_runner = await _start(stack, settings, console, starting)
-                runner = make_runner(chain([first], admitted), store=store, progress=progress)
-                complete, failure = await _watched(runner, progress, console), runner.failure
+                runner = await _start(stack, settings, chain([first], admitted), store, progress, starting)
+                complete, failure = await _watched(runner, progress), runner.failure
         if not isinstance(failure, DiskFullError):
             store.export()
         if failure is not None:
@@ -114,57 +110,66 @@ def admitted_records(settings: JobSettings, inputs: Inputs, store: Store, progre
 
 
 async def start_backend(
-    stack: AsyncExitStack, settings: JobSettings, console: Console, starting: Starting
-) -> tuple[Backend, Answerer]:
-    """Start the engine, or reach the server; who answers prompts, and who knows them.
+    stack: AsyncExitStack, settings: JobSettings, console: Console, starting: Starting, *, engine: bool
+) -> tuple[Backend | None, Answerer]:
+    """Reach the server, or start an engine here if there is to be one; who answers prompts, and who knows them.
 
     Raises:
         ValueError: vLLM refuses the arguments, or the settings do not suit the model.
         JobStoppedError: the server cannot be reached.
     """
-    backend: Backend
     if settings.base_url is not None:
         from vllm_longmamba.summarize.server import ServerBackend
 
-        backend = server = ServerBackend(settings)
-        stack.push_async_callback(backend.close)
+        server = ServerBackend(settings)
+        stack.push_async_callback(server.close)
         await server.connect(console)
-    else:
-        from vllm_longmamba.summarize.engine import EngineBackend
+        answerer = make_answerer(settings, server.tokenizer, server.max_model_len)
+        server.chat = answerer.maker.chat
+        return server, answerer
+    from vllm_longmamba.summarize.engine import EngineBackend, tokenizer_and_length
 
-        say(console, f"starting the engine with {settings.model}")
+    if not engine:
         with starting():
-            backend = EngineBackend(settings.engine, settings.sampling, settings.concurrency)
-        stack.push_async_callback(backend.close)
-    answerer = make_answerer(settings, backend.tokenizer, backend.max_model_len)
-    backend.chat = answerer.maker.chat
-    return backend, answerer
+            return None, make_answerer(settings, *tokenizer_and_length(settings.engine))
+    say(console, f"starting the engine with {settings.model}")
+    with starting():
+        backend = EngineBackend(settings.engine, settings.sampling, settings.concurrency)
+    stack.push_async_callback(backend.close)
+    return backend, make_answerer(settings, backend.tokenizer, backend.max_model_len)
 
 
 async def _start(
-    stack: AsyncExitStack, settings: JobSettings, console: Console, starting: Starting
-) -> Callable[..., Runner]:
-    """Start what answers; makes the loop of records, store and progress."""
+    stack: AsyncExitStack,
+    settings: JobSettings,
+    admitted: Iterator[Admitted],
+    store: Store,
+    progress: Progress,
+    starting: Starting,
+) -> Runner:
+    """Start what answers, and the watchdog over it; the loop, ready to run."""
+    watchdog = Watchdog()
+    on_ray = settings.ray_address is not None
+    if not on_ray:
+        # On Ray it waits for the end of this process, and ends what Ray leaves of a cluster on this machine.
+        stack.callback(watchdog.stop)
     extractor = TextExtractor(settings.encoding, settings.max_bytes, settings.timeout_s)
-    if settings.ray_address is None:
-        backend, answerer = await start_backend(stack, settings, console, starting)
-        return partial(Runner, answerer=answerer, extractor=extractor, backend=backend)
-    from vllm_longmamba.summarize.engine import tokenizer_and_length
+    backend, answerer = await start_backend(stack, settings, progress.console, starting, engine=not on_ray)
+    if backend is not None:
+        return Runner(admitted, answerer, extractor, backend, store, progress)
     from vllm_longmamba.summarize.ray_data import RayRunner
 
-    with starting():
-        answerer = make_answerer(settings, *tokenizer_and_length(settings.engine))
-    say(console, f"starting {settings.replicas} engines on Ray ({settings.ray_address})")
-    return partial(RayRunner, answerer=answerer, extractor=extractor, settings=settings)
+    say(progress.console, f"starting {settings.replicas} engines on Ray ({settings.ray_address})")
+    return RayRunner(admitted, answerer, extractor, settings, store, progress)
 
 
-async def _watched(runner: Runner, progress: Progress, console: Console) -> bool:
+async def _watched(runner: Runner, progress: Progress) -> bool:
     """Run the loop; the first interrupt lets it finish what is under way, the second ends it."""
     interrupts = count(1)
 
     def interrupt() -> None:
         if next(interrupts) == 1:
-            say(console, f"finishing {runner.under_way} documents; once more drops them")
+            say(progress.console, f"finishing {runner.under_way} documents; once more drops them")
             runner.stop()
         else:
             runner.abort()

@@ -10,6 +10,8 @@ from rich.progress import Progress as Bar
 from vllm_longmamba.summarize.records import Row
 
 _LINE_INTERVAL_S = 60.0
+# Of the bytes to answer, before which nobody can tell how long they take: the first documents may be tiny.
+_ETA_SHARE = 0.01
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
@@ -23,6 +25,7 @@ class Progress:
     Attributes:
         total_bytes: size of all input files; 0 where nobody knows.
         counts: of rows, tokens, and what became of records.
+        console: where it is shown.
         errors: error rows by kind.
     """
 
@@ -30,17 +33,19 @@ class Progress:
         self.total_bytes = 0
         self.counts: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
-        self._console = console
+        self.console = console
         self._answered_bytes = self._passed_bytes = 0.0
-        self._started = self._ended = 0.0
-        self._line_due = time.monotonic() + _LINE_INTERVAL_S
+        self._started = self._line_due = time.monotonic()
+        self._ended: float | None = None
         columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False))
         self._bar = Bar(*columns, console=console, refresh_per_second=2, disable=not console.is_terminal)
+        self._task = self._bar.add_task("")
 
     def begin(self) -> None:
         """Start the clock, and show the bar."""
         self._started = time.monotonic()
-        self._bar.add_task(self.state(), total=self.total_bytes or None)
+        self._line_due = self._started + _LINE_INTERVAL_S
+        self._bar.update(self._task, total=self.total_bytes or None, description=self.state())
         self._bar.start()
 
     def end(self) -> None:
@@ -57,10 +62,10 @@ class Progress:
         self._answered_bytes += weight
         if not self._bar.disable:
             done = self._answered_bytes + self._passed_bytes
-            self._bar.update(self._bar.task_ids[0], completed=done, description=self.state())
+            self._bar.update(self._task, completed=done, description=self.state())
         elif time.monotonic() > self._line_due:
             self._line_due = time.monotonic() + _LINE_INTERVAL_S
-            say(self._console, self.state())
+            say(self.console, self.state())
 
     def skipped(self, weight: float, *, repeated: bool) -> None:
         """Count a record that has a row already, or that came again."""
@@ -69,15 +74,15 @@ class Progress:
 
     def state(self) -> str:
         """One line: how much is done, how fast, and how long it will take."""
-        seconds = self._seconds()
-        rows = self.counts["rows"]
+        seconds, rows = self._seconds(), self.counts["rows"]
         parts = [f"{rows:,} documents", f"{rows / seconds:.3g}/s", f"{self._tokens_per_second():,.0f} tokens/s"]
         if self.errors:
             parts.append(f"{self.errors.total():,} errors")
         if self.counts["done before"]:
             parts.append(f"{self.counts['done before']:,} done before")
-        if self.total_bytes and self._answered_bytes:
-            left = max(self.total_bytes - self._answered_bytes - self._passed_bytes, 0.0)
+        to_answer = self.total_bytes - self._passed_bytes
+        if self._answered_bytes > _ETA_SHARE * to_answer > 0:
+            left = max(to_answer - self._answered_bytes, 0.0)
             parts.append(f"ETA {duration(left / self._answered_bytes * seconds)}")
         return ", ".join(parts)
 
@@ -103,7 +108,7 @@ class Progress:
         return [f"{self.counts[name]:,} {what}" for name, what in names.items() if self.counts[name]]
 
     def _seconds(self) -> float:
-        return max((self._ended or time.monotonic()) - self._started, 1e-9) if self._started is not None else 1e-9
+        return max((self._ended or time.monotonic()) - self._started, 1e-9)
 
     def _tokens_per_second(self) -> float:
         return (self.counts["prompt"] + self.counts["output"]) / self._seconds()

@@ -33,9 +33,7 @@ class Prompt:
 
 
 class PromptMaker:
-    """Prompts of one job.
-
-    A base model gets the document and then the instruction; a chat model gets the same as the message of the user.
+    """Prompts of one job: the document and then the instruction, for a chat model as the message of the user.
 
     Args:
         chat: whether the model gets messages.

@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -20,12 +19,11 @@ from typing import Any
 from vllm_longmamba.summarize.answering import Answerer, Steps, advance
 from vllm_longmamba.summarize.engine import kept_full
 from vllm_longmamba.summarize.progress import Progress
-from vllm_longmamba.summarize.records import Completion, DiskFullError, JobStoppedError, RecordError
-from vllm_longmamba.summarize.runner import Admitted, Runner
+from vllm_longmamba.summarize.records import Admitted, Completion, DiskFullError, JobStoppedError, RecordError
+from vllm_longmamba.summarize.runner import Runner
 from vllm_longmamba.summarize.settings import JobSettings
 from vllm_longmamba.summarize.store import Store
 from vllm_longmamba.summarize.texts import TextExtractor
-from vllm_longmamba.summarize.watchdog import Watchdog
 
 _DEFAULT_MAX_NUM_SEQS = 256
 _BLOCK_PROMPTS = 64
@@ -38,6 +36,7 @@ _SECRETS = ("TOKEN", "KEY")
 class _Document:
     admitted: Admitted
     steps: Steps
+    # To its present prompts.
     answers: list[Completion | None] = field(default_factory=list)
 
 
@@ -55,7 +54,7 @@ class RayRunner(Runner):
     ) -> None:
         super().__init__(admitted, answerer, extractor, None, store, progress)
         self._settings = settings
-        self._documents: dict[int, _Document] = {}
+        self._waiting: dict[int, _Document] = {}
         self._prompts: list[dict[str, Any]] = []
         self._blocks: list[Any] = []
 
@@ -74,13 +73,11 @@ class RayRunner(Runner):
         """Answer the records; whether all of them have a row now."""
         import ray
 
-        # Never stopped: it waits for the end of this process, and ends what Ray leaves of a cluster on this machine.
-        Watchdog()
         try:
             with tempfile.TemporaryDirectory(prefix="longmamba-ray-") as staging:
                 environment = {"py_modules": plugin_modules(Path(staging)), "env_vars": _passed_variables()}
                 _connect(self._settings, environment)
-                await asyncio.to_thread(self._passes, asyncio.get_running_loop(), environment)
+                await self._answer_in_passes(environment)
         except (JobStoppedError, DiskFullError) as error:
             self.failure = error
         except Exception as error:
@@ -92,30 +89,30 @@ class RayRunner(Runner):
             self._progress.counts["dropped"] = self.under_way
         return self.failure is None and not self._stopped
 
-    def _passes(self, loop: asyncio.AbstractEventLoop, environment: dict[str, Any]) -> None:
-        for admitted in self._admitted:
-            if self._stopped:
-                return
-            admitted.started = time.monotonic()
+    async def _answer_in_passes(self, environment: dict[str, Any]) -> None:
+        while not self._stopped and (admitted := await asyncio.to_thread(next, self._admitted, None)):
             try:
-                text = asyncio.run_coroutine_threadsafe(self._extractor.text(admitted.record), loop).result()
+                text = await self._extractor.text(admitted.record)
             except RecordError as error:
                 self.finish(admitted, str(error))
                 continue
-            self._documents[admitted.number] = _Document(admitted, self._answerer.steps(text, admitted.row))
-            self._advance(admitted.number, None)
-        while self._prompts or self._blocks:
-            self._put_block()
-            blocks, self._blocks = self._blocks, []
-            for row in self._answered(blocks, environment):
-                if self._stopped:
-                    return
-                if row["document"] in self._documents:
-                    self._receive(row)
+            self._waiting[admitted.number] = _Document(admitted, self._answerer.steps(text, admitted.row))
+            await asyncio.to_thread(self._advance, admitted.number, None)
+        while not self._stopped and (self._prompts or self._blocks):
+            await asyncio.to_thread(self._pass, environment)
+
+    def _pass(self, environment: dict[str, Any]) -> None:
+        self._put_block()
+        blocks, self._blocks = self._blocks, []
+        for row in self._answered(blocks, environment):
+            if self._stopped:
+                return
+            if row["document"] in self._waiting:
+                self._receive(row)
 
     def _advance(self, number: int, completions: list[Completion] | None) -> None:
         """Put the next prompts of a document into the next pass, or write its row."""
-        document, error, prompts = self._documents[number], None, []
+        document, error, prompts = self._waiting[number], None, []
         try:
             prompts = advance(document.steps, completions)
         except RecordError as failure:
@@ -128,7 +125,7 @@ class RayRunner(Runner):
                 self._put_block()
         if not prompts:
             self._end(number, error)
-        self.under_way = len(self._documents)
+        self.under_way = len(self._waiting)
 
     def _receive(self, row: dict[str, Any]) -> None:
         number = row["document"]
@@ -139,7 +136,7 @@ class RayRunner(Runner):
         # The processor does not hand the reason on.
         end = self._answerer.maker.tokenizer.eos_token_id
         cut = len(tokens) >= self._settings.sampling.max_tokens and tokens[-1] != end
-        answers = self._documents[number].answers
+        answers = self._waiting[number].answers
         answers[row["prompt"]] = Completion(
             row["generated_text"], row["num_input_tokens"], len(tokens), "length" if cut else "stop"
         )
@@ -148,8 +145,8 @@ class RayRunner(Runner):
             self._advance(number, whole)
 
     def _end(self, number: int, error: str | None) -> None:
-        self.finish(self._documents.pop(number).admitted, error)
-        self.under_way = len(self._documents)
+        self.finish(self._waiting.pop(number).admitted, error)
+        self.under_way = len(self._waiting)
 
     def _put_block(self) -> None:
         import pyarrow as pa

@@ -1,6 +1,7 @@
 """What goes through a job: records of the input, completions of the model, rows of the output, and what goes wrong."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Any
 
 COLUMNS = (
@@ -21,11 +22,11 @@ class RecordError(Exception):
         super().__init__(f"{kind}: {detail}")
 
 
-class JobStoppedError(Exception):
+class JobStoppedError(ConnectionError):
     """Nothing more can be answered (no server, a dead engine): the job ends, and can be resumed."""
 
 
-class DiskFullError(Exception):
+class DiskFullError(OSError):
     """There is no room for another row. All rows so far are whole."""
 
 
@@ -77,13 +78,21 @@ class Row:
     dropped_tokens: int = 0
     steps: list[dict[str, Any]] | None = None
 
+    def count(self, completions: list[Completion]) -> None:
+        """Add the tokens of answers."""
+        self.prompt_tokens += sum(completion.prompt_tokens for completion in completions)
+        self.output_tokens += sum(completion.output_tokens for completion in completions)
+
     def to_dict(self) -> dict[str, Any]:
         """The row as it is written."""
         return {name: getattr(self, name) for name in COLUMNS}
 
 
-def printable(text: str, length: int = 500) -> str:
-    """Words of others in a message of ours: one line, of limited length, without control characters."""
-    shown = "".join(letter if letter.isprintable() else " " for letter in text[: 2 * length])
-    shown = " ".join(shown.split())
-    return shown if len(shown) <= length else shown[:length] + "..."
+@dataclass
+class Admitted:
+    """A record to answer, and its row; `number` counts them."""
+
+    record: Record
+    row: Row
+    number: int
+    started: float = field(default_factory=time.monotonic)

@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from vllm_longmamba.summarize.answering import Answerer, Backend, advance
 from vllm_longmamba.summarize.progress import Progress
 from vllm_longmamba.summarize.prompts import Prompt
-from vllm_longmamba.summarize.records import Completion, DiskFullError, JobStoppedError, Record, RecordError, Row
+from vllm_longmamba.summarize.records import Admitted, Completion, DiskFullError, JobStoppedError, RecordError
 from vllm_longmamba.summarize.store import Store
 from vllm_longmamba.summarize.texts import TextExtractor
 
@@ -25,20 +25,6 @@ _BYTES_UNDER_WAY = 128 * 2**20
 _SYNC_SECONDS = 1.0
 # The output is written anew as often, or more seldom if that takes long.
 _EXPORT_SECONDS, _EXPORT_SHARE = 10.0, 0.05
-
-
-@dataclass
-class Admitted:
-    """A record to answer; `number` counts them."""
-
-    record: Record
-    row: Row
-    number: int
-    started: float = 0.0
-    size: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.size = sys.getsizeof(self.record.content)
 
 
 class Runner:
@@ -61,32 +47,27 @@ class Runner:
         self._admitted, self._answerer, self._extractor = admitted, answerer, extractor
         self._backend: Any = backend
         self._store, self._progress = store, progress
-        self._read: asyncio.Queue[Admitted | BaseException | None] = asyncio.Queue()
-        self._room = threading.Condition()
         self._asked: asyncio.PriorityQueue[tuple[int, int, Prompt, asyncio.Future[Completion]]]
         self._asked = asyncio.PriorityQueue()
         self._order = itertools.count()
         # One thread: fast tokenizers refuse to be used by two at a time.
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
-        self._tasks: list[asyncio.Task[None]] = []
-        self._waiting = self._bytes = self._unfinished = self.under_way = 0
-        self._at_end = self._stopped = False
+        # Set when there may be room for another document, or none is wanted any more.
+        self._changed = asyncio.Event()
+        self._stopped = False
+        self._bytes = self.under_way = 0
         self.failure: JobStoppedError | DiskFullError | None = None
 
     def stop(self) -> None:
         """Take no further records; `run` ends when those under way are answered."""
-        with self._room:
-            self._stopped = True
-            self._room.notify()
-        while not self._read.empty():
-            self._read.get_nowait()
-        self._read.put_nowait(None)
+        self._stopped = True
+        self._changed.set()
+        if not self._read.done():
+            self._read.set_result(False)
 
     def abort(self) -> None:
         """Drop the records under way as well."""
-        self.stop()
-        for task in self._tasks:
-            task.cancel()
+        self._running.cancel()
 
     async def run(self) -> bool:
         """Answer the records.
@@ -94,28 +75,30 @@ class Runner:
         Returns:
             Whether all of them have a row now. If not, `failure` says why, or `stop` was called.
         """
-        # A thread that may be abandoned while it waits for standard input.
-        threading.Thread(target=self._read_records, args=(asyncio.get_running_loop(),), daemon=True).start()
-        places = self._backend.concurrency
-        self._tasks = [asyncio.create_task(self._work()) for _ in range(places + _AHEAD)]
-        others = [asyncio.create_task(self._ask()) for _ in range(places)]
-        others.append(asyncio.create_task(self._keep_current()))
+        # Its result: whether all records were read.
+        self._read: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._running = asyncio.create_task(self._answer_all())
+        helpers = [asyncio.create_task(self._ask()) for _ in range(self._backend.concurrency)]
+        helpers.append(asyncio.create_task(self._keep_current()))
         try:
-            done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
-            for error in [task.exception() for task in done if not task.cancelled()]:
-                if isinstance(error, JobStoppedError | DiskFullError):
-                    self.failure = error
-                elif error is not None:
-                    self.failure = JobStoppedError(f"{type(error).__name__}: {error}")
+            return await self._running
+        except ExceptionGroup as group:
+            error = group.exceptions[0]
+            if not isinstance(error, JobStoppedError | DiskFullError):
+                error = JobStoppedError(f"{type(error).__name__}: {error}")
+            self.failure = error
+        except asyncio.CancelledError:
+            # By `abort`.
+            pass
         finally:
-            self.abort()
-            for task in others:
+            self.stop()
+            for task in helpers:
                 task.cancel()
-            await asyncio.gather(*self._tasks, *others, return_exceptions=True)
+            await asyncio.gather(*helpers, return_exceptions=True)
             self._preparing.shutdown(wait=False, cancel_futures=True)
             self._extractor.close()
             self._progress.counts["dropped"] = self.under_way
-        return self._at_end and self._unfinished == 0
+        return False
 
     def finish(self, admitted: Admitted, error: str | None) -> None:
         """Write the row of a record."""
@@ -123,48 +106,75 @@ class Runner:
         self._store.put(admitted.row)
         self._progress.answered(admitted.row, admitted.record.weight)
 
-    async def _work(self) -> None:
-        """Answer documents, one after the other."""
-        # In functions of their own: no document stays in memory while a worker waits for the next.
-        while await self._work_on_one():
-            pass
+    async def _answer_all(self) -> bool:
+        async with asyncio.TaskGroup() as self._documents:
+            # A thread that may be abandoned while it waits for standard input.
+            threading.Thread(target=self._read_records, args=(asyncio.get_running_loop(),), daemon=True).start()
+            return await self._read
 
-    async def _work_on_one(self) -> bool:
-        admitted = await self._read.get()
-        if self._stopped or not isinstance(admitted, Admitted):
-            # For the other workers.
-            self._read.put_nowait(None)
-            if isinstance(admitted, BaseException):
-                raise admitted
-            return False
-        self.under_way += 1
-        with self._room:
-            self._waiting -= 1
-            self._room.notify()
-        await self._answer(admitted)
+    def _read_records(self, loop: asyncio.AbstractEventLoop) -> None:
+        def end(error: BaseException | None) -> None:
+            if self._read.done():
+                return
+            if error is None:
+                self._read.set_result(True)
+            else:
+                self._read.set_exception(error)
+
+        last: BaseException | None = None
+        try:
+            for admitted in self._admitted:
+                if not asyncio.run_coroutine_threadsafe(self._begin(admitted), loop).result():
+                    return
+        except BaseException as error:
+            last = error
+        # The loop may be over.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(end, last)
+
+    async def _begin(self, admitted: Admitted) -> bool:
+        """Start on a document when there is room for it; whether it was wanted."""
+        size = sys.getsizeof(admitted.record.content)
+        while not self._stopped and not self._has_room(size):
+            self._changed.clear()
+            await self._changed.wait()
+        if not self._stopped:
+            self._bytes += size
+            self.under_way += 1
+            self._documents.create_task(self._answer(admitted, size))
+        return not self._stopped
+
+    def _has_room(self, size: int) -> bool:
+        is_light = self._bytes == 0 or self._bytes + size <= _BYTES_UNDER_WAY
+        return is_light and self.under_way < self._backend.concurrency + _AHEAD
+
+    async def _answer(self, admitted: Admitted, size: int) -> None:
+        try:
+            self.finish(admitted, await self._fill(admitted))
+        except Exception:
+            # Nothing more can be answered, or written.
+            self.stop()
+            raise
+        self._bytes -= size
         self.under_way -= 1
-        with self._room:
-            self._unfinished -= 1
-            self._bytes -= admitted.size
-            self._room.notify()
-        return True
+        self._changed.set()
 
-    async def _answer(self, admitted: Admitted) -> None:
-        error, completions = None, None
-        admitted.started = time.monotonic()
-        loop = asyncio.get_running_loop()
+    async def _fill(self, admitted: Admitted) -> str | None:
+        """Fill the row of a document; why it cannot be filled."""
+        completions: list[Completion] | None = None
         try:
             steps = self._answerer.steps(await self._extractor.text(admitted.record), admitted.row)
             admitted.record = replace(admitted.record, content=b"")
+            loop = asyncio.get_running_loop()
             while prompts := await loop.run_in_executor(self._preparing, advance, steps, completions):
                 completions = await self._completions(prompts, admitted.number)
         except RecordError as failure:
-            error = str(failure)
-        except (JobStoppedError, DiskFullError):
+            return str(failure)
+        except JobStoppedError:
             raise
         except Exception as failure:
-            error = f"failed: {type(failure).__name__}: {failure}"
-        self.finish(admitted, error)
+            return f"failed: {type(failure).__name__}: {failure}"
+        return None
 
     async def _completions(self, prompts: list[Prompt], number: int) -> list[Completion]:
         """Answers in the order of the prompts. Sections of an earlier document go before those of later ones."""
@@ -172,7 +182,7 @@ class Runner:
         for prompt, future in zip(prompts, asked, strict=True):
             self._asked.put_nowait((number, next(self._order), prompt, future))
         try:
-            return list(await asyncio.gather(*asked))
+            return await asyncio.gather(*asked)
         finally:
             for future in asked:
                 future.cancel()
@@ -195,33 +205,9 @@ class Runner:
             await asyncio.sleep(_SYNC_SECONDS)
             await asyncio.to_thread(self._store.sync)
             rows, started = self._progress.counts["rows"], time.monotonic()
-            if started < due or rows == written:
-                continue
-            # What is wrong with the output is said at the end; the rows are safe.
-            with suppress(DiskFullError, ValueError, OSError):
-                await asyncio.to_thread(self._store.export)
-            written, ended = rows, time.monotonic()
-            due = ended + max(_EXPORT_SECONDS, (ended - started) / _EXPORT_SHARE)
-
-    def _read_records(self, loop: asyncio.AbstractEventLoop) -> None:
-        last: BaseException | None = None
-        try:
-            for admitted in self._admitted:
-                with self._room:
-                    while not self._stopped and not self._has_room(admitted.size):
-                        self._room.wait()
-                    if self._stopped:
-                        return
-                    self._waiting += 1
-                    self._unfinished += 1
-                    self._bytes += admitted.size
-                loop.call_soon_threadsafe(self._read.put_nowait, admitted)
-            self._at_end = True
-        except BaseException as error:
-            last = error
-        # The loop may be over.
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(self._read.put_nowait, last)
-
-    def _has_room(self, size: int) -> bool:
-        return self._waiting < _AHEAD and (self._bytes == 0 or self._bytes + size <= _BYTES_UNDER_WAY)
+            if started >= due and rows != written:
+                # What is wrong with the output is said at the end; the rows are safe.
+                with suppress(ValueError, OSError):
+                    await asyncio.to_thread(self._store.export)
+                written, ended = rows, time.monotonic()
+                due = ended + max(_EXPORT_SECONDS, (ended - started) / _EXPORT_SHARE)

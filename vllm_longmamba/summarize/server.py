@@ -1,25 +1,25 @@
-"""An OpenAI-compatible server as the backend: what it says is checked once, here; retries, and patience."""
+"""An OpenAI-compatible server as the backend: retries, and patience."""
 
 import asyncio
-import base64
-import email.utils
 import json
 import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 import tenacity
-from pydantic import AliasChoices, AliasPath, BaseModel, BeforeValidator, Field, ValidationError, WrapValidator
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from yarl import URL
 
 from vllm_longmamba.summarize.progress import say
 from vllm_longmamba.summarize.prompts import Prompt
-from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError, printable
+from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError
+from vllm_longmamba.summarize.served import Answer, Models, ServedModel, Usage, printable, retry_after
 from vllm_longmamba.summarize.settings import JobSettings
 
 _CONCURRENCY = 64
@@ -37,65 +37,30 @@ _BASE_BYTES, _BYTES_A_TOKEN = 2**20, 64
 _PROBE = Prompt("Hello", "Hello", None)
 
 
-def _or_none(said: Any, validate: Callable[[Any], Any]) -> Any:
-    try:
-        return validate(said)
-    except ValidationError:
-        return None
-
-
-def _writable(said: Any) -> Any:
-    return said.encode("utf-8", "replace").decode() if isinstance(said, str) else said
-
-
-# Numbers that fit a column, and text without half surrogate pairs, which cannot be written.
-_Count = Annotated[int, Field(ge=0, lt=2**48)]
-_Text = Annotated[str, BeforeValidator(_writable)]
-
-
-class ServedModel(BaseModel, strict=True):
-    """What a server says of a model: its name there, its folder or name elsewhere, and its length."""
-
-    id: str
-    root: Annotated[str | None, WrapValidator(_or_none)] = None
-    max_model_len: Annotated[_Count | None, WrapValidator(_or_none)] = None
-
-
-class _Models(BaseModel, strict=True):
-    data: list[Annotated[ServedModel | None, WrapValidator(_or_none)]]
-
-
-class _Choice(BaseModel, strict=True):
-    text: _Text = Field(validation_alias=AliasChoices("text", AliasPath("message", "content")))
-    # A server that is being stopped may answer with what it has so far, for another reason.
-    finish_reason: Literal["stop", "length", "content_filter", "tool_calls"]
-
-
-class _Usage(BaseModel, strict=True):
-    prompt_tokens: _Count
-    completion_tokens: _Count
-
-
-class _Answer(BaseModel, strict=True):
-    choices: Annotated[list[_Choice], Field(min_length=1)]
-    usage: _Usage | None = None
-
-
 Said = TypeVar("Said", bound=BaseModel)
 
 
+@dataclass
 class _NoAnswerError(Exception):
-    """A request without an answer; `again`: another try may help; `away`: the server failed, and not the request.
+    """A request without an answer.
 
-    `pause` is what the server asks for until the next try, and `since` when the first of several was.
+    Attributes:
+        kind, detail: as of `RecordError`.
+        away: whether the server failed, and not the request.
+        again: whether another try may help.
+        pause: seconds that the server asks for until the next try.
+        since: when the first of several tries failed.
     """
 
-    def __init__(
-        self, kind: str, detail: str, *, again: bool = False, away: bool = False, pause: float | None = None
-    ) -> None:
-        super().__init__(detail)
-        self.kind, self.again, self.away, self.pause = kind, again or away, away, pause
-        self.since: float | None = None
+    kind: str
+    detail: str
+    away: bool = False
+    again: bool = False
+    pause: float | None = None
+    since: float | None = None
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 class ServerBackend:
@@ -115,17 +80,17 @@ class ServerBackend:
         self.tokenizer: Any = None
         self.max_model_len: int | None = None
         self.concurrency = settings.concurrency or _CONCURRENCY
+        # Whether prompts go as messages.
         self.chat = False
         # As it is shown: without a password.
         self._address = str(url.with_user(None).with_query(None).with_fragment(None))
-        self._url, self._settings, self._model = url.with_user(None), settings, settings.model
-        self._secrets = [secret for secret in (settings.api_key, url.password) if secret]
+        self._url, self._settings, self._model = url, settings, settings.model
+        self._secrets = [secret for secret in (settings.api_key, url.password, url.raw_password) if secret]
         self._last_answer = -math.inf
-        authorization = f"Bearer {settings.api_key or 'none'}"
-        if url.user:
-            authorization = f"Basic {base64.b64encode(f'{url.user}:{url.password or str()}'.encode()).decode()}"
+        # The name and password in an address become a header of their own.
+        authorization = {} if url.user else {"Authorization": f"Bearer {settings.api_key or 'none'}"}
         self._session = aiohttp.ClientSession(
-            headers={"Authorization": authorization, "Accept-Encoding": "identity"},
+            headers=authorization | {"Accept-Encoding": "identity"},
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(settings.timeout_s, sock_connect=_CONNECT_TIMEOUT_S),
             trust_env=True,
@@ -140,18 +105,17 @@ class ServerBackend:
         """
         wanted = self._settings.model
         try:
-            said = await self._patiently(self._ask, "GET", "models", None, _Models)
+            said = await self._patiently(self._ask, "GET", "models", None, Models)
         except _NoAnswerError as error:
             hint = "" if self._address.rstrip("/").endswith("/v1") else " (the address of an API mostly ends with /v1)"
             raise JobStoppedError(f"{self._address} gives no list of models{hint}: {error}") from None
         models = [model for model in said.data if model is not None]
-        found = next((model for model in models if wanted in (None, model.id)), None)
-        if found is None and models:
+        if not models and wanted is None:
+            raise JobStoppedError(f"{self._address} serves no model")
+        found = next((model for model in models if wanted in (None, model.id)), ServedModel(id=str(wanted)))
+        if models and found not in models:
             names = ", ".join(printable(model.id, 100) for model in models[:20])
             raise JobStoppedError(f"{self._address} has no model {wanted!r}, but {names}; see --model")
-        if found is None and wanted is None:
-            raise JobStoppedError(f"{self._address} serves no model")
-        found = found or ServedModel(id=str(wanted))
         self._model, self.max_model_len = found.id, found.max_model_len
         root = found.root or found.id
         self.tokenizer = await asyncio.to_thread(_tokenizer, self._settings.tokenizer, root)
@@ -165,11 +129,11 @@ class ServerBackend:
         try:
             answer = await self._patiently(self._request, prompt, self._settings.sampling.max_tokens)
         except _NoAnswerError as error:
-            if await self._answers_others(error.since or started):
+            if self._last_answer > (error.since or started) or await self._answers():
                 raise RecordError(error.kind, str(error)) from None
             raise JobStoppedError(f"{self._address} answers nothing any more: {error}") from None
         self._last_answer = time.monotonic()
-        usage = answer.usage or _Usage(prompt_tokens=prompt.tokens, completion_tokens=0)
+        usage = answer.usage or Usage(prompt_tokens=prompt.tokens, completion_tokens=0)
         choice = answer.choices[0]
         return Completion(choice.text, usage.prompt_tokens, usage.completion_tokens, choice.finish_reason)
 
@@ -177,21 +141,19 @@ class ServerBackend:
         """Close the connections."""
         await self._session.close()
 
-    async def _answers_others(self, since: float) -> bool:
-        """Whether the server has answered another prompt since, or answers a short one now."""
-        if self._last_answer > since:
-            return True
+    async def _answers(self) -> bool:
+        """Whether the server answers a short prompt now."""
         try:
             await self._request(_PROBE, 1)
         except (RecordError, _NoAnswerError):
             return False
         return True
 
-    async def _request(self, prompt: Prompt, max_tokens: int) -> _Answer:
+    async def _request(self, prompt: Prompt, max_tokens: int) -> Answer:
         body = {"model": self._model, **self._settings.sampling.parameters(), "max_tokens": max_tokens}
         body |= {"messages": [{"role": "user", "content": prompt.content}]} if self.chat else {"prompt": prompt.text}
         path = "chat/completions" if self.chat else "completions"
-        return await self._ask("POST", path, body, _Answer, _BASE_BYTES + _BYTES_A_TOKEN * max_tokens)
+        return await self._ask("POST", path, body, Answer, _BASE_BYTES + _BYTES_A_TOKEN * max_tokens)
 
     async def _ask(self, method: str, path: str, body: Any, kind: type[Said], limit: int = _BASE_BYTES) -> Said:
         """One request, and what comes back."""
@@ -204,7 +166,7 @@ class ServerBackend:
             if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
                 detail = f"no whole answer in {self._settings.timeout_s:g} s (--timeout)"
                 raise _NoAnswerError("timeout", detail) from None
-            raise _NoAnswerError("server error", self._clean(str(error) or type(error).__name__), away=True) from None
+            raise _NoAnswerError("server error", self._clean(str(error) or type(error).__name__), True, True) from None
         if len(said) > limit:
             raise _NoAnswerError("bad answer", f"more than {limit:,} bytes")
         try:
@@ -228,8 +190,8 @@ class ServerBackend:
             return _NoAnswerError("refused", detail)
         if status not in _AWAY and status < 500:
             return RecordError("refused", detail)
-        pause = _retry_after(response.headers.get("Retry-After", ""))
-        return _NoAnswerError("server error", detail, again=True, away=status in _AWAY, pause=pause)
+        pause = retry_after(response.headers.get("Retry-After", ""))
+        return _NoAnswerError("server error", detail, status in _AWAY, again=True, pause=pause)
 
     def _clean(self, text: str) -> str:
         for secret in self._secrets:
@@ -240,17 +202,14 @@ class ServerBackend:
         """Call until it succeeds, or it is enough: of failures, or of the time that the server may be away."""
         since, failures = 0.0, 0
 
-        def failure(state: tenacity.RetryCallState) -> Any:
-            return state.outcome and state.outcome.exception()
-
         def pause(state: tenacity.RetryCallState) -> float:
-            asked: float | None = failure(state).pause
+            asked: float | None = _error_of(state).pause
             return _PAUSE(state) if asked is None else asked
 
         def is_enough(state: tenacity.RetryCallState) -> bool:
             nonlocal since, failures
             since = since or time.monotonic()
-            if failure(state).away:
+            if _error_of(state).away:
                 return time.monotonic() + state.upcoming_sleep - since > self._settings.retry_for_s
             failures += 1
             return failures >= _MAX_FAILURES
@@ -260,33 +219,24 @@ class ServerBackend:
         try:
             return await patient(request, *given)
         except _NoAnswerError as error:
-            detail = str(error)
             if error.away:
-                detail, error.since = f"{error}, for {time.monotonic() - since:.0f} s (--retry-for)", since
+                error.detail += f", for {time.monotonic() - since:.0f} s (--retry-for)"
+                error.since = since
             elif error.again:
-                detail = f"{failures} times {error}"
-            error.args = (detail,)
+                error.detail = f"{failures} times {error}"
             raise
+
+
+def _error_of(state: tenacity.RetryCallState) -> Any:
+    return state.outcome and state.outcome.exception()
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
     """The first bytes of a body."""
-    content = bytearray()
-    async for part in response.content.iter_any():
-        content += part
-        if len(content) >= limit:
-            response.close()
-            break
-    return bytes(content[:limit])
-
-
-def _retry_after(value: str) -> float | None:
-    """Seconds that the header Retry-After asks for, which is a number of seconds or a date."""
-    with suppress(ValueError, TypeError, OverflowError):
-        if value.isdecimal():
-            return float(value)
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    return None
+    try:
+        return await response.content.readexactly(limit)
+    except asyncio.IncompleteReadError as whole:
+        return whole.partial
 
 
 def _tokenizer(given: str | None, served: str) -> Any:

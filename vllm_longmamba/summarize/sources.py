@@ -89,21 +89,15 @@ def _read_parquet(file: InputFile, settings: JobSettings) -> Iterator[Record]:
 def _value(column: Any, index: int, settings: JobSettings) -> Any:
     """A value of a parquet column; a `RecordError` in its place if Python cannot hold it, or it is too large."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    if pa.types.is_dictionary(column.type):
-        number = column.indices[index].as_py()
-        if number is None:
-            return None
-        column, index = column.dictionary, number
-    # Unlike `column[index]`, a slice does not copy.
-    cell = column.slice(index, 1)
     try:
-        if cell.null_count or not (pa.types.is_string(cell.type) or pa.types.is_large_string(cell.type)):
-            return cell[0].as_py()
-        if pc.binary_length(cell)[0].as_py() > settings.max_bytes:
+        cell = column[index]
+        if isinstance(cell, pa.DictionaryScalar):
+            cell = cell.value
+        content = cell.as_buffer() if isinstance(cell, pa.StringScalar | pa.LargeStringScalar) else None
+        if content is not None and len(content) > settings.max_bytes:
             return _too_large(settings)
-        return str(cell[0].as_buffer(), "utf-8")
+        return cell.as_py()
     except (pa.ArrowException, ValueError, OverflowError) as error:
         return RecordError("bad row", _reason(error))
 

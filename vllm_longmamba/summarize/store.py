@@ -7,7 +7,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -75,19 +75,18 @@ class Store:
             raise ValueError(f"--output {output}: must end with {', '.join(WRITERS)}")
         self.output = output
         self.path = output.with_name(output.name + ".db")
-        self._lock: int | None = None
         self._exporting = threading.Lock()
-        self._rows = sqlite3.connect("", isolation_level=None)
-        try:
-            with _disk(self.path):
-                if settings is not None:
-                    self._open(settings, overwrite, retry_errors)
-                elif overwrite or not self.path.exists() or not self._begun("ro"):
-                    self._rows.executescript(_SCHEMA)
-                self._rows.executescript(_MET)
-        except BaseException:
-            self.close()
-            raise
+        with ExitStack() as stack, _disk(self.path):
+            if settings is not None:
+                self._rows = self._open(stack, settings, overwrite, retry_errors)
+            elif self.path.exists() and self.path.stat().st_size and not overwrite:
+                self._rows = self._connect(stack, "ro")
+            else:
+                self._rows = stack.enter_context(closing(sqlite3.connect("", isolation_level=None)))
+            if not self._is_begun():
+                self._rows.executescript(_SCHEMA)
+            self._rows.executescript(_MET)
+            self._resources = stack.pop_all()
 
     def files(self) -> list[Path]:
         """Every file that is never an input; temporary ones are hidden."""
@@ -138,7 +137,8 @@ class Store:
         """
         temporary = self.output.with_name(f".{self.output.name}.longmamba.tmp")
         # Another thread may write rows meanwhile.
-        with self._exporting, _disk(self.output), closing(self._connect("rw")) as connection:
+        with self._exporting, _disk(self.output), ExitStack() as stack:
+            connection = self._connect(stack, "rw")
             self._check_output(connection)
             # Of a job that was killed.
             temporary.unlink(missing_ok=True)
@@ -153,29 +153,29 @@ class Store:
 
     def close(self) -> None:
         """Give everything free."""
-        self._rows.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._resources.close()
 
-    def _open(self, settings: dict[str, Any], overwrite: bool, retry_errors: bool) -> None:
+    def _open(
+        self, stack: ExitStack, settings: dict[str, Any], overwrite: bool, retry_errors: bool
+    ) -> sqlite3.Connection:
         if not self.path.exists():
             self._refuse_foreign()
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = stack.enter_context(self.path.open("ab"))
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
                 f"{self.output} is being written by another job; wait for it, or choose another output"
             ) from None
-        if not self._begun("rw"):
+        self._rows = rows = self._connect(stack, "rw")
+        if not self._is_begun():
             self._refuse_foreign()
-            self._rows.executescript(_SCHEMA)
-        self._check_output(self._rows)
-        self._rows.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
+            rows.executescript(_SCHEMA)
+        self._check_output(rows)
+        rows.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
         if not overwrite and self.count(failed=False):
-            before = _get(self._rows, "settings", {})
+            before = _get(rows, "settings", {})
             changed = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
             if changed:
                 told = [f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in sorted(changed)]
@@ -184,16 +184,17 @@ class Store:
                     "was begun with, choose another output, or begin anew with --overwrite"
                 )
         if overwrite or retry_errors:
-            self._rows.execute(f"DELETE FROM rows {'' if overwrite else 'WHERE failed'}")
-        _set(self._rows, "settings", settings)
+            rows.execute(f"DELETE FROM rows {'' if overwrite else 'WHERE failed'}")
+        _set(rows, "settings", settings)
+        return rows
 
-    def _connect(self, mode: str) -> sqlite3.Connection:
+    def _connect(self, stack: ExitStack, mode: str) -> sqlite3.Connection:
         address = f"{self.path.absolute().as_uri()}?mode={mode}"
-        return sqlite3.connect(address, uri=True, check_same_thread=False, isolation_level=None)
+        connection = sqlite3.connect(address, uri=True, check_same_thread=False, isolation_level=None)
+        return stack.enter_context(closing(connection))
 
-    def _begun(self, mode: str) -> bool:
-        """Open the store; whether a job has been here before."""
-        self._rows = self._connect(mode)
+    def _is_begun(self) -> bool:
+        """Whether a job has been here before."""
         try:
             (application,) = self._rows.execute("PRAGMA application_id").fetchone()
             (tables,) = self._rows.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -209,13 +210,6 @@ class Store:
 
     def _refuse_foreign(self) -> None:
         """Refuse an output without a store."""
-        old = self.output.with_name(self.output.name + ".job.json")
-        if old.exists():
-            raise ValueError(
-                f"{self.output} was begun by an earlier version, whose rows this one cannot go on from ({old.name} is "
-                f"beside it); choose another output, or move {self.output.name}, {old.name} and "
-                f"{self.output.name}.partial.jsonl away to begin anew"
-            )
         if os.path.lexists(self.output):
             raise ValueError(
                 f"{self.output} was not written by a job of `longmamba summarize` ({self.path.name} is not beside it); "

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +70,7 @@ class TextExtractor:
 
         if self._pool is None:
             spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPool(_PROCESSES, initializer=_live_with_parent, context=spawn)
+            self._pool = ProcessPool(_PROCESSES, initializer=_ignore_interrupts, context=spawn)
         try:
             parse = {"html": html_text, "pdf": pdf_text}[kind]
             task = self._pool.schedule(_parse, (parse, content, self._max_bytes), timeout=self._seconds)
@@ -122,15 +121,6 @@ def pdf_text(content: bytes) -> str:
     return "\n\n".join(page.extract_text() for page in reader.pages)
 
 
-def _live_with_parent() -> None:
-    """Initializer of a parser process: a killed parent cannot tell its pool to end."""
+def _ignore_interrupts() -> None:
     # Ctrl-C lets running documents finish; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()

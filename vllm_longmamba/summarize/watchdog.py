@@ -35,7 +35,11 @@ class Watchdog:
 
 def watch(job: int) -> None:
     """Wait for the end of a process, however it comes, and end what descends from it."""
-    parent = psutil.Process(job)
+    try:
+        parent = psutil.Process(job)
+    except psutil.NoSuchProcess:
+        # Killed before it has started anything.
+        return
     family: set[psutil.Process] = set()
     while os.getppid() == job:
         family = grown(family | {parent}) - {parent}

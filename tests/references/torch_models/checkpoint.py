@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_longmamba.checkpoint.original_config import is_original_format, translate_original_config
-from vllm_longmamba.checkpoint.table_lookup import safetensors_weights
+from vllm_longmamba.checkpoint.table_lookup import is_threshold_table
 
 FAMILIES = ("mamba", "mamba2", "falcon_mamba")
 
@@ -70,7 +70,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     Raises:
         ValueError: there are none.
     """
-    files = tuple(safetensors_weights(folder) or sorted(folder.glob("*.bin")))
+    safetensors = [file for file in sorted(folder.glob("*.safetensors")) if not is_threshold_table(file)]
+    files = tuple(safetensors or sorted(folder.glob("*.bin")))
     if not files:
         raise ValueError(f"{folder}: there are no weights (*.safetensors or *.bin); name the folder of a checkpoint")
     return files

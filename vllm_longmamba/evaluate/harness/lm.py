@@ -1,15 +1,15 @@
 """A model as lm-eval knows one, answered from the store or by vLLM's engine (imports lm-eval)."""
 
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from blake3 import blake3
 from lm_eval import evaluate
 from lm_eval.api.model import LM
 
+from vllm_longmamba.compatibility import errors_only
 from vllm_longmamba.evaluate.harness.tasks import Cell
 from vllm_longmamba.evaluate.runner import Contestant, Runner
 from vllm_longmamba.evaluate.store import Store, settings_key
@@ -85,7 +85,8 @@ def run_cells(
     """
     results: dict[str, list[Scored]] = {method: [] for method in contestants}
     for method, contestant in contestants.items():
-        with ExitStack() as engine, _quiet():
+        # lm-eval warns of RULER's constant metric "4096", and of LongBench's temperature without sampling.
+        with ExitStack() as engine, errors_only("lm_eval"):
             lm = StoredLM(method, contestant, store, begin, engine)
             for length in dict.fromkeys(cell.length for cell in cells):
                 own = {cell.loaded.task_name: cell for cell in cells if cell.length == length}
@@ -105,15 +106,3 @@ def _result(cell: Cell, sample: Mapping[str, Any]) -> dict[str, Any]:
 def _ends(settings: Mapping[str, Any]) -> Sequence[str]:
     until = settings.get("until") or []
     return [until] if isinstance(until, str) else until
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without lm-eval's warnings, of RULER's constant metric "4096" and of LongBench's temperature without sampling."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
