@@ -131,12 +131,7 @@ def test_texts_are_told_apart_by_their_digits(tmp_path: Path) -> None:
     assert [book.name for book in documents] == ["one-0", "one-1", "two-0"]
     assert digits("a1b2") == 500
 
-    class Characters:
-        @staticmethod
-        def encode(text: str) -> list[int]:
-            return [ord(character) for character in text]
-
-    texts = Texts(documents, SETTINGS["texts"], Characters())  # type: ignore[arg-type]
+    texts = Texts(documents, SETTINGS["texts"], lambda texts: [[ord(one) for one in text] for text in texts])
     assert [book.name for book in texts.documents("novels")] == ["one-0"]
     assert [book.name for book in texts.documents("numbers")] == ["one-1", "two-0"]
     assert "".join(map(chr, texts.haystack("numbers", 5))).count("1066") == 9

@@ -121,9 +121,16 @@ class Engine:
         started = time.monotonic()
         self._llm = LLM(additional_config=config, **arguments)
         self.seconds = time.monotonic() - started
-        self._encoder = Encoder(self._llm.get_tokenizer())
+        tokenizer = self._llm.get_tokenizer()
+        self._encoder = Encoder(tokenizer)
         self._runner = EngineRunner(self._llm, self._encoder)
-        self._texts = [Texts(read_documents(path), settings["texts"], self._encoder) for path in texts]
+
+        def encode(texts: list[str]) -> list[list[int]]:
+            # All at once, on all cores.
+            encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            return encoded
+
+        self._texts = [Texts(read_documents(path), settings["texts"], encode) for path in texts]
         self._setting: Setting | None = None
 
     def describe(self) -> dict[str, Any]:

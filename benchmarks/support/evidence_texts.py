@@ -1,11 +1,12 @@
 """The texts that numbers are hidden in and that are scored: documents, told apart by how many digits they have."""
 
 import lzma
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_longmamba.evaluate.texts import Book, Encoder
+from vllm_longmamba.evaluate.texts import Book
 
 SEPARATOR = "<|doc|>\n"
 
@@ -28,30 +29,32 @@ def digits(text: str) -> float:
 
 
 class Texts:
-    """Texts as one tokenizer sees them; each is encoded when it is first asked for.
+    """Texts as one tokenizer sees them; all documents are encoded when the first is asked for.
 
     Args:
         documents: to choose from.
         kinds: name -> {"digits": [least, most]} in 1,000 characters, or {"repeat": a text}.
-        encoder: of the model.
+        encode: from texts to the tokens of each.
     """
 
-    def __init__(self, documents: list[Book], kinds: Mapping[str, Any], encoder: Encoder) -> None:
-        self._documents, self._kinds, self._encoder = documents, kinds, encoder
-        self._haystacks: dict[str, list[int]] = {}
-        self._encoded: dict[str, list[int]] | None = None
+    def __init__(
+        self, documents: list[Book], kinds: Mapping[str, Any], encode: Callable[[list[str]], list[list[int]]]
+    ) -> None:
+        self._documents, self._kinds, self._encode = documents, kinds, encode
+
+    @cached_property
+    def _tokens(self) -> dict[str, list[int]]:
+        encoded = self._encode([book.text for book in self._documents])
+        return {book.name: tokens for book, tokens in zip(self._documents, encoded, strict=True)}
 
     def haystack(self, kind: str, length: int) -> list[int]:
         """Tokens of a kind of text, at least `length` of them where the kind can be repeated."""
         rule = self._kinds[kind]
         if "repeat" in rule:
-            once = self._encoder.encode(rule["repeat"])
+            [once] = self._encode([rule["repeat"]])
             # So many that a prompt can begin anywhere in a sentence.
             return once * (length // len(once) + 2)
-        if kind not in self._haystacks:
-            chosen = [book.text for book in self.documents(kind)]
-            self._haystacks[kind] = self._encoder.encode("\n\n".join(chosen))
-        return self._haystacks[kind]
+        return [token for book in self.documents(kind) for token in self._tokens[book.name]]
 
     def documents(self, kind: str) -> list[Book]:
         """The documents of a kind."""
@@ -60,9 +63,7 @@ class Texts:
 
     def books(self, shortest: int) -> dict[str, list[int]]:
         """Tokens of each document of at least so many tokens."""
-        if self._encoded is None:
-            self._encoded = {book.name: self._encoder.encode(book.text) for book in self._documents}
-        return {name: tokens for name, tokens in self._encoded.items() if len(tokens) >= shortest}
+        return {name: tokens for name, tokens in self._tokens.items() if len(tokens) >= shortest}
 
 
 def ruler_file(folder: Path, task: str, length: int) -> Path:
