@@ -35,6 +35,8 @@ ROOT = Path(__file__).resolve().parent
 GRACE_SECONDS = 10
 FIRST_RATE = 200_000
 MOST_FAILURES = 3
+# Many engines that start at once share the cores.
+FEW_THREADS = {"OMP_NUM_THREADS": "4", "TORCHINDUCTOR_COMPILE_THREADS": "4", "RAYON_NUM_THREADS": "8"}
 CLOSED_LOOP = "closed loop"
 
 # What an engine serves: a model's folder, and DeciMamba's settings or "".
@@ -202,7 +204,7 @@ def drive(options: argparse.Namespace) -> None:
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         # Several engines that compile the same model at the same time each do it in a folder of their own.
         cache = str(options.output / "cache" / f"worker-{number}")
-        environment = os.environ | {"PYTHONPATH": paths, "VLLM_CACHE_ROOT": cache}
+        environment = FEW_THREADS | os.environ | {"PYTHONPATH": paths, "VLLM_CACHE_ROOT": cache}
         if gpu is not None:
             environment |= {"CUDA_VISIBLE_DEVICES": str(gpu)}
         with (options.output / "logs" / f"worker-{number}.txt").open("wb") as log:
