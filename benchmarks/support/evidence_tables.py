@@ -146,20 +146,20 @@ def _options(evidence: Evidence) -> str:
                 for length in OPTIONS:
                     share = evidence.share(model, method, "passkey", kind, length)
                     cells.append(_number(share[0] if share else None, 2))
-            cells += [_loss_and_windows(evidence, model, method, length) for length in OPTIONS]
+            cells += [_loss_gained(evidence, model, method, length) for length in OPTIONS]
             if any(cells):
                 rows.append([model, f"{_bold(method)}{_setting(evidence, model, method)}", *cells])
     names = [f"{kind}, {short(length)}" for kind in ("novels", "numbers") for length in OPTIONS]
     return markdown(["model", "method", *names, *(f"text, {short(length)}" for length in OPTIONS)], rows)
 
 
-def _loss_and_windows(evidence: Evidence, model: str, method: str, length: int) -> str:
-    """A loss, and how many windows it is of: only those of as many can be compared."""
+def _loss_gained(evidence: Evidence, model: str, method: str, length: int) -> str:
+    """Loss less that at the training length, where nothing is filtered, and the number of windows."""
     record = evidence.cells.get((model, method, "text", "", length))
-    if record is None:
+    loss, at_first = evidence.loss(model, method, length), evidence.loss(model, method, LENGTHS[0])
+    if record is None or loss is None or at_first is None:
         return ""
-    windows = sum(book["windows"] for book in record["books"].values())
-    return f"{_number(evidence.loss(model, method, length), 3)} ({windows:g})"
+    return f"{loss - at_first:+.3f} ({sum(book['windows'] for book in record['books'].values()):g})"
 
 
 def _setting(evidence: Evidence, model: str, method: str) -> str:
