@@ -118,6 +118,7 @@ def _generated(results: Path) -> str:
 
 def _prefill(results: Path) -> str:
     columns = {
+        "4096": "4k",
         "8192": "8k",
         "16384": "16k",
         "32768": "32k",

@@ -137,13 +137,15 @@ def conv() -> None:
         )
         floor = 4 * tokens * channels / 4.3e6
         print(f"conv {tokens} x {channels}: stock {stock:.1f}, bytes {floor:.1f}")
-        for block, wide, warps in (
-            (8, 256, 4), (16, 128, 4), (16, 256, 4), (16, 256, 8), (32, 64, 2), (32, 128, 4), (32, 128, 8),
-            (32, 256, 4), (32, 256, 8), (64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4),
+        for part, wide, group, warps in (
+            (16, 128, 4, 1), (16, 128, 8, 1), (16, 128, 16, 1), (16, 256, 8, 2), (32, 128, 4, 1), (32, 128, 8, 1),
+            (32, 256, 8, 1), (32, 512, 4, 2), (64, 128, 4, 1), (64, 256, 4, 1), (128, 128, 4, 1),
         ):  # fmt: skip
-            sizes = {"BLOCK_TOKENS": block, "BLOCK_CHANNELS": wide, "NUM_WARPS": warps}
+            sizes = {"PART": part, "LARGEST_BLOCK": wide, "GROUP": group, "NUM_WARPS": warps}
             run = lambda: causal_conv1d(x, weight, bias, state, starts, slots, initial)  # noqa: E731
-            print(f"  {block} x {wide}, {warps} warps: {with_constants(causal_conv1d_triton, run, **sizes):.1f}")
+            print(
+                f"  {part} x {wide} by {group}, {warps} warps: {with_constants(causal_conv1d_triton, run, **sizes):.1f}"
+            )
 
 
 if __name__ == "__main__":
