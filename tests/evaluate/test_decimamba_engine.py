@@ -41,7 +41,7 @@ def sides(request: pytest.FixtureRequest) -> Iterator[Sides]:
     folder, settings = EXAMPLES / request.param, SETTINGS[request.param]
     arguments = {"model": str(folder), "dtype": "float32", "max_model_len": LENGTHS[-1] + ANSWER_TOKENS, **EAGER}
     contestant = DeciMambaContestant({**arguments, "additional_config": {"decimamba": settings}})
-    assert contestant.description["decimamba"] == DeciMamba(**settings).to_dict()
+    assert contestant.description["decimamba"] == DeciMamba(**settings).to_dict() | {"cut_prompts": False}
     haystack = contestant.encoder.encode((EXAMPLES / "texts" / "haystack.txt").read_text())
     with contestant.start() as runner:
         yield Sides(runner, TorchModel(folder, DeciMamba(**settings)), contestant.encoder, haystack)
