@@ -39,6 +39,7 @@ for family in mamba1 mamba2 falcon_mamba; do
 done
 wanted decimamba_preemption && tests decimamba_preemption engine/test_decimamba.py -k preempted
 wanted tensor_parallel_decimamba && tests tensor_parallel_decimamba engine/test_decimamba.py -k tensor_parallel
+wanted decimamba_evaluate && tests decimamba_evaluate evaluate/test_decimamba_engine.py
 wanted calibrate && tests calibrate engine/test_calibrate.py
 wanted calibrate_at_start && tests calibrate_at_start engine/test_calibrate_at_start.py
 wanted evaluate && tests evaluate evaluate/test_eval_engine.py
