@@ -34,11 +34,10 @@ def main() -> None:
 
 def _compare(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     from support.logprobs import difference, engine_logprobs, random_prompts, torch_logprobs
+    from torch_models import LongMamba, TorchModel
 
-    from vllm_longmamba.evaluate.reference_models import reference_module
     from vllm_longmamba.options import LongMambaOptions
 
-    reference = reference_module()
     prompts = random_prompts(folder, options.prompts, options.shortest, options.longest, options.seed)
     given: dict[str, Any] = {"table": options.table} if options.table else {}
     # First, while this process has not touched a GPU; a table that the engine makes is then there for the reference.
@@ -46,10 +45,10 @@ def _compare(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, f
         "plain": engine_logprobs(folder, {"filter": False}, prompts, options.scored),
         "longmamba": engine_logprobs(folder, given, prompts, options.scored),
     }
-    plain = reference.TorchModel(folder)
+    plain = TorchModel(folder)
     models = {
         "plain": plain,
-        "longmamba": plain.with_method(reference.LongMamba.for_folder(folder, LongMambaOptions(**given))),
+        "longmamba": plain.with_method(LongMamba.for_folder(folder, LongMambaOptions(**given))),
     }
     return {
         method: difference(engine[method], torch_logprobs(model, prompts, options.scored))

@@ -3,20 +3,19 @@
     python benchmarks/join_reports.py out/passkey=paper "out/passkey-closed-loop=closed loop" \
         -o benchmarks/results/reference-mamba1-4m/passkey
     python benchmarks/join_reports.py benchmarks/results/reference-mamba1-4m/passkey --beside out/decimamba/passkey \
-        --leave-out torch-plain -o benchmarks/results/reference-mamba1-4m/passkey
+        -o benchmarks/results/reference-mamba1-4m/passkey
 
 Each FOLDER=NAME holds the report.json of `longmamba eval passkey|needles|perplexity --method plain,longmamba`; NAME is
 what tells its LongMamba from the others'. Settings, weights and the figures of the plain model must be the same in all.
-A single FOLDER without a name is a report that was joined before. --beside adds all methods of a report of the same
-questions, weights and hardware, such as `--method torch-plain,decimamba`, under their own names, but for those to
---leave-out; of perplexities, the one that the others are compared with must have the plain model's losses, and is left
-out. A report may have fewer lengths than the others.
+A single FOLDER without a name is a report that was joined before. --beside adds the methods of a report of the same
+questions, weights and hardware, such as `--method plain,decimamba`, under their own names; its plain model must be that
+of the others. It may have fewer lengths.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +57,13 @@ def join(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     return joined
 
 
-def put_beside(
-    joined: Mapping[str, Any], place: str, report: Mapping[str, Any], leave_out: Collection[str] = ()
-) -> dict[str, Any]:
+def put_beside(joined: Mapping[str, Any], place: str, report: Mapping[str, Any]) -> dict[str, Any]:
     """A joined report with the methods of another one.
 
     Args:
         joined: with the plain model among its methods.
         place: of the other, for messages.
         report: the other.
-        leave_out: methods of the other that are not taken.
 
     Raises:
         ValueError: other questions, weights or hardware, a method of a name that is there, or another plain model.
@@ -80,18 +76,14 @@ def put_beside(
         "methods": dict(joined["methods"]),
         "command": f"{joined['command']} ; {report['command']}",
     }
-    first = report.get("compared_with")
     for method, description in report["methods"].items():
         if description["weights"] != weights:
             raise ValueError(f"{place}: {method} has the weights {description['weights']}, the others {weights}")
+        if method == PLAIN:
+            _check_plain(_of_method(report, "by_length", PLAIN), _of_method(joined, "by_length", PLAIN), place)
+            continue
         if method in joined["methods"]:
             raise ValueError(f"{place}: there is a method {method} already")
-        if method in leave_out:
-            continue
-        if method == first:
-            plain = _of_method(joined, "by_length", PLAIN)
-            _check_plain(_of_method(report, "by_length", first), plain, place)
-            continue
         result["methods"][method] = description
         for key in FIGURES:
             if key in joined:
@@ -104,10 +96,12 @@ def _of_method(report: Mapping[str, Any], key: str, method: str) -> list[dict[st
 
 
 def _check_plain(rows: list[dict[str, Any]], expected: list[dict[str, Any]], place: str) -> None:
-    for row, other in zip(rows, expected, strict=True):
+    before = {(row["length"], row.get("depth")): row for row in expected}
+    for row in rows:
         value = "share" if "share" in row else "loss"
-        if row["length"] != other["length"] or abs(row[value] - other[value]) > TOLERANCE:
-            raise ValueError(f"{place}: the plain model has {row[value]} at {row['length']}, and {other[value]} before")
+        other = before.get((row["length"], row.get("depth")), {}).get(value)
+        if other is None or abs(row[value] - other) > TOLERANCE:
+            raise ValueError(f"{place}: the plain model has {row[value]} at {row['length']}, and {other} before")
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -120,7 +114,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("reports", nargs="+", metavar="FOLDER=NAME", help="or a single FOLDER")
     parser.add_argument("--beside", action="append", type=Path, default=[], metavar="FOLDER")
-    parser.add_argument("--leave-out", action="append", default=[], metavar="METHOD")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the joined report.json")
     options = parser.parse_args()
     reports = []
@@ -130,7 +123,7 @@ def main() -> None:
     try:
         joined = dict(reports[0][1]) if len(reports) == 1 else join(reports)
         for folder in options.beside:
-            joined = put_beside(joined, str(folder), _read(folder), options.leave_out)
+            joined = put_beside(joined, str(folder), _read(folder))
     except ValueError as error:
         sys.exit(f"join_reports: {error}")
     options.output.mkdir(parents=True, exist_ok=True)

@@ -49,8 +49,7 @@ def main() -> None:
 
 def _compare(folder: Path, options: argparse.Namespace, with_engine: bool) -> dict[str, dict[str, float]]:
     from support.logprobs import difference, engine_logprobs, random_prompts, torch_logprobs
-
-    from vllm_longmamba.evaluate.reference_models import reference_module
+    from torch_models import TorchModel
 
     prompts = random_prompts(folder, options.prompts, options.shortest, options.longest, options.seed)
     results = {}
@@ -58,9 +57,7 @@ def _compare(folder: Path, options: argparse.Namespace, with_engine: bool) -> di
     if with_engine:
         results["engine"] = engine_logprobs(folder, {"filter": False}, prompts, options.scored)
     results["mamba_ssm"] = _peer_logprobs(folder, prompts, options.scored)
-    results["torch reference"] = torch_logprobs(
-        reference_module().TorchModel(folder, device="cuda"), prompts, options.scored
-    )
+    results["torch reference"] = torch_logprobs(TorchModel(folder, device="cuda"), prompts, options.scored)
     pairs = [("torch reference", "mamba_ssm"), ("engine", "mamba_ssm"), ("engine", "torch reference")]
     return {
         f"{ours} - {theirs}": difference(results[ours], results[theirs])

@@ -9,6 +9,7 @@ tokenizer.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from vllm_longmamba.evaluate.reference_models import reference_module
-
-reference = reference_module()
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "references"))
+import torch_models as reference
 
 MODEL = Path(__file__).parent / "passkey-mamba2-4m"
 TEXT = Path(__file__).parent / "texts" / "calibration.txt"

@@ -34,8 +34,12 @@ done
 wanted prefix_cache && tests prefix_cache engine/test_prefix_cache.py
 wanted preemption && tests preemption engine/test_preemption.py
 for family in mamba1 mamba2 falcon_mamba; do
-  wanted "decimamba_$family" && tests "decimamba_$family" engine/test_decimamba.py -k "$family and not tensor_parallel"
+  wanted "decimamba_$family" &&
+    tests "decimamba_$family" engine/test_decimamba.py -k "$family and not tensor_parallel and not preempted"
 done
+wanted decimamba_preemption && tests decimamba_preemption engine/test_decimamba.py -k preempted
+wanted tensor_parallel_decimamba && tests tensor_parallel_decimamba engine/test_decimamba.py -k tensor_parallel
+wanted decimamba_evaluate && tests decimamba_evaluate evaluate/test_decimamba_engine.py
 wanted calibrate && tests calibrate engine/test_calibrate.py
 wanted calibrate_at_start && tests calibrate_at_start engine/test_calibrate_at_start.py
 wanted evaluate && tests evaluate evaluate/test_eval_engine.py

@@ -46,6 +46,15 @@ def test_a_prompt_is_one_step_by_default(model: Path) -> None:
     assert config.model_config.architecture == "DeciMambaForCausalLM"
 
 
+def test_prompts_are_cut_where_the_option_says_so(model: Path) -> None:
+    cut = SETTINGS | {"cut_prompts": True}
+    config = config_of(model, cut, max_num_batched_tokens=500, long_prefill_token_threshold=100)
+    assert config.scheduler_config.enable_chunked_prefill
+    assert config.scheduler_config.max_num_batched_tokens == 500
+    with pytest.raises(ValueError, match="does not support --enable-prefix-caching"):
+        config_of(model, cut, enable_prefix_caching=True)
+
+
 def test_one_step_of_several_prompts(model: Path) -> None:
     config = config_of(model, max_model_len=1000, max_num_batched_tokens=5000, enable_chunked_prefill=False)
     assert config.scheduler_config.max_num_batched_tokens == 5000
@@ -108,7 +117,7 @@ def test_wrong_options(settings: dict[str, Any], message: str, model: Path) -> N
     [
         (
             {"enable_chunked_prefill": True},
-            "does not support --enable-chunked-prefill: it chooses tokens over the whole",
+            "does not support --enable-chunked-prefill: without its option cut_prompts it chooses",
         ),
         ({"long_prefill_token_threshold": 500}, "does not support --long-prefill-token-threshold: .* one step"),
         ({"max_num_batched_tokens": 8192}, r"max_num_batched_tokens \(8192\) is smaller than max_model_len \(131072\)"),

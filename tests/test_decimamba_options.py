@@ -15,8 +15,17 @@ from vllm_longmamba.decimamba_options import KEY, DeciMambaOptions, options_from
         ({"longmamba": {"table": "x"}}, DeciMambaOptions()),
         ({KEY: {"layers": [3], "L_base": 10}}, DeciMambaOptions((3,), 10)),
         (
-            {KEY: {"layers": [1, 5], "L_base": 99, "beta": 0.5, "min_tokens": 0, "score": "norm"}},
-            DeciMambaOptions((1, 5), 99, 0.5, 0, "norm"),
+            {
+                KEY: {
+                    "layers": [1, 5],
+                    "L_base": 99,
+                    "beta": 0.5,
+                    "min_tokens": 0,
+                    "score": "norm",
+                    "cut_prompts": True,
+                }
+            },
+            DeciMambaOptions((1, 5), 99, 0.5, 0, "norm", True),
         ),
     ],
     ids=["none", "another-method", "one-layer", "all"],
@@ -44,6 +53,7 @@ def test_options(additional_config: Any, expected: DeciMambaOptions) -> None:
         ({"beta": 1.1}, "beta must be"),
         ({"min_tokens": -1}, "min_tokens must be a number of tokens, 0 or more, but is -1"),
         ({"score": "max"}, """score must be "mean" or "norm", but is 'max'"""),
+        ({"cut_prompts": 1}, "cut_prompts must be true or false, but is 1"),
     ],
     ids=str,
 )

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from vllm_longmamba.evaluate.reference_models import reference_module
+from references import torch_models
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "passkey-mamba2-4m"
@@ -153,9 +152,7 @@ def test_a_factor_on_dt_is_one_on_the_weights(name: str, monkeypatch: pytest.Mon
     """The worker extension on the weights of the torch reference, against the reference with every dt times 0.5."""
     from support.evidence_engine import EvidenceWorkerExtension
 
-    torch_models = reference_module()
-
-    class HalfDt(torch_models.Plain):  # type: ignore[misc, name-defined]
+    class HalfDt(torch_models.Plain):
         def plan(self, layer: Any, prompt: Any) -> Any:
             return torch_models.LayerPlan(change_dt=lambda dt: 0.5 * dt)
 

@@ -158,15 +158,25 @@ def patch_named(name: str) -> Patch:
 
 
 @pytest.mark.parametrize(
-    ("model_impl", "given", "expected"),
-    [("decimamba", None, False), ("decimamba", True, True), ("longmamba", None, True), ("auto", None, True)],
+    ("model_impl", "given", "cut_prompts", "expected"),
+    [
+        ("decimamba", None, False, False),
+        ("decimamba", True, False, True),
+        ("decimamba", None, True, True),
+        ("decimamba", False, True, False),
+        ("longmamba", None, False, True),
+        ("auto", None, False, True),
+    ],
 )
-def test_only_decimamba_takes_whole_prompts_by_default(model_impl: str, given: bool | None, expected: bool) -> None:
+def test_only_decimamba_takes_whole_prompts_by_default(
+    model_impl: str, given: bool | None, cut_prompts: bool, expected: bool
+) -> None:
     def original(self: Any, model_config: Any) -> None:
         if self.enable_chunked_prefill is None:
             self.enable_chunked_prefill = True
 
-    arguments = SimpleNamespace(enable_chunked_prefill=given)
+    additional_config = {"decimamba": {"cut_prompts": cut_prompts}}
+    arguments = SimpleNamespace(enable_chunked_prefill=given, additional_config=additional_config)
     wrapped = patch_named("_set_default_chunked_prefill_and_prefix_caching_args").wrap(original)
     wrapped(arguments, SimpleNamespace(model_impl=model_impl))
     assert arguments.enable_chunked_prefill is expected

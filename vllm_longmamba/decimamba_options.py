@@ -23,6 +23,8 @@ class DeciMambaOptions:
         min_tokens: no layer keeps fewer.
         score: the tokens of the largest "mean" of dt over the channels are kept, as in the paper, or of the largest
             "norm", as in its authors' code.
+        cut_prompts: a prompt longer than a step is cut, and each part keeps its share of tokens. Which ones then
+            depends on the cuts. False: a prompt is one step, and tokens are chosen over all of it.
     """
 
     layers: tuple[int, ...] | None = None
@@ -30,6 +32,7 @@ class DeciMambaOptions:
     beta: float = 1.0
     min_tokens: int = MIN_TOKENS
     score: str = "mean"
+    cut_prompts: bool = False
 
     def __post_init__(self) -> None:
         if self.layers is not None:
@@ -46,6 +49,8 @@ class DeciMambaOptions:
             raise _wrong("min_tokens", "a number of tokens, 0 or more", self.min_tokens)
         if self.score not in SCORES:
             raise _wrong("score", " or ".join(f'"{score}"' for score in SCORES), self.score)
+        if not isinstance(self.cut_prompts, bool):
+            raise _wrong("cut_prompts", "true or false", self.cut_prompts)
 
     def with_defaults(self, published: dict[str, Any]) -> "DeciMambaOptions":
         """The same, with the published settings of the model where nothing was given."""

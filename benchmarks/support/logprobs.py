@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import numpy as np
 
 from vllm_longmamba.evaluate.statistics import Floats
+
+# For those who import this: torch_models, the torch reference.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "references"))
 
 
 def random_prompts(folder: Path, number: int, shortest: int, longest: int, seed: int) -> list[list[int]]:

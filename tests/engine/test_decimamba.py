@@ -33,8 +33,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-def check(name: str, folder: Path, prompt: list[int], result: Completion) -> None:
-    expected = CASES[name].logprobs(folder, prompt, result.tokens[:-1])[:, : result.logprobs.shape[1]]
+def check(name: str, folder: Path, prompt: list[int], result: Completion, ends: list[int] | None = None) -> None:
+    expected = CASES[name].logprobs(folder, prompt, result.tokens[:-1], ends)[:, : result.logprobs.shape[1]]
     np.testing.assert_allclose(result.logprobs, expected, rtol=0, atol=LOGPROB_TOLERANCE)
 
 
@@ -82,6 +82,19 @@ def test_requests_come_and_go_and_are_preempted(
     assert preempted > 3
     for number, prompt in enumerate(prompts):
         check(name, model(name), prompt, completion(finished[str(number)]))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("mamba1", marks=SLOW), "mamba2", pytest.param("falcon_mamba", marks=SLOW)]
+)
+def test_cut_prompts(name: str, engine: Callable[..., Any], model: Callable[[str], Path]) -> None:
+    """Alone in the engine, a prompt is cut every 64 tokens."""
+    settings = CASES[name].settings | {"cut_prompts": True}
+    arguments = CASES[name].arguments | {"additional_config": {"decimamba": settings}, "max_num_batched_tokens": 64}
+    running = engine(model(name), **arguments)
+    for prompt in CASES[name].prompts()[3:]:
+        [result] = running.generate([prompt])
+        check(name, model(name), prompt, result, [*range(64, len(prompt), 64), len(prompt)])
 
 
 @pytest.mark.gpu

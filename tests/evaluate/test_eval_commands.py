@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from example_modules import EXAMPLES
-from tiny_models import write_mamba1_original
 from typer.testing import CliRunner
 
 from vllm_longmamba.cli import app
@@ -48,12 +47,7 @@ def test_numbers() -> None:
     ("arguments", "message"),
     [
         (["passkey", MODEL, "--haystack", HAYSTACK, "--method", "magic"], "known are plain, longmamba"),
-        (["passkey", MODEL, "--haystack", HAYSTACK, "--method", "plain,decimamba"], "needs settings: --decimamba"),
-        (["passkey", MODEL, "--haystack", HAYSTACK, "--decimamba", "[3]"], "with --method decimamba only, got plain"),
-        (
-            ["passkey", MODEL, "--haystack", HAYSTACK, "--method", "decimamba", "--decimamba", "[3]"],
-            "--decimamba must be JSON, a file of it",
-        ),
+        (["passkey", MODEL, "--haystack", HAYSTACK, "--decimamba", '{"L_base": 9}'], "with --method decimamba only"),
         (["passkey", MODEL, "--haystack", HAYSTACK, "--lengths", "long"], "whole numbers separated by commas"),
         (["needles", MODEL, "--haystack", HAYSTACK, "--needles", "99"], "must lie between 1 and"),
         (["perplexity", MODEL, "--text", str(EXAMPLES / "passkey-mamba2-4m")], "no .txt file"),
@@ -81,6 +75,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, dict[str, Any]]]:
 
     for module in (engine, methods):
         monkeypatch.setattr(module, "EngineContestant", Seen)
+        monkeypatch.setattr(module, "DeciMambaContestant", Seen)
     return prepared
 
 
@@ -108,6 +103,23 @@ def test_options_reach_the_engine_of_longmamba_only(
     assert of_longmamba["additional_config"] == {"other": 1, "longmamba": {**both, **own}}
     for one in (of_plain, of_longmamba):
         assert (one["model"], one["model_impl"], one["max_num_seqs"]) == (MODEL, "longmamba", 7)
+
+
+@pytest.mark.parametrize("task", ["passkey", "needles", "perplexity"])
+def test_options_reach_the_engine_of_decimamba_only(
+    task: str, seen: list[tuple[bool, dict[str, Any]]], tmp_path: Path
+) -> None:
+    settings = {"layers": [3], "L_base": 512}
+    arguments = ["--method", "plain,decimamba", "--decimamba", json.dumps(settings), "--min-retention", "0.5"]
+    further = {"max_num_seqs": 7, "additional_config": {"other": 1}}
+    arguments += ["--engine-args", json.dumps(further), "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, ["eval", task, MODEL, *text_of(task), *arguments])
+    assert result.exit_code == 1, result.output
+    (_, of_plain), (_, of_decimamba) = seen
+    assert of_plain["additional_config"] == {"other": 1, "longmamba": {"filter": False}}
+    assert of_decimamba["additional_config"] == of_plain["additional_config"] | {"decimamba": settings}
+    changed = {"model_impl": "decimamba", "additional_config": of_decimamba["additional_config"]}
+    assert of_decimamba == of_plain | changed
 
 
 @pytest.mark.parametrize(
@@ -215,26 +227,6 @@ def test_passkey(tmp_path: Path) -> None:
     assert results_in(tmp_path) == results
     again = json.loads((tmp_path / "report.json").read_text())
     assert again["by_length"] == [row for row in report["by_length"] if row["length"] == 2048]
-
-
-@pytest.mark.parametrize("task", ["passkey", "perplexity"])
-def test_searching_for_decimamba(task: str, tmp_path: Path) -> None:
-    model = str(write_mamba1_original(tmp_path / "mamba1"))
-    arguments = ["eval", task, model, "--method", "torch-plain,decimamba", "--decimamba", "search", "--lengths", "150"]
-    of_task = {
-        "passkey": ["--haystack", HAYSTACK, "--depths", "1", "--seeds", "4"],
-        "perplexity": ["--text", HAYSTACK, "--windows", "1", "--scored-tokens", "20"],
-    }
-    run(*arguments, *of_task[task], "-o", str(tmp_path / "out"))
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    found = json.loads((tmp_path / "out" / "decimamba.json").read_text())
-    assert report["methods"]["decimamba"]["decimamba"] == found["settings"]
-    assert [row["method"] for row in report["by_length"]] == ["torch-plain", "decimamba"]
-    # Given as a file, the settings are the same, and nothing has to be computed again.
-    results = results_in(tmp_path / "out")
-    arguments[arguments.index("search")] = str(tmp_path / "out" / "decimamba.json")
-    run(*arguments, *of_task[task], "-o", str(tmp_path / "out"))
-    assert results_in(tmp_path / "out") == results
 
 
 @pytest.mark.slow

@@ -173,7 +173,7 @@ def test_a_plain_model_that_filters_is_refused(
     wrong = "the plain model runs without the filter, but its engine runs with it"
     with pytest.raises(ValueError, match=wrong):
         EngineContestant(arguments_of(model, {"table": str(tables[0])}), filters=False)
-    with pytest.raises(ValueError, match="model_impl must be 'longmamba' for every method"):
+    with pytest.raises(ValueError, match="model_impl must be 'longmamba' for this method"):
         EngineContestant(arguments_of(model, {}, model_impl="auto"))
 
     stopped = []

@@ -17,11 +17,13 @@ class Request:
     Attributes:
         prompt: its tokens.
         generated: tokens behind it.
+        read: how many of all these the model has read.
         logits: (vocabulary,) after the last token of each step.
     """
 
     prompt: list[int]
     generated: list[int] = field(default_factory=list)
+    read: int = 0
     logits: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -64,12 +66,18 @@ class SteppedModel:
             self.builder = builder(spec, self.names, self.config, torch.device("cpu"))
 
     @torch.inference_mode()
-    def step(self, decoding: Sequence[tuple[int, Request]], reading: Sequence[tuple[int, Request]]) -> None:
+    def step(
+        self,
+        decoding: Sequence[tuple[int, Request]],
+        reading: Sequence[tuple[int, Request]],
+        part: int | None = None,
+    ) -> None:
         """Run the last generated token of some requests, and prompt and generated tokens of others.
 
         Args:
             decoding: slots and requests.
             reading: slots and requests; what is in their slots is forgotten.
+            part: tokens of each of the latter to read from where it stands; None for all of them, from the begin.
         """
         from vllm.config import set_current_vllm_config
         from vllm.forward_context import set_forward_context
@@ -77,9 +85,13 @@ class SteppedModel:
 
         requests = [*decoding, *reading]
         tokens = [request.generated[-1:] for _, request in decoding]
-        tokens += [request.prompt + request.generated for _, request in reading]
-        lengths = torch.tensor([len(part) for part in tokens], dtype=torch.int32)
-        whole = [len(request.prompt) + len(request.generated) for _, request in requests]
+        for _, request in reading:
+            begin = request.read if part is not None else 0
+            tokens.append((request.prompt + request.generated)[begin:][:part])
+            request.read = begin + len(tokens[-1])
+        lengths = torch.tensor([len(one) for one in tokens], dtype=torch.int32)
+        whole = [len(request.prompt) + len(request.generated) for _, request in decoding]
+        whole += [request.read for _, request in reading]
         sequences = torch.tensor(whole, dtype=torch.int32)
         starts = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)])
         common = CommonAttentionMetadata(
@@ -97,7 +109,7 @@ class SteppedModel:
             rswa_prefix_lens=torch.tensor([len(request.prompt) for _, request in requests], dtype=torch.int32),
         )
         metadata = self.builder.build(0, common)
-        ids = torch.tensor([token for part in tokens for token in part])
+        ids = torch.tensor([token for one in tokens for token in one])
         with (
             set_current_vllm_config(self.config),
             set_forward_context(dict.fromkeys(self.names, metadata), self.config),

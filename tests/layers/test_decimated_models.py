@@ -1,6 +1,8 @@
 """vLLM's models of DeciMamba's mixers, step by step, against the torch reference."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +33,14 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 class Model:
     def __init__(self, name: str, folder: Path, stepped: SteppedModel) -> None:
         self.case, self.folder, self.step = CASES[name], folder, stepped.step
+        self.mixers = list(stepped.config.compilation_config.static_forward_context.values())
 
     def requests(self) -> list[Request]:
         return [Request(prompt) for prompt in self.case.prompts()]
 
-    def check(self, requests: list[Request]) -> None:
+    def check(self, requests: list[Request], ends: list[int] | None = None) -> None:
         for request in requests:
-            expected = self.case.logprobs(self.folder, request.prompt, request.generated)
+            expected = self.case.logprobs(self.folder, request.prompt, request.generated, ends)
             actual = torch.stack(request.logits).log_softmax(-1).numpy()
             np.testing.assert_allclose(actual, expected[-len(actual) :, : actual.shape[1]], rtol=0, atol=TOLERANCE)
 
@@ -103,3 +106,25 @@ def test_no_layer_drops_tokens_of_short_prompts(model: Model, monkeypatch: pytes
     requests = model.requests()[:4]
     model.step([], list(enumerate(requests, 1)))
     model.check(requests)
+
+
+@pytest.mark.parametrize("own_kernels", [False, True], ids=["vllm's kernels", "the kernels of a GPU"])
+def test_a_cut_prompt_keeps_its_share_of_each_part(
+    model: Model, own_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short parts keep one token where their share is none; those of one token are decode steps to vLLM."""
+    use_kernels(own_kernels, monkeypatch)
+    for mixer in model.mixers:
+        monkeypatch.setattr(mixer, "options", replace(mixer.options, cut_prompts=True))
+    cut, beside = Request(model.case.prompts()[-1]), Request(model.case.prompts()[3])
+    parts = [100, 1, 60, 7, 7, 5, 1, 200, 69, 1]
+    model.step([], [(3, beside)])
+    for part in parts:
+        generate([beside])
+        model.step([(3, beside)], [(1, cut)], part)
+    assert cut.read == len(cut.prompt)
+    del cut.logits[:-1]
+    generate([cut])
+    model.step([(1, cut)], [])
+    model.check([cut], list(accumulate(parts)))
+    model.check([beside])

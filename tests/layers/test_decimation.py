@@ -1,5 +1,6 @@
 """Tests of layers/decimation.py and of the metadata that layers/decimated_metadata.py makes of it."""
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from vllm_longmamba.layers.decimated_metadata import (
     DeciMamba1MetadataBuilder,
     DeciMamba2Metadata,
     DeciMamba2MetadataBuilder,
-    never_dropped,
+    droppable_tokens,
 )
 from vllm_longmamba.layers.decimation import (
     Choice,
@@ -63,23 +64,45 @@ def steps(draw: st.DrawFn) -> tuple[list[Sequence], int, list[float]]:
 def test_keep_largest(step: tuple[list[Sequence], int, list[float]]) -> None:
     sequences, count, scores = step
     before, always = np.array(sequences, np.int32).T
-    after = stage_lengths(before, always, [count])[1]
+    after = stage_lengths(before, np.zeros_like(before), before - always, [count])[1]
     kept = keep_largest(torch.tensor(scores), choice_of(before, after, always))
     assert kept.tolist() == slowly_kept(scores, sequences, count)
 
 
 @pytest.mark.parametrize(
-    ("queries", "always", "counts", "expected"),
+    ("queries", "before", "droppable", "counts", "expected"),
     [
-        ([10], [1], [5], [[10], [6]]),
-        ([10], [1], [9, 3], [[10], [10], [4]]),
-        ([10, 4, 7], [3, 4, 1], [5, 2], [[10, 4, 7], [8, 4, 6], [5, 4, 3]]),
-        ([], [], [5], [[], []]),
+        ([10], [0], [9], [5], [[10], [6]]),
+        ([10], [0], [9], [9, 3], [[10], [10], [4]]),
+        ([10, 4, 7], [0, 0, 0], [7, 0, 6], [5, 2], [[10, 4, 7], [8, 4, 6], [5, 4, 3]]),
+        ([], [], [], [5], [[], []]),
+        # 9 and 20 of 29 tokens of which 12 and then 5 stay, and the last: 4 of 12 and 2 of 5 in the first part.
+        ([9], [0], [29], [12, 5], [[9], [4], [2]]),
+        ([21], [9], [29], [12, 5], [[21], [9], [4]]),
+        ([1, 2], [6, 9], [29, 29], [12, 5], [[1, 2], [1, 1], [1, 1]]),
+        ([3], [29], [29], [12], [[3], [3]]),
     ],
-    ids=["one", "later-layer-only", "three-of-which-one-is-whole", "no-sequence"],
+    ids=["one", "later-layer-only", "three-of-which-one-is-whole", "no-sequence", "begin", "end", "middles", "behind"],
 )
-def test_stage_lengths(queries: list[int], always: list[int], counts: list[int], expected: list[list[int]]) -> None:
-    assert [stage.tolist() for stage in stage_lengths(int32(queries), int32(always), counts)] == expected
+def test_stage_lengths(
+    queries: list[int], before: list[int], droppable: list[int], counts: list[int], expected: list[list[int]]
+) -> None:
+    lengths = stage_lengths(int32(queries), int32(before), int32(droppable), counts)
+    assert [stage.tolist() for stage in lengths] == expected
+
+
+@given(st.integers(2, 60), st.lists(st.integers(1, 59), max_size=6), st.lists(st.integers(0, 60), max_size=3))
+def test_parts_keep_what_the_whole_prompt_keeps(prompt: int, cuts: list[int], counts: list[int]) -> None:
+    ends = sorted({*(cut for cut in cuts if cut < prompt), prompt})
+    counts = sorted(counts, reverse=True)
+    begins, droppable = int32([0, *ends[:-1]]), int32([prompt - 1] * len(ends))
+    parts = stage_lengths(int32(ends) - begins, begins, droppable, counts)
+    whole = stage_lengths(int32([prompt]), int32([0]), int32([prompt - 1]), counts)
+    for earlier, later in pairwise(parts):
+        assert ((later >= 1) & (later <= earlier)).all()
+    for of_parts, [of_whole] in zip(parts, whole, strict=True):
+        # A part has a token more than its share where that is 0.
+        assert of_whole <= of_parts.sum() <= of_whole + (of_parts == 1).sum()
 
 
 @pytest.mark.parametrize("score", ["mean", "norm"])
@@ -114,24 +137,19 @@ OPTIONS = DeciMambaOptions(layers=(1, 3), L_base=8, beta=0.5, min_tokens=2)
 
 @pytest.mark.parametrize(
     ("prompt", "sequence", "query", "expected"),
-    [
-        (9, 9, 9, 9),
-        (10, 10, 10, 1),
-        (10, 14, 14, 5),
-        (9, 14, 14, 14),
-        (0, 20, 20, 20),
-        (9, 9, 4, 4),
-    ],
+    [(9, 9, 9, 0), (10, 10, 10, 9), (10, 14, 14, 9), (9, 14, 14, 0), (0, 20, 20, 0), (9, 9, 4, 0)],
     ids=["up-to-L_base", "decimated", "resumed", "short-resumed", "padding", "cut-but-short"],
 )
-def test_never_dropped(prompt: int, sequence: int, query: int, expected: int) -> None:
-    assert never_dropped(OPTIONS, int32([prompt]), int32([sequence]), int32([query])).tolist() == [expected]
+def test_droppable_tokens(prompt: int, sequence: int, query: int, expected: int) -> None:
+    assert droppable_tokens(OPTIONS, int32([prompt]), int32([sequence]), int32([query])).tolist() == [expected]
 
 
 @pytest.mark.parametrize(("sequence", "query"), [(5, 5), (10, 5)], ids=["first-chunk", "last-chunk"])
 def test_a_cut_prompt_is_noticed(sequence: int, query: int) -> None:
+    lengths = int32([10]), int32([sequence]), int32([query])
     with pytest.raises(RuntimeError, match="cut a prompt into several steps"):
-        never_dropped(OPTIONS, int32([10]), int32([sequence]), int32([query]))
+        droppable_tokens(OPTIONS, *lengths)
+    assert droppable_tokens(replace(OPTIONS, cut_prompts=True), *lengths).tolist() == [9]
 
 
 def built(builder_cls: type, metadata_cls: type, requests: list[tuple[int, int]], own_kernels: bool) -> Any:

@@ -33,14 +33,14 @@ def _option(text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel="Engine", **more)
 
 
-def _json_object(text: Any) -> Any:
-    """Read the value of --engine-args; typer calls it."""
+def json_object(text: Any) -> Any:
+    """Read the value of an option that is a JSON object, such as --engine-args; typer calls it."""
     try:
         value = json.loads(text) if isinstance(text, str) else text
     except (ValueError, RecursionError) as error:
         raise typer.BadParameter(f"not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise typer.BadParameter(f'must be a JSON object such as {{"max_num_seqs": 16}}, got {text!r}')
+        raise typer.BadParameter(f"must be a JSON object, got {text!r}")
     return value
 
 
@@ -55,7 +55,7 @@ class EngineOptions:
     max_model_len: Annotated[int | None, _option(_MAX_MODEL_LEN, min=2)] = None
     dtype: Annotated[str, _option("Data type of the model, as for vllm serve.")] = "auto"
     tensor_parallel_size: Annotated[int, _option(_GPUS, "--tensor-parallel-size", "--tp", min=1)] = 1
-    engine_args: Annotated[dict[str, Any], _option(_ENGINE_ARGS, metavar="JSON", parser=_json_object)] = field(
+    engine_args: Annotated[dict[str, Any], _option(_ENGINE_ARGS, metavar="JSON", parser=json_object)] = field(
         default_factory=dict
     )
     verbose: Annotated[bool, _option("Show the whole traceback if the engine does not start.", "--verbose")] = False

@@ -10,22 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_longmamba.commands.engine_errors import explained_start
-from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments, with_engine_options
-from vllm_longmamba.evaluate.reference_models import reference_module
-from vllm_longmamba.evaluate.terminal import console, numbers, progress_bars, user_errors
+from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments, json_object, with_engine_options
+from vllm_longmamba.evaluate.terminal import numbers, progress_bars, user_errors
 
 if TYPE_CHECKING:
     from vllm_longmamba.evaluate.comparison import Comparison
     from vllm_longmamba.evaluate.methods import ModelSettings
     from vllm_longmamba.evaluate.needles import Question
-    from vllm_longmamba.evaluate.store import Store
 
 app = typer.Typer(
     help="Measure what LongMamba does for a model, with real text, through the real engine.", no_args_is_help=True
 )
-
-# A search for DeciMamba's settings asks fewer questions than a report.
-_SEARCH_DEPTHS, _SEARCH_WINDOWS = 4, 2
 
 Model = Annotated[str, typer.Argument(help="Name or folder of the model, as for vllm serve.")]
 Output = Annotated[
@@ -35,14 +30,18 @@ Method = Annotated[
     str,
     typer.Option(
         "--method",
-        help="Methods to compare, separated by commas: plain and longmamba (in the engine); decimamba, torch-plain and "
-        "torch-longmamba (in the torch reference of a source checkout, float32, Mamba-1, Mamba-2 and FalconMamba in a "
-        "folder).",
+        help="Methods to compare, separated by commas: plain, longmamba, and decimamba for Mamba-1, Mamba-2 and "
+        "FalconMamba.",
     ),
 ]
 Decimamba = Annotated[
-    str | None,
-    typer.Option("--decimamba", help="Settings of DeciMamba: JSON, a file of it, or search.", show_default=False),
+    dict[str, Any],
+    typer.Option(
+        help='Options of DeciMamba as a JSON object, such as \'{"layers": [12], "L_base": 4000}\'.',
+        metavar="JSON",
+        parser=json_object,
+        show_default="the published ones of the model",
+    ),
 ]
 Haystack = Annotated[
     list[Path],
@@ -70,7 +69,7 @@ def passkey(
     depths: Depths = 12,
     seeds: Seeds = "0,1,2",
     method: Method = "plain,longmamba",
-    decimamba: Decimamba = None,
+    decimamba: Decimamba = "{}",  # type: ignore[assignment]
     unfiltered_end: UnfilteredEnd = None,
 ) -> None:
     """Ask for one five-digit key, hidden in long text."""
@@ -81,7 +80,7 @@ def passkey(
             return list(passkey_questions(numbers(lengths), places, seeds))
 
         settings = {"wording": [PASSKEY_NEEDLE, PASSKEY_QUESTION]}
-        evaluation = _Evaluation(model_settings(model, engine, unfiltered_end), method, decimamba, output)
+        evaluation = _Evaluation(model_settings(model, engine, unfiltered_end, decimamba), method, output)
         _ask(evaluation, questions, middles(depths), numbers(seeds), haystack, settings, "Passkey")
 
 
@@ -97,7 +96,7 @@ def needles(
     seeds: Seeds = "0,1,2",
     count: Annotated[int, typer.Option("--needles", min=1, help="Number of numbers hidden in each text.")] = 4,
     method: Method = "plain,longmamba",
-    decimamba: Decimamba = None,
+    decimamba: Decimamba = "{}",  # type: ignore[assignment]
     unfiltered_end: UnfilteredEnd = None,
 ) -> None:
     """Ask for one of several numbers with names, hidden in long text."""
@@ -108,7 +107,7 @@ def needles(
             return list(needle_questions(numbers(lengths), places, seeds, count))
 
         settings = {"needles": count, "wording": [NEEDLE, ONE_QUESTION]}
-        evaluation = _Evaluation(model_settings(model, engine, unfiltered_end), method, decimamba, output)
+        evaluation = _Evaluation(model_settings(model, engine, unfiltered_end, decimamba), method, output)
         _ask(evaluation, questions, middles(depths), numbers(seeds), haystack, settings, f"One of {count} needles")
 
 
@@ -126,7 +125,7 @@ def perplexity(
     windows: Windows = 10,
     scored_tokens: ScoredTokens = 100,
     method: Method = "plain,longmamba",
-    decimamba: Decimamba = None,
+    decimamba: Decimamba = "{}",  # type: ignore[assignment]
     unfiltered_end: UnfilteredEnd = None,
 ) -> None:
     """Score the last tokens of growing windows of text."""
@@ -144,12 +143,8 @@ def perplexity(
         def choose(book_tokens: Mapping[str, int]) -> Iterator[perplexity.Window]:
             return perplexity.windows(book_tokens, wanted, windows, scored_tokens)
 
-        def search_task() -> Any:
-            task = reference_module("torch_models.settings_search").WindowsTask
-            return task(wanted, _SEARCH_WINDOWS, scored_tokens)
-
-        evaluation = _Evaluation(model_settings(model, engine, unfiltered_end), method, decimamba, output)
-        with evaluation.comparison(max(wanted) + 1, settings, search_task) as comparison:
+        evaluation = _Evaluation(model_settings(model, engine, unfiltered_end, decimamba), method, output)
+        with evaluation.comparison(max(wanted) + 1, settings) as comparison:
             losses = comparison.score(books, choose, scored_tokens)
             report = {
                 "task": "perplexity",
@@ -166,7 +161,11 @@ def perplexity(
 
 
 def model_settings(
-    model: str, engine: EngineOptions, unfiltered_end: int | None = None, **set_by_command: Any
+    model: str,
+    engine: EngineOptions,
+    unfiltered_end: int | None = None,
+    decimamba: Mapping[str, Any] | None = None,
+    **set_by_command: Any,
 ) -> "ModelSettings":
     """The arguments of an engine for each method, from the options of a command.
 
@@ -174,6 +173,7 @@ def model_settings(
         model: name or folder.
         engine: the options.
         unfiltered_end: another one.
+        decimamba: options of DeciMamba.
         set_by_command: arguments of vLLM that the filtering engine gets, and no user may set.
 
     Raises:
@@ -189,6 +189,7 @@ def model_settings(
             model, engine, longmamba={"filter": True, "unfiltered_end": unfiltered_end}, **set_by_command
         ),
         starting=partial(explained_start, engine.verbose),
+        decimamba=decimamba or {},
     )
 
 
@@ -199,25 +200,20 @@ class _Evaluation:
     Attributes:
         model: arguments of its engines.
         method: names, as given.
-        decimamba: settings of DeciMamba, as given.
         output: folder of the results.
     """
 
     model: "ModelSettings"
     method: str
-    decimamba: str | None
     output: Path
 
     @contextmanager
-    def comparison(
-        self, longest: int, settings: dict[str, Any], search_task: Callable[[], Any]
-    ) -> Iterator["Comparison"]:
+    def comparison(self, longest: int, settings: dict[str, Any]) -> Iterator["Comparison"]:
         """Prepare all methods; nothing is started yet.
 
         Args:
             longest: tokens of the longest prompt and its answer.
             settings: of the task.
-            search_task: makes what a search for DeciMamba's settings goes by.
 
         Raises:
             ValueError: unknown methods, or files of others in the folder.
@@ -228,25 +224,14 @@ class _Evaluation:
         from vllm_longmamba.evaluate.store import Store
 
         methods, model = parse_methods(self.method), self.model.with_room(longest)
-        if self.decimamba is not None and "decimamba" not in methods:
+        if model.decimamba and "decimamba" not in methods:
             raise ValueError(f"--decimamba: its settings have a part with --method decimamba only, got {self.method}")
         with Store(self.output) as store:
             # Before hours of work.
             store.check_files(FILES)
-            if "decimamba" in methods:
-                model = replace(model, decimamba=self._decimamba_settings(model, search_task, store))
             contestants = {name: METHODS[name](model) for name in methods}
             with progress_bars() as progress:
                 yield Comparison(contestants, settings, store, progress)
-
-    def _decimamba_settings(
-        self, model: "ModelSettings", search_task: Callable[[], Any], store: "Store"
-    ) -> dict[str, Any]:
-        settings = reference_module("torch_models.settings")
-        if self.decimamba == settings.SEARCH:
-            search = reference_module("torch_models.settings_search")
-            return dict(search.search_settings(model, search_task(), store, console))
-        return dict(settings.read_decimamba(self.decimamba))
 
 
 def _ask(
@@ -259,7 +244,7 @@ def _ask(
     title: str,
 ) -> None:
     from vllm_longmamba.evaluate.markdown import questions_markdown
-    from vllm_longmamba.evaluate.needles import ANSWER_TOKENS, middles
+    from vllm_longmamba.evaluate.needles import ANSWER_TOKENS
     from vllm_longmamba.evaluate.pictures import draw_questions
     from vllm_longmamba.evaluate.report import provenance, summarize_questions, write_report
     from vllm_longmamba.evaluate.texts import read_books
@@ -268,14 +253,9 @@ def _ask(
     questions = questions_for(places, seeds)
     settings = {**settings, "haystack": {book.name: book.digest for book in books}}
 
-    def search_task() -> Any:
-        # Other questions than those that are reported.
-        others = questions_for(middles(_SEARCH_DEPTHS), [max(seeds) + 1])
-        return reference_module("torch_models.settings_search").QuestionsTask(others)
-
     longest = max(question.length for question in questions) + ANSWER_TOKENS
     model = evaluation.model.model
-    with evaluation.comparison(longest, settings, search_task) as comparison:
+    with evaluation.comparison(longest, settings) as comparison:
         answers = comparison.ask(questions, books)
         report = {
             "task": questions[0].task,

@@ -39,7 +39,7 @@ class DeciMambaModelConfig:
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
         options = _resolved_options(vllm_config)
-        _refuse_unsupported(vllm_config)
+        _refuse_unsupported(vllm_config, options.cut_prompts)
         stock_hook = MODELS_CONFIG_MAP.get(stock_name(vllm_config.model_config.architecture))
         if stock_hook is not None:
             stock_hook.verify_and_update_config(vllm_config)
@@ -106,15 +106,15 @@ def _resolved_options(vllm_config: Any) -> DeciMambaOptions:
     return options
 
 
-def _refuse_unsupported(vllm_config: Any) -> None:
+def _refuse_unsupported(vllm_config: Any, cut_prompts: bool) -> None:
     scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
     most, longest = scheduler.max_num_scheduled_tokens, vllm_config.model_config.max_model_len
-    one_step = "it chooses tokens over the whole prompt, which must be one step"
+    one_step = "without its option cut_prompts it chooses tokens over the whole prompt, which must be one step"
     obstacles = [
-        (scheduler.enable_chunked_prefill, "--enable-chunked-prefill", one_step),
-        (scheduler.long_prefill_token_threshold > 0, "--long-prefill-token-threshold", one_step),
+        (not cut_prompts and scheduler.enable_chunked_prefill, "--enable-chunked-prefill", one_step),
+        (not cut_prompts and scheduler.long_prefill_token_threshold > 0, "--long-prefill-token-threshold", one_step),
         (
-            most is not None and most < longest,
+            not cut_prompts and most is not None and most < longest,
             f"--max-num-scheduled-tokens {most} below max_model_len {longest}",
             one_step,
         ),

@@ -174,12 +174,13 @@ def _check_request(original: Callable[..., Any]) -> Callable[..., Any]:
 def _default_to_whole_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
     def _set_default_chunked_prefill_and_prefix_caching_args(self: Any, model_config: Any) -> Any:
         from vllm_longmamba.architectures import DECIMAMBA, own_model_impl
+        from vllm_longmamba.decimamba_options import options_from_config
 
         is_default = self.enable_chunked_prefill is None
         result = original(self, model_config)
         if is_default and own_model_impl(model_config) == DECIMAMBA:
-            # vLLM then raises max_num_batched_tokens to max_model_len, or refuses a smaller one.
-            self.enable_chunked_prefill = False
+            # If False, vLLM then raises max_num_batched_tokens to max_model_len, or refuses a smaller one.
+            self.enable_chunked_prefill = options_from_config(self.additional_config).cut_prompts
         return result
 
     return _set_default_chunked_prefill_and_prefix_caching_args

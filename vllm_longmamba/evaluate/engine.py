@@ -1,17 +1,16 @@
 """Runs the tasks through vLLM's offline engine."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from vllm_longmamba import __version__
-from vllm_longmamba.architectures import MODEL_IMPL
+from vllm_longmamba import __version__, decimamba_options
+from vllm_longmamba.architectures import DECIMAMBA, MODEL_IMPL, uses_longmamba
 from vllm_longmamba.compatibility import installed_vllm_version
 from vllm_longmamba.evaluate.runner import Key, Starting
+from vllm_longmamba.evaluate.scoring import forced_scoring, forcing_arguments, greedy, tail_scoring
 from vllm_longmamba.evaluate.statistics import Floats
 from vllm_longmamba.evaluate.texts import Encoder
 from vllm_longmamba.options import options_from_config
@@ -33,6 +32,7 @@ class EngineContestant:
         starting: wraps what vLLM does at the start.
 
     Attributes:
+        model_impl: what the engine is started with.
         description: weights, table and options, data type and versions.
         encoder: the model's tokenizer.
 
@@ -41,18 +41,21 @@ class EngineContestant:
             that do not fit the method.
     """
 
+    model_impl = MODEL_IMPL
+
     def __init__(self, arguments: Mapping[str, Any], filters: bool = True, starting: Starting = nullcontext) -> None:
-        self._arguments = {**_DEFAULTS, "model_impl": MODEL_IMPL, **arguments}
+        self._arguments = {**_DEFAULTS, "model_impl": self.model_impl, **arguments}
         self._filters = filters
         self._starting = starting
-        if self._arguments["model_impl"] != MODEL_IMPL:
+        if self._arguments["model_impl"] != self.model_impl:
             raise ValueError(
-                f"evaluation: model_impl must be {MODEL_IMPL!r} for every method, but is "
+                f"evaluation: model_impl must be {self.model_impl!r} for this method, but is "
                 f"{self._arguments['model_impl']!r}; leave it out"
             )
         with starting():
             config = _engine_config(self._arguments)
         self._check(config)
+        self._arguments |= self._further_arguments(config)
         self.encoder = Encoder(_tokenizer(config), config.model_config.tokenizer)
         self.description = self._describe(config)
 
@@ -64,10 +67,12 @@ class EngineContestant:
                 "additional_config"
             )
 
+    def _further_arguments(self, config: Any) -> dict[str, Any]:
+        """Arguments that the tasks need beside the user's, now that vLLM has decided what it runs them with."""
+        return {}
+
     def _describe(self, config: Any) -> dict[str, Any]:
-        from vllm_longmamba.calibration.settings import from_config
         from vllm_longmamba.checkpoint.table_lookup import locate_weights
-        from vllm_longmamba.tables import load_table
 
         description: dict[str, Any] = {
             "weights": locate_weights(config.model_config, config.load_config).fingerprint,
@@ -75,13 +80,18 @@ class EngineContestant:
             "quantization": config.model_config.quantization,
             "vllm": installed_vllm_version(),
             "vllm_longmamba": __version__,
-            "filter": False,
         }
         if config.cache_config.mamba_ssm_cache_dtype != "auto":
             description["state_dtype"] = config.cache_config.mamba_ssm_cache_dtype
+        return description | self._describe_method(config)
+
+    def _describe_method(self, config: Any) -> dict[str, Any]:
+        from vllm_longmamba.calibration.settings import from_config
+        from vllm_longmamba.tables import load_table
+
         options = options_from_config(config.additional_config)
         if not options.filter:
-            return description
+            return {"filter": False}
         source: Any
         if options.table is not None:
             table = load_table(options.table)
@@ -91,7 +101,7 @@ class EngineContestant:
             # The engine will make the table at its start; the settings determine it.
             [source] = from_config(config.additional_config)
             thresholds, end = source.key(), options.unfiltered_end or 0
-        return description | {
+        return {
             "filter": True,
             "table": thresholds,
             "train_length": source.train_length,
@@ -121,6 +131,22 @@ class EngineContestant:
             yield EngineRunner(llm, self.encoder)
         finally:
             llm.llm_engine.engine_core.shutdown()
+
+
+class DeciMambaContestant(EngineContestant):
+    """A model in vLLM with DeciMamba, whose options are in the arguments' `additional_config`."""
+
+    model_impl = DECIMAMBA
+
+    def _check(self, config: Any) -> None:
+        """Its own configuration hook refuses whatever is wrong."""
+
+    def _further_arguments(self, config: Any) -> dict[str, Any]:
+        """A text is scored in forced decode steps, see `EngineRunner.tail_logprobs`."""
+        return forcing_arguments(config, self._arguments.get("logits_processors"))
+
+    def _describe_method(self, config: Any) -> dict[str, Any]:
+        return {"decimamba": decimamba_options.options_from_config(config.additional_config).to_dict()}
 
 
 class EngineRunner:
@@ -156,7 +182,7 @@ class EngineRunner:
 
         def requests() -> Iterator[tuple[Key, list[int], Any]]:
             for key, tokens, max_tokens in jobs:
-                yield key, tokens, _greedy(max_tokens)
+                yield key, tokens, greedy(max_tokens)
 
         for key, output in self._stream(requests()):
             yield key, self._encoder.decode(list(output.outputs[0].token_ids))
@@ -166,12 +192,16 @@ class EngineRunner:
 
         vLLM's model runner V2 computes them for the scored tokens only. V1, which runs on CPUs, has no such request:
         there `prompt_logprobs` computes them for every token of the prompt, chunk by chunk (max_num_batched_tokens).
+
+        DeciMamba has none of the tokens that it drops. There the scored tokens are no prompt tokens, but generated ones
+        that are forced, one a step. Its authors never drop the tokens that they score either, which is the same.
         """
-        sampling, read = _tail_sampling(self.llm.llm_engine.vllm_config)
+        config = self.llm.llm_engine.vllm_config
+        ask, read = tail_scoring(config) if uses_longmamba(config.model_config) else forced_scoring(config)
 
         def requests() -> Iterator[tuple[Key, list[int], Any]]:
             for key, tokens in jobs:
-                yield key, tokens, sampling(tokens, scored)
+                yield key, *ask(tokens, scored)
 
         for key, output in self._stream(requests()):
             yield key, read(output, scored)
@@ -199,43 +229,6 @@ class EngineRunner:
                 for output in engine.step():
                     if output.finished:
                         yield waiting.pop(output.request_id), output
-
-
-def _tail_sampling(vllm_config: Any) -> tuple[Callable[[list[int], int], Any], Callable[[Any, int], Floats]]:
-    """How to ask for the log-probabilities of a prompt's last tokens, and how to read them from the output."""
-    from vllm import SamplingParams
-
-    def ask_for_the_tail(tokens: list[int], scored: int) -> Any:
-        ids = np.array(tokens[-scored:], dtype=np.int32)[:, None]
-        # vLLM insists on generating one token.
-        return _greedy(1, prompt_logprob_token_ids=ids, prompt_logprob_start=len(tokens) - 1 - scored)
-
-    def read_the_tail(output: Any, scored: int) -> Floats:
-        return np.asarray(output.prompt_token_id_logprobs, dtype=np.float64)[:, 0]
-
-    def ask_for_all(tokens: list[int], scored: int) -> Any:
-        return _greedy(1, prompt_logprobs=0, flat_logprobs=True)
-
-    def read_all(output: Any, scored: int) -> Floats:
-        tokens, entries = output.prompt_token_ids[-scored:], output.prompt_logprobs[-scored:]
-        return np.array([entry[token].logprob for token, entry in zip(tokens, entries, strict=True)])
-
-    if vllm_config.use_v2_model_runner and hasattr(SamplingParams, "prompt_logprob_token_ids"):
-        return ask_for_the_tail, read_the_tail
-    return ask_for_all, read_all
-
-
-def _greedy(max_tokens: int, **arguments: Any) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=0.0,
-        max_tokens=max_tokens,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        **arguments,
-    )
 
 
 def _engine_config(arguments: dict[str, Any]) -> Any:

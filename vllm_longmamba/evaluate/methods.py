@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vllm_longmamba.evaluate.engine import EngineContestant
-from vllm_longmamba.evaluate.reference_models import reference_module
+from vllm_longmamba import decimamba_options
+from vllm_longmamba.architectures import DECIMAMBA
+from vllm_longmamba.evaluate.engine import DeciMambaContestant, EngineContestant
 from vllm_longmamba.evaluate.runner import Contestant, Starting
 
 
@@ -17,13 +18,13 @@ class ModelSettings:
     Attributes:
         plain, longmamba: arguments of vLLM's `LLM` for either method.
         starting: wraps the start of each engine.
-        decimamba: settings of DeciMamba; None where nobody gave any.
+        decimamba: options of DeciMamba, whose engine has the arguments of the plain one otherwise.
     """
 
     plain: Mapping[str, Any]
     longmamba: Mapping[str, Any]
     starting: Starting = nullcontext
-    decimamba: Mapping[str, Any] | None = None
+    decimamba: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
@@ -44,28 +45,18 @@ def _longmamba(settings: ModelSettings) -> Contestant:
     return EngineContestant(settings.longmamba, starting=settings.starting)
 
 
-def _torch(method: str) -> Callable[[ModelSettings], Contestant]:
-    def prepare(settings: ModelSettings) -> Contestant:
-        contestant: Contestant = reference_module("torch_models.contestant").TorchContestant(settings, method)
-        return contestant
-
-    return prepare
+def _decimamba(settings: ModelSettings) -> Contestant:
+    own = {decimamba_options.KEY: settings.decimamba} if settings.decimamba else {}
+    changes = {"model_impl": DECIMAMBA, "additional_config": settings.plain.get("additional_config", {}) | own}
+    return DeciMambaContestant({**settings.plain, **changes}, starting=settings.starting)
 
 
 METHODS: dict[str, Callable[[ModelSettings], Contestant]] = {
     "plain": _plain,
     "longmamba": _longmamba,
-    "decimamba": _torch("decimamba"),
-    "torch-plain": _torch("plain"),
-    "torch-longmamba": _torch("longmamba"),
+    "decimamba": _decimamba,
 }
-LABELS = {
-    "plain": "plain",
-    "longmamba": "LongMamba",
-    "decimamba": "DeciMamba",
-    "torch-plain": "plain (torch)",
-    "torch-longmamba": "LongMamba (torch)",
-}
+LABELS = {"plain": "plain", "longmamba": "LongMamba", "decimamba": "DeciMamba"}
 
 
 def parse_methods(names: str, known: Iterable[str] = METHODS) -> list[str]:

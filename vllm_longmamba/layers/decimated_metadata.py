@@ -37,12 +37,12 @@ class DeciMamba2Metadata(LongMamba2Metadata):
     decimation: StepDecimation | None = None
 
 
-def never_dropped(
+def droppable_tokens(
     options: DeciMambaOptions, prompt_lengths: Int32Array, sequence_lengths: Int32Array, query_lengths: Int32Array
 ) -> Int32Array:
-    """How many of each request's last tokens in a step no layer drops.
+    """How many of each request's first tokens may be dropped: all of a prompt but the last, 0 of a short one.
 
-    The last prompt token, and generated tokens: a preempted request is read again over its prompt and those.
+    Generated tokens are never dropped, where a preempted request is read again over its prompt and those.
 
     Args:
         options: of the engine.
@@ -51,16 +51,16 @@ def never_dropped(
         query_lengths: (num_reqs,) tokens of each request in this step.
 
     Raises:
-        RuntimeError: a prompt that is to be decimated is not all in this step.
+        RuntimeError: a prompt that is to be decimated is not all in this step, and must not be cut.
     """
     is_decimated = options.is_decimated(prompt_lengths)
     is_cut = (sequence_lengths > query_lengths) | (query_lengths < prompt_lengths)
-    if (is_decimated & is_cut).any():
+    if not options.cut_prompts and (is_decimated & is_cut).any():
         raise RuntimeError(
             "vllm_longmamba: vLLM cut a prompt into several steps, but DeciMamba chooses tokens over the whole prompt; "
             "this vLLM has changed, please report it"
         )
-    return np.where(is_decimated, query_lengths - prompt_lengths + 1, query_lengths).astype(np.int32)
+    return np.where(is_decimated, prompt_lengths - 1, 0).astype(np.int32)
 
 
 class _DecimationBuilder:
@@ -79,8 +79,9 @@ class _DecimationBuilder:
         prompts, sequences, queries = (lengths[requests] for lengths in step_lengths(common))
         if not options.is_decimated(prompts).any():
             return None
-        always = never_dropped(options, prompts, sequences, queries)
-        lengths = stage_lengths(queries, always, options.tokens_kept())
+        droppable, before = droppable_tokens(options, prompts, sequences, queries), sequences - queries
+        always = np.maximum(sequences - np.maximum(before, droppable), 0)
+        lengths = stage_lengths(queries, before, droppable, options.tokens_kept())
         choices = [
             Choice(*(async_tensor_h2d(array, dtype=torch.int64, device=self._device) for array in arrays))
             for arrays in (choice_arrays(*both, always) for both in pairwise(lengths))

@@ -70,17 +70,27 @@ class StepDecimation:
         return None if stage == 0 else self.rows[stage - 1]
 
 
-def stage_lengths(query_lengths: Int32Array, always: Int32Array, counts: list[int]) -> list[Int32Array]:
+def stage_lengths(
+    query_lengths: Int32Array, before: Int32Array, droppable: Int32Array, counts: list[int]
+) -> list[Int32Array]:
     """Tokens of each sequence at each stage.
+
+    A part of a prompt keeps its share, rounded up over all that was read so far, so that all parts together keep as
+    many as the whole prompt. But a step always has a token of each sequence.
 
     Args:
         query_lengths: (sequences,) in this step.
-        always: (sequences,) last ones of them that no layer drops; all of a sequence that is not decimated.
-        counts: how many of the others each decimating layer keeps.
+        before: (sequences,) in the steps before.
+        droppable: (sequences,) first tokens of the whole prompt that may be dropped; 0 where it is not decimated.
+        counts: how many of these each decimating layer keeps.
     """
+    read = np.minimum([before, before + query_lengths], droppable).astype(np.int64)
+    always, total = query_lengths - (read[1] - read[0]), droppable.astype(np.int64)
     lengths = [query_lengths]
     for count in counts:
-        lengths.append(np.minimum(lengths[-1] - always, count) + always)
+        kept = np.minimum(total, count)
+        read, total = -(-read * kept // np.maximum(total, 1)), kept
+        lengths.append(np.maximum(read[1] - read[0] + always, 1).astype(np.int32))
     return lengths
 
 
