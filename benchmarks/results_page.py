@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from support.evidence_tables import evidence_tables
-from support.records import DEFAULT, METHODS, MODELS, of_models, report
+from support.records import METHODS, MODELS, of_models
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,7 +32,6 @@ def tables(results: Path) -> dict[str, Callable[[], str]]:
         results: folder of the records.
     """
     return {
-        "quality": lambda: _quality(results),
         "passkey": lambda: _by_length(results, "passkey"),
         "needles": lambda: _by_length(results, "needles"),
         "text": lambda: _by_length(results, "perplexity"),
@@ -77,18 +76,6 @@ def fill(page: str, results: Path) -> str:
         return f"{block[1]}\n{known[block[2]]()}\n\n{block[3]}"
 
     return BLOCK.sub(replace, page)
-
-
-def _quality(results: Path) -> str:
-    rows = []
-    for model, name in MODELS.items():
-        for task, (title, value) in TASKS.items():
-            if record := report(results, model, task):
-                found = _figures(record["by_length"], value)
-                cells = [found[method, length] for length in (8192, 16384) for method in ("plain", DEFAULT)]
-                rows.append([name, title, *(_figure(cell, value) for cell in cells)])
-    head = ["model", "task", "plain, 16 L", "LongMamba, 16 L", "plain, 32 L", "LongMamba, 32 L"]
-    return _markdown(head, rows)
 
 
 def _by_length(results: Path, task: str) -> str:

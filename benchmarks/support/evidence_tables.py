@@ -18,6 +18,8 @@ KINDS = {"novels": "novels", "numbers": "text full of numbers", "sentences": "re
 DEFAULT = "default"
 # What every table shows; the others stand in the table of options.
 MAIN = ("plain", "paper", DEFAULT)
+# Lengths of the summary.
+SUMMARY = (32768, 65536)
 # Lengths at which options and rivals are compared.
 OPTIONS = (16384, 32768)
 
@@ -90,6 +92,7 @@ def evidence_tables(folder: Path) -> dict[str, Callable[[], str]]:
     """
     evidence = Evidence(folder)
     known: dict[str, Callable[[], str]] = {
+        "evidence-summary": lambda: _summary(evidence),
         "evidence-conditions": lambda: _conditions(evidence),
         "evidence-text": lambda: _by_length(evidence, lambda *cell: _number(evidence.loss(*cell), 3)),
         "evidence-text-all": lambda: _by_length(evidence, lambda *cell: _number(evidence.loss(*cell, "all_"), 3)),
@@ -104,6 +107,28 @@ def evidence_tables(folder: Path) -> dict[str, Callable[[], str]]:
         for kind in KINDS:
             known[f"evidence-{task}-{kind}"] = _found(evidence, task, kind)
     return known
+
+
+def _summary(evidence: Evidence) -> str:
+    def found(task: str, text: str) -> Callable[[str, str, int], str]:
+        def cell(*where: Any) -> str:
+            share = evidence.share(*where[:2], task, text, where[2])
+            return _number(share[0] if share else None, 2)
+
+        return cell
+
+    tasks = {f"pass key, {kind}": found("passkey", text) for text, kind in KINDS.items()}
+    tasks["needle, novels"] = found("needles", "novels")
+    tasks["RULER, five tasks"] = lambda *where: _number(evidence.ruler(*where), 2)
+    tasks["text, loss"] = lambda *where: _number(evidence.loss(*where), 3)
+    rows = []
+    for model in evidence.models:
+        for task, cell in tasks.items():
+            cells = [cell(model, method, length) for length in SUMMARY for method in MAIN]
+            if all(cells[: len(MAIN)]):
+                rows.append([model, task, *cells])
+    columns = [f"{method}, {short(length)}" for length in SUMMARY for method in ("plain", "paper", "LongMamba")]
+    return markdown(["model", "task", *columns], rows)
 
 
 def _found(evidence: Evidence, task: str, kind: str) -> Callable[[], str]:
