@@ -117,8 +117,8 @@ def _prefill(results: Path) -> str:
     for name, result in json.loads((results / "whole_models.json").read_text())["models"].items():
         if prefill := result.get("prefill"):
             figures = [{**prefill, "batch": result.get("batch")}.get(column) for column in columns]
-            rows.append([name, *(f"{_times(figure):.2f}" if figure else "" for figure in figures)])
-    return _markdown(["stock time / our time", *columns.values()], rows)
+            rows.append([name, *(f"{_times(figure):.2f}" if figure else "–" for figure in figures)])
+    return _markdown(["speed-up", *columns.values()], rows)
 
 
 def _times(figure: Mapping[str, Any]) -> float:

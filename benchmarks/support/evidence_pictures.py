@@ -11,7 +11,11 @@ from .evidence_tables import DEFAULT, KINDS, LENGTHS, MAIN, Evidence, short
 
 TRAIN_LENGTH = 2048
 COLOURS = {"plain": "#b0413e", "paper": "#c9a227", DEFAULT: "#1f6f8b"}
-NAMES = {"plain": "plain", "paper": "the paper's method, C and theta searched", DEFAULT: "LongMamba, default"}
+NAMES = {
+    "plain": "plain",
+    "paper": "the paper's method, C and theta searched",
+    DEFAULT: "this plugin, default settings",
+}
 
 
 def draw_evidence(records: Path, folder: Path) -> Iterator[Path]:

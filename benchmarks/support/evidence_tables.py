@@ -18,7 +18,8 @@ KINDS = {"novels": "novels", "numbers": "text full of numbers", "sentences": "re
 DEFAULT = "default"
 # What every table shows; the others stand in the table of options.
 MAIN = ("plain", "paper", DEFAULT)
-# Lengths of the summary.
+# Lengths of the summary, and what the models are called in it.
+NAMES = {"ref2k-mamba1-36m": "Mamba-1, 36M", "ref2k-mamba2-36m": "Mamba-2, 36M"}
 SUMMARY = (32768, 65536)
 # Lengths at which options and rivals are compared.
 OPTIONS = (16384, 32768)
@@ -126,8 +127,8 @@ def _summary(evidence: Evidence) -> str:
         for task, cell in tasks.items():
             cells = [cell(model, method, length) for length in SUMMARY for method in MAIN]
             if all(cells[: len(MAIN)]):
-                rows.append([model, task, *cells])
-    columns = [f"{method}, {short(length)}" for length in SUMMARY for method in ("plain", "paper", "LongMamba")]
+                rows.append([NAMES.get(model, model), task, *(cell or "–" for cell in cells)])
+    columns = [f"{method}, {short(length)}" for length in SUMMARY for method in ("plain", "paper", "plugin")]
     return markdown(["model", "task", *columns], rows)
 
 
