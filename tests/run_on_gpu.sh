@@ -40,6 +40,12 @@ done
 wanted decimamba_preemption && tests decimamba_preemption engine/test_decimamba.py -k preempted
 wanted tensor_parallel_decimamba && tests tensor_parallel_decimamba engine/test_decimamba.py -k tensor_parallel
 wanted decimamba_evaluate && tests decimamba_evaluate evaluate/test_decimamba_engine.py
+# vLLM knows one engine with sleep mode per process.
+for family in mamba1 mamba2 zamba2; do
+  wanted "sleep_$family" && tests "sleep_$family" engine/test_sleep.py -k "$family"
+done
+wanted reload && tests reload engine/test_reload.py
+wanted quantized && tests quantized engine/test_quantized.py
 wanted calibrate && tests calibrate engine/test_calibrate.py
 wanted calibrate_at_start && tests calibrate_at_start engine/test_calibrate_at_start.py
 wanted evaluate && tests evaluate evaluate/test_eval_engine.py

@@ -134,6 +134,7 @@ STOCK_CALLS: dict[str, tuple[Any, ...]] = {
     "_build_attention_metadata": (RUNNER, 3, 2),
     "_initialize_kv_caches": (CORE, CORE.vllm_config),
     "preprocess_add_request": (CORE, REQUEST),
+    "reload_weights": (CORE,),
     "generate_block_hash_extra_keys": (REQUEST, 0, 16, 0),
 }
 

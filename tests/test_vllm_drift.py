@@ -200,6 +200,8 @@ SIGNATURES += [
 
 # Parameters that must be accepted somewhere: (module:name, parameters, used by).
 KEYWORDS = [
+    ("vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights", "weights_iterator weights_path", "reload.py"),
+    ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.reload_weights", "weights_iterator weights_path", "reload.py"),
     ("vllm.model_executor.layers.mamba.ops.causal_conv1d:causal_conv1d_fn", "metadata", "mixer1.py"),
     ("vllm.model_executor.layers.mamba.ops.ssu_dispatch:selective_state_update", "out", "mixer1.py"),
     (f"{STATE}.prepare_attn", "for_capture", "model_state.py"),
@@ -227,7 +229,8 @@ FIELDS = [
     ),
     (
         "vllm.config:VllmConfig",
-        "additional_config model_config cache_config load_config compilation_config speculative_config",
+        "additional_config model_config cache_config load_config compilation_config speculative_config "
+        "weight_transfer_config",
         "engine_config.py, models.py",
     ),
     ("vllm.config:VllmConfig", "mamba_config scheduler_config", "long_mixer.py"),

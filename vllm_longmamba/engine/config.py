@@ -187,3 +187,9 @@ def _refuse_unsupported(vllm_config: Any) -> None:
         )
     if vllm_config.cache_config.use_replayssm:
         raise ValueError("--model-impl longmamba does not support --use-replayssm: leave it out")
+    if vllm_config.weight_transfer_config is not None:
+        raise ValueError(
+            "--model-impl longmamba does not support --weight-transfer-config, because the thresholds belong to the "
+            "weights; leave it out, or serve the plain model with "
+            """--additional-config '{"longmamba": {"filter": false}}'"""
+        )

@@ -171,6 +171,19 @@ def _check_request(original: Callable[..., Any]) -> Callable[..., Any]:
     return preprocess_add_request
 
 
+def _check_reload(original: Callable[..., Any]) -> Callable[..., Any]:
+    def reload_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_longmamba.architectures import uses_longmamba
+
+        if uses_longmamba(self.vllm_config.model_config):
+            from vllm_longmamba.engine.reload import check_reload
+
+            check_reload(self.vllm_config, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    return reload_weights
+
+
 def _default_to_whole_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
     def _set_default_chunked_prefill_and_prefix_caching_args(self: Any, model_config: Any) -> Any:
         from vllm_longmamba.architectures import DECIMAMBA, own_model_impl
@@ -277,5 +290,14 @@ PATCHES = (
         ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
         _separate_generated_blocks,
         "generated tokens are not filtered, so their blocks must not serve a prompt that contains them",
+    ),
+    Patch(
+        "vllm.v1.worker.gpu_worker",
+        "Worker",
+        "reload_weights",
+        ("self", "args", "kwargs"),
+        _check_reload,
+        "thresholds belong to the weights, and vLLM loads any into a running model",
+        in_worker=True,
     ),
 )
