@@ -11,13 +11,17 @@ from vllm_longmamba.options import LongMambaOptions
 INF = float("inf")
 
 
-def model_config(given: int | None, in_config: float, *, model_type: str = "zamba2", **config: Any) -> Any:
+def model_config(
+    given: int | None, in_config: float, *, model_type: str = "zamba2", overrides: Any = None, **config: Any
+) -> Any:
     """What `set_default_length` reads of vLLM's `ModelConfig`."""
     text_config = SimpleNamespace(model_type=model_type, **config)
     if in_config != INF:
         text_config.max_position_embeddings = in_config
     arch_config = SimpleNamespace(derived_max_model_len_and_key=(in_config, "max_position_embeddings"))
-    return SimpleNamespace(hf_text_config=text_config, model_arch_config=arch_config, max_model_len=given)
+    return SimpleNamespace(
+        hf_text_config=text_config, model_arch_config=arch_config, max_model_len=given, hf_overrides=overrides or {}
+    )
 
 
 def test_default_length_is_long() -> None:
@@ -68,15 +72,51 @@ def test_set_default_length(
     assert getattr(config.hf_text_config, "max_position_embeddings", None) == positions
 
 
-def test_set_default_length_with_scaled_rotary_embedding() -> None:
-    rope = {"rope_type": "yarn", "factor": 4.0}
-    config = model_config(None, 16384, model_type="falcon_h1", rope_parameters=rope)
-    set_default_length(config)
-    assert config.model_arch_config.derived_max_model_len_and_key[0] == 16384
-    assert config.hf_text_config.max_position_embeddings == 16384
-    config = model_config(20000, 16384, model_type="falcon_h1", rope_parameters=rope)
-    with pytest.raises(ValueError, match=r"\(yarn\).* beyond 16384 positions; pass --max-model-len 16384 or less"):
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "in_config", "derived", "reach"),
+    [
+        # A config that was published with it, and one that the user has changed with --hf-overrides.
+        (YARN, 32768, 32768, 32768),
+        (YARN, 4096, 32768, 32768),
+        # vLLM multiplies the length by the factor.
+        (LINEAR, 4096, 4096, 16384),
+        ({"rope_type": "dynamic", "factor": 4.0}, 16384, 16384, 16384),
+    ],
+    ids=["yarn", "yarn by the user", "linear", "dynamic"],
+)
+def test_set_default_length_with_scaled_rotary_embedding(
+    rope: dict[str, Any], in_config: int, derived: int, reach: int
+) -> None:
+    for given in (None, 1000, reach):
+        config = model_config(given, in_config, rope_parameters=rope)
         set_default_length(config)
+        assert config.max_model_len == (given or -1)
+        assert config.model_arch_config.derived_max_model_len_and_key[0] == derived
+        assert config.hf_text_config.max_position_embeddings == in_config
+    config = model_config(reach + 1, in_config, rope_parameters=rope)
+    with pytest.raises(ValueError, match=rf"beyond {reach} positions; pass --max-model-len {reach} or less") as error:
+        set_default_length(config)
+    assert f"({rope['rope_type']})" in str(error.value)
+    assert "--hf-overrides" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("in_config", "overrides", "expected"),
+    [
+        (4096, {"rope_parameters": YARN}, 4096),
+        (32768, {"rope_parameters": YARN, "max_position_embeddings": 32768}, 4096),
+        (32768, {}, 32768),
+    ],
+    ids=["rotary embedding", "length too", "published"],
+)
+def test_train_length_with_scaled_rotary_embedding(in_config: int, overrides: dict[str, Any], expected: int) -> None:
+    config = model_config(20000, in_config, overrides=overrides, rope_parameters=YARN)
+    set_default_length(config)
+    assert train_length(config.hf_text_config, LongMambaOptions()) == expected
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ def set_default_length(model_config: Any) -> None:
 
     Stock vLLM takes 2048 tokens where config.json names no length, and refuses more than config.json names. Here the
     default is `DEFAULT_MAX_MODEL_LEN` (or the config's own length where that is larger), and `--max-model-len` may be
-    more. A hybrid's attention layers keep keys and values of every token, so its default is fitted to the memory.
-    `max_model_len` of vLLM's `ModelConfig`, which is under construction, is what the user gave, None or -1.
+    more. A hybrid's attention layers keep keys and values of every token, so its default is fitted to the memory. A
+    scaled rotary embedding, such as `--hf-overrides` asks for, bounds both. `max_model_len` of vLLM's `ModelConfig`,
+    which is under construction, is what the user gave, None or -1.
 
     Raises:
         ValueError: more is asked for than the model's scaled rotary embedding covers.
@@ -33,19 +34,50 @@ def set_default_length(model_config: Any) -> None:
     arch_config = model_config.model_arch_config
     in_config, _ = arch_config.derived_max_model_len_and_key
     given = model_config.max_model_len if model_config.max_model_len not in (None, -1) else None
-    longest = DEFAULT_MAX_MODEL_LEN if in_config == float("inf") else max(int(in_config), DEFAULT_MAX_MODEL_LEN)
-    if given is None and _scales_rotary_embedding(config):
-        longest = int(in_config)
-    target = longest if given is None else given
-    _extend_positions(config, target)
-    arch_config.derived_max_model_len_and_key = (max(longest, target), "longmamba")
+    if _rotary_type(config) != "default":
+        derived = _scaled_length(config, int(in_config), given)
+        _remember_original_length(config, model_config.hf_overrides)
+    else:
+        longest = DEFAULT_MAX_MODEL_LEN if in_config == float("inf") else max(int(in_config), DEFAULT_MAX_MODEL_LEN)
+        target = longest if given is None else given
+        _extend_positions(config, target)
+        derived = max(longest, target)
+    arch_config.derived_max_model_len_and_key = (derived, "longmamba")
     if given is None and config.model_type not in _PURE:
         model_config.max_model_len = -1
 
 
-def _scales_rotary_embedding(config: Any) -> bool:
-    rope = getattr(config, "rope_parameters", None) or {}
-    return bool(rope.get("rope_type", "default") != "default")
+def _rotary_parameters(config: Any) -> dict[str, Any]:
+    return getattr(config, "rope_parameters", None) or {}
+
+
+def _rotary_type(config: Any) -> str:
+    return str(_rotary_parameters(config).get("rope_type", "default"))
+
+
+def _scaled_length(config: Any, in_config: int, given: int | None) -> int:
+    """The length from which vLLM derives `max_model_len`, checked against what the scaled embedding covers."""
+    rope, kind = _rotary_parameters(config), _rotary_type(config)
+    reach = in_config
+    if kind == "yarn" and "original_max_position_embeddings" in rope:
+        reach = int(rope["original_max_position_embeddings"] * rope["factor"])
+    elif kind == "linear":
+        reach = int(in_config * rope["factor"])
+    if given is not None and given > reach:
+        raise ValueError(
+            f"--model-impl longmamba: the model scales its rotary embedding ({kind}), which does not reach beyond "
+            f"{reach} positions; pass --max-model-len {reach} or less, or scale it further with --hf-overrides "
+            """'{"rope_parameters": {...}}'"""
+        )
+    # vLLM itself multiplies by the factor of all kinds but YaRN and a few that no Mamba model has.
+    return in_config if kind == "linear" else reach
+
+
+def _remember_original_length(config: Any, overrides: Any) -> None:
+    """Keep the training length where the user has replaced it in the config, as vLLM wants it for YaRN."""
+    original = _rotary_parameters(config).get("original_max_position_embeddings")
+    if original is not None and isinstance(overrides, dict) and "max_position_embeddings" in overrides:
+        setattr(config, _LENGTH_IN_CONFIG, original)
 
 
 def _extend_positions(config: Any, longest: int) -> None:
@@ -53,12 +85,6 @@ def _extend_positions(config: Any, longest: int) -> None:
     in_config = getattr(config, "max_position_embeddings", None)
     if in_config is None or in_config >= longest:
         return
-    if _scales_rotary_embedding(config):
-        raise ValueError(
-            "--model-impl longmamba: the model scales its rotary embedding "
-            f"({config.rope_parameters['rope_type']}), which does not reach beyond {in_config} positions; "
-            f"pass --max-model-len {in_config} or less"
-        )
     setattr(config, _LENGTH_IN_CONFIG, in_config)
     config.max_position_embeddings = longest
 

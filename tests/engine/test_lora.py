@@ -1,0 +1,66 @@
+"""LoRA adapters of the hybrids that vLLM takes them for: the merged model, filtered by the table of the base model."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import random_token_ids
+
+from .conftest import longmamba
+from .harness import assert_exact, completion, sampling
+
+pytestmark = pytest.mark.engine
+
+RANK = 8
+# The first gives the raw dt of Mamba-2, and all that decides on it in Mamba-1.
+ADAPTED = ("in_proj", "out_proj", "q_proj")
+
+
+def write_adapter(model: Path, folder: Path) -> tuple[Path, Path]:
+    """Writes a random adapter, as PEFT stores it, and the model with the adapter merged into its weights."""
+    adapter, merged = folder / "adapter", folder / "merged"
+    shutil.copytree(model, merged)
+    adapter.mkdir()
+    weights, low_rank = load_file(model / "model.safetensors"), {}
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in weights if name.removesuffix(".weight").endswith(ADAPTED)]:
+        rows, columns = weights[name].shape
+        A = torch.randn(RANK, columns, generator=generator) * columns**-0.5
+        B = torch.randn(rows, RANK, generator=generator) * 0.3 * RANK**-0.5
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        low_rank |= {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}
+        weights[name] += B @ A
+    assert {name.split(".")[-3] for name in low_rank} == set(ADAPTED)
+    save_file(low_rank, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": list(ADAPTED), "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+    return adapter, merged
+
+
+@pytest.mark.parametrize("family", ["jamba", "granite_hybrid", "falcon_h1", "nemotron_h"])
+def test_adapter(
+    family: str,
+    engine: Callable[..., Any],
+    tiny_model: Callable[[str], Path],
+    tiny_table: Callable[[str], Any],
+    tmp_path: Path,
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    path, table = tiny_table(family)
+    adapter, merged = write_adapter(tiny_model(family), tmp_path)
+    running = engine(family, **longmamba(path), enable_lora=True, max_lora_rank=RANK, max_num_batched_tokens=64)
+    prompts = [random_token_ids(length, seed=length) for length in (64, 193, 300)]
+    # With the adapter and without, in one batch.
+    requests = [LoRARequest("adapter", 1, str(adapter)), None] * len(prompts)
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(2)]
+    outputs = running.llm.generate(inputs, sampling(6), lora_request=requests, use_tqdm=False)
+    for given, request, output in zip(inputs, requests, outputs, strict=True):
+        model = merged if request else tiny_model(family)
+        assert_exact(model, given["prompt_token_ids"], completion(output), table)
