@@ -7,6 +7,7 @@ import typer
 from vllm_longmamba import __version__
 from vllm_longmamba.commands import evaluate
 from vllm_longmamba.commands.calibrate import calibrate
+from vllm_longmamba.commands.doctor import doctor
 from vllm_longmamba.commands.inspect import inspect
 from vllm_longmamba.commands.lm_eval import longbench_e, ruler
 from vllm_longmamba.commands.summarize import summarize
@@ -23,6 +24,8 @@ app.command()(calibrate)
 evaluate.app.command()(ruler)
 evaluate.app.command("longbench-e")(longbench_e)
 app.add_typer(evaluate.app, name="eval")
+# What follows the model are vLLM's arguments.
+app.command(context_settings={"ignore_unknown_options": True})(doctor)
 app.command()(inspect)
 app.command()(summarize)
 app.command()(tune)
