@@ -223,7 +223,7 @@ def test_wheel_contents(wheel: Path) -> None:
         names = set(archive.namelist())
     top_level = {name.partition("/")[0] for name in names}
     assert {name for name in top_level if not name.endswith(".dist-info")} == {"vllm_longmamba"}
-    assert "vllm_longmamba/py.typed" in names
+    assert {"vllm_longmamba/py.typed", "vllm_longmamba/commands/features.toml"} <= names
     sources = {
         f"vllm_longmamba/{path.relative_to(ROOT / folder if folder == 'vllm_longmamba' else ROOT)}"
         for folder in ("vllm_longmamba", "kernels", "tables")
