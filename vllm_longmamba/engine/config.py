@@ -78,6 +78,7 @@ class LongMambaModelConfig:
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
         from vllm_longmamba.calibration.settings import CALIBRATION_KEY
+        from vllm_longmamba.engine.reload import refuse_weight_transfer
 
         options = options_from_config(vllm_config.additional_config)
         stock_hook = MODELS_CONFIG_MAP.get(stock_name(vllm_config.model_config.architecture))
@@ -85,6 +86,7 @@ class LongMambaModelConfig:
             stock_hook.verify_and_update_config(vllm_config)
         if options.filter:
             _refuse_unsupported(vllm_config)
+            refuse_weight_transfer(vllm_config)
             resolved = _resolve_table(vllm_config, options)
             given = {name: value for name, value in vllm_config.additional_config.items() if name != CALIBRATION_KEY}
             vllm_config.additional_config = {**given, **resolved}
@@ -187,9 +189,3 @@ def _refuse_unsupported(vllm_config: Any) -> None:
         )
     if vllm_config.cache_config.use_replayssm:
         raise ValueError("--model-impl longmamba does not support --use-replayssm: leave it out")
-    if vllm_config.weight_transfer_config is not None:
-        raise ValueError(
-            "--model-impl longmamba does not support --weight-transfer-config, because the thresholds belong to the "
-            "weights; leave it out, or serve the plain model with "
-            """--additional-config '{"longmamba": {"filter": false}}'"""
-        )

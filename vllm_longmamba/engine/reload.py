@@ -8,10 +8,21 @@ from vllm_longmamba.checkpoint.table_lookup import locate_weights
 from vllm_longmamba.options import options_from_config
 from vllm_longmamba.tables import read_metadata
 
-_REMEDY = (
-    "start a new engine for other weights, which finds or makes their table, or serve the plain model with "
-    """--additional-config '{"longmamba": {"filter": false}}'"""
-)
+_SERVE_PLAIN = """serve the plain model with --additional-config '{"longmamba": {"filter": false}}'"""
+_REMEDY = f"start a new engine for other weights, which finds or makes their table, or {_SERVE_PLAIN}"
+
+
+def refuse_weight_transfer(vllm_config: Any) -> None:
+    """Refuse at the start what lets a trainer replace the weights of a running engine.
+
+    Raises:
+        ValueError: it is set.
+    """
+    if vllm_config.weight_transfer_config is not None:
+        raise ValueError(
+            "--model-impl longmamba does not support --weight-transfer-config, because thresholds belong to the "
+            f"weights; leave it out, or {_SERVE_PLAIN}"
+        )
 
 
 def check_reload(
