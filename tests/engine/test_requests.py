@@ -94,4 +94,6 @@ def test_structured_output(family: str, ask: Callable[..., Any]) -> None:
     sampling = SamplingParams(max_tokens=4, temperature=0.0, structured_outputs=StructuredOutputsParams(choice=choices))
     (output,) = llm.generate({"prompt_token_ids": PROMPT}, sampling, use_tqdm=False)
     last = reference(len(PROMPT), PROMPT)(filters)[-1]
-    assert output.outputs[0].text == max(choices, key=lambda choice: last[ord(choice[0])])
+    # Of the prompt's random bytes the detokenizer makes text that changes with the answer.
+    answer = bytes(token for token in output.outputs[0].token_ids if token < 256).decode()
+    assert answer == max(choices, key=lambda choice: last[ord(choice[0])])
