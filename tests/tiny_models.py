@@ -205,10 +205,10 @@ def write_zamba2(path: Path, *, seed: int = 0, tokenizer: bool = True) -> Path:
     return _write_hf(path, Zamba2ForCausalLM, config, seed=seed, tokenizer=tokenizer)
 
 
-def write_jamba(path: Path, *, seed: int = 0, tokenizer: bool = True, tied: bool = False) -> Path:
+def write_jamba(path: Path, *, seed: int = 0, tokenizer: bool = True, tied: bool = False, experts: int = 4) -> Path:
     """Writes a Jamba checkpoint: layers Mamba, attention, Mamba, Mamba; layers 1 and 3 with 2 of 4 experts.
 
-    With `tied` the head is the embedding, and stored once.
+    With `tied` the head is the embedding, and stored once; with one expert all layers have plain MLPs.
     """
     from transformers import JambaConfig, JambaForCausalLM
 
@@ -220,8 +220,8 @@ def write_jamba(path: Path, *, seed: int = 0, tokenizer: bool = True, tied: bool
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=MAX_POSITIONS,
-        num_experts=4,
-        num_experts_per_tok=2,
+        num_experts=experts,
+        num_experts_per_tok=min(2, experts),
         expert_layer_period=2,
         expert_layer_offset=1,
         attn_layer_period=4,
