@@ -1,8 +1,6 @@
 """What the DeciMamba variants of both mixers share: a layer runs on the tokens that the layers before it kept."""
 
 from bisect import bisect_left
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,7 +69,7 @@ class DecimatedMixer:
             result = self._decimate(hidden_states, step)
         else:
             result = torch.empty_like(hidden_states)
-            with self._step(before):
+            with self._step(before):  # type: ignore[attr-defined]
                 super().forward_impl(hidden_states, result)  # type: ignore[misc]
         output.zero_()
         output.index_copy_(0, step.rows[self.stage + self.decimates - 1], result)
@@ -94,17 +92,6 @@ class DecimatedMixer:
         scores = token_scores(dt, dt_bias, self.options.score)
         # Each rank has its own channels, and all must choose the same tokens.
         return step.keep(self.stage, tensor_model_parallel_all_reduce(scores))
-
-    @contextmanager
-    def _step(self, metadata: Any) -> Iterator[None]:
-        """While it lasts, this layer finds other metadata of the step."""
-        of_layers: Any = get_forward_context().attn_metadata
-        before = of_layers[self.prefix]
-        of_layers[self.prefix] = metadata
-        try:
-            yield
-        finally:
-            of_layers[self.prefix] = before
 
     def _scratch_of_a_prefill(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Memory as much as a prefill of these tokens takes beyond what vLLM's profile run sees, on a GPU.

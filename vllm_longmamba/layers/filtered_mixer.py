@@ -1,11 +1,13 @@
 """What the mixers with the filter share: prompt tokens with a dt up to the threshold leave a global channel alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.config.mamba import MambaBackendEnum
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update as vllm_causal_conv1d_update
@@ -58,11 +60,13 @@ class FilteredMixer:
         """See vLLM's mixers."""
         super().__init__(*args, **kwargs)
         config = get_current_vllm_config()
-        # Another backend of the state update, or its random rounding, is the user's choice: vLLM then runs it.
+        # Another backend of the state update, or its random rounding, is the user's choice: vLLM then runs it. So it
+        # does where a request has more than one state, or a ring of tokens beside it.
         self._updates_state = (
             config.mamba_config.backend == MambaBackendEnum.TRITON
             and not config.mamba_config.enable_stochastic_rounding
             and config.num_speculative_tokens == 0
+            and not config.cache_config.use_replayssm
         )
         # Of a step, until one has run.
         self._most_prompt_tokens: int | None = config.scheduler_config.max_num_batched_tokens
@@ -109,8 +113,19 @@ class FilteredMixer:
         self.prompt_filter = prompt_filter
 
     def runs_own_kernels(self) -> bool:
-        """Whether this layer runs the kernels of this project; vLLM's elsewhere, as far as it has some."""
+        """Whether this layer runs the kernels of this project on prompts; vLLM's elsewhere, as far as it has some."""
         return bool(self.A.is_cuda)
+
+    @contextmanager
+    def _step(self, metadata: Any) -> Iterator[None]:
+        """While it lasts, this layer finds other metadata of the step."""
+        of_layers: Any = get_forward_context().attn_metadata
+        before = of_layers[self.prefix]
+        of_layers[self.prefix] = metadata
+        try:
+            yield
+        finally:
+            of_layers[self.prefix] = before
 
     def _record_dt(self, dt: torch.Tensor, dt_bias: torch.Tensor) -> None:
         if self.dt_recorder is None:
@@ -167,11 +182,13 @@ class FilteredMixer:
         return is_plain and layer.tp_size == 1 and layer.bias is None
 
     def _convolve_prompts(self, x: torch.Tensor, metadata: Any, **filter_arguments: Any) -> torch.Tensor:
+        weights = self._conv_weights()
         convolved: torch.Tensor = causal_conv1d(
             x,
-            self._conv_weights(),
+            weights,
             self.conv1d.bias,
-            self._conv_state(),
+            # With speculative decoding a slot is longer; the inputs of draft tokens follow.
+            self._conv_state()[..., : weights.shape[1] - 1],
             metadata.query_start_loc_p,
             metadata.state_indices_tensor_p,
             metadata.has_initial_states_p,

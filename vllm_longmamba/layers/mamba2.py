@@ -1,13 +1,16 @@
 """vLLM's Mamba-2 mixer with the filter: in this project's kernels on a GPU, in front of vLLM's elsewhere."""
 
+from copy import copy
 from typing import Any
 
 import torch
+from vllm.config.mamba import MambaBackendEnum
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.layers.mamba.ops.layernorm_gated import _layer_norm_fwd
 from vllm.model_executor.layers.mamba.ops.ssd_checkpoint import store_prefill_checkpoint
 from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
+from vllm.model_executor.layers.mamba.ops.ssu_dispatch import reset_replayssm_ring_trackers
 from vllm.utils.torch_utils import _encode_layer_name
 
 from vllm_longmamba.kernels import filter_dt_, ssd, ssd_supports
@@ -94,22 +97,30 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
         _, x_B_C, dt = torch.split(projected_states[:tokens], sizes, dim=-1)
         rows = metadata.filter_rows or FilterRows()
         self._record_dt(dt[decodes:], self.dt_bias)
-        if self.runs_own_kernels():
-            if decodes > 0:
-                self._decode(x_B_C[:decodes], dt[:decodes], metadata, rows, output[:decodes])
-            if tokens > decodes:
-                self._prefill(x_B_C[decodes:], dt[decodes:], metadata, rows, output[decodes:tokens])
-            return None
-        # softplus(-inf) is exactly 0 in vLLM's kernels.
-        if rows.decode is not None:
-            filter_dt_(dt[:decodes], self.dt_bias, self.dt_threshold, rows.decode)
-        if rows.prefill_tokens is not None:
-            filter_dt_(dt[decodes:], self.dt_bias, self.dt_threshold, rows.prefill_tokens)
-        return super().conv_ssm_forward(projected_states, output)
+        if not self.runs_own_kernels():
+            self._filter(dt[:decodes], rows.decode)
+            self._filter(dt[decodes:], rows.prefill_tokens)
+            return super().conv_ssm_forward(projected_states, output)
+        if decodes > 0 and self._updates_state:
+            self._decode(x_B_C[:decodes], dt[:decodes], metadata, rows, output[:decodes])
+        elif decodes > 0:
+            self._filter(dt[:decodes], rows.decode)
+            self._decode_by_vllm(projected_states[:decodes], metadata, output[:decodes])
+        if tokens > decodes:
+            self._prefill(x_B_C[decodes:], dt[decodes:], metadata, rows, output[decodes:tokens])
+        return None
 
-    def runs_own_kernels(self) -> bool:
-        """See `FilteredMixer`. With another backend of the state update, vLLM runs the whole layer."""
-        return super().runs_own_kernels() and self._updates_state and not self.use_replayssm
+    def _filter(self, dt: torch.Tensor, token_rows: torch.Tensor | None) -> None:
+        """In front of vLLM's kernels."""
+        if token_rows is not None:
+            filter_dt_(dt, self.dt_bias, self.dt_threshold, token_rows)
+
+    def _decode_by_vllm(self, projected_states: torch.Tensor, metadata: Any, out: torch.Tensor) -> None:
+        """With draft tokens, rings of tokens or another state update, whose states only vLLM knows."""
+        only_decodes = copy(metadata)
+        only_decodes.num_prefills = only_decodes.num_prefill_tokens = 0
+        with self._step(only_decodes):
+            super().conv_ssm_forward(projected_states, out)
 
     def _decode(
         self, x_B_C: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
@@ -133,6 +144,19 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
             self._ssd(self._convolve_prompts(x_B_C, metadata), dt, metadata, rows, out)
         else:
             self._prefill_by_vllm(x_B_C, dt, metadata, rows, out)
+        if self._empties_rings:
+            reset_replayssm_ring_trackers(
+                self._replayssm_ring_start,
+                self._replayssm_prev_num_accepted,
+                self._replayssm_prev_query_len,
+                metadata.state_indices_tensor_p,
+            )
+
+    @property
+    def _empties_rings(self) -> bool:
+        """Whether a prompt empties rings of tokens that FlashInfer keeps, as in vLLM's `conv_ssm_forward`."""
+        is_flashinfer = self.mamba_config.backend == MambaBackendEnum.FLASHINFER
+        return bool(self.use_replayssm and is_flashinfer and self._updates_replayssm_trackers)
 
     def _has_own_ssd(self, metadata: Any) -> bool:
         return ssd_supports(self.head_dim, self.ssm_state_size) and metadata.checkpoint_chunk_idx is None

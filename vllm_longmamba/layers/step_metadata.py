@@ -26,8 +26,8 @@ class FilterRows:
     """Rows of the threshold table, on the device. A part is None where the step has no such tokens.
 
     Attributes:
-        decode: (num_decodes,) int32, the row of each decode token. Prompts can end in one: vLLM runs a last prompt
-            chunk of one token through the decode path.
+        decode: (num_decode_tokens,) int32, the row of each decode token, draft tokens among them. Prompts can end in
+            one: vLLM runs a last prompt chunk of one token through the decode path.
         prefill_tokens: (num_prefill_tokens,) int32, the row of each prefill token; for layers that run vLLM's kernels.
         prefill_rows: (num_prefills,) int32, the row of each sequence.
         prefill_prompt_tokens: (num_prefills,) int32, how many tokens of each sequence are prompt tokens that may be
@@ -68,7 +68,8 @@ class _FilterRowsBuilder:
         layers = vllm_config.compilation_config.static_forward_context
         self._mixer = layers[layer_names[0]]
         # Full CUDA graphs read this buffer at each replay.
-        self._graph_rows = torch.zeros(self.decode_cudagraph_max_bs, dtype=torch.int32, device=device)  # type: ignore[attr-defined]
+        most = self.decode_cudagraph_max_bs * (1 + self.num_spec_tokens)  # type: ignore[attr-defined]
+        self._graph_rows = torch.zeros(most, dtype=torch.int32, device=device)
         self._graph_rows_are_zero = True
         # Views of its begin by length: making one takes as long as the rest of a step that filters nothing.
         self._graph_views: dict[int, torch.Tensor] = {}
@@ -146,12 +147,14 @@ class _FilterRowsBuilder:
         replays = self._may_replay_graph(metadata)
         if step.filters or not self._graph_rows_are_zero:
             decodes = step[: metadata.num_decodes]
+            # One token each, where there are no draft tokens.
+            token_rows = decodes.per_token() if self.use_spec_decode else decodes.rows  # type: ignore[attr-defined]
             if not replays:
-                return self._to_device(decodes.rows) if decodes.filters else None
+                return self._to_device(token_rows) if decodes.filters else None
             self._graph_rows.zero_()
-            self._graph_rows[: len(decodes.rows)].copy_(self._to_device(decodes.rows), non_blocking=True)
+            self._graph_rows[: len(token_rows)].copy_(self._to_device(token_rows), non_blocking=True)
             self._graph_rows_are_zero = not decodes.filters
-        return self._graph_view(metadata.num_decodes) if replays else None
+        return self._graph_view(metadata.num_decode_tokens) if replays else None
 
     def _graph_view(self, length: int) -> torch.Tensor:
         view = self._graph_views.get(length)
