@@ -11,10 +11,12 @@ from small_tables import write_small_table
 from vllm_longmamba.engine.prefix_cache import salt_request, unfiltered_block_keys
 
 
-def vllm_config(table: Path | None, *, caching: bool = True, **options: Any) -> Any:
+def vllm_config(table: Path | None, *, caching: bool = True, connector: bool = False, **options: Any) -> Any:
     given = {"table": str(table) if table is not None else None, **options}
     return SimpleNamespace(
-        additional_config={"longmamba": given}, cache_config=SimpleNamespace(enable_prefix_caching=caching)
+        additional_config={"longmamba": given},
+        cache_config=SimpleNamespace(enable_prefix_caching=caching),
+        kv_transfer_config=SimpleNamespace() if connector else None,
     )
 
 
@@ -79,12 +81,17 @@ def test_salt_differs_between_tables(table: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"filter": False}, {"caching": False}],
-    ids=["filter-off", "caching-off"],
+    [{"filter": False}, {"caching": False}, {"filter": False, "connector": True}],
+    ids=["filter-off", "caching-off", "filter-off-and-connector"],
 )
 @pytest.mark.parametrize("salt", [None, "mine"])
 def test_salt_stays(changes: dict[str, Any], salt: str | None, table: Path) -> None:
     assert salt_of(vllm_config(table, **changes), 20, salt) == salt
+
+
+def test_salt_reaches_the_cache_of_a_connector(table: Path) -> None:
+    salts = {salt_of(vllm_config(table, caching=caching, connector=True), 20) for caching in (False, True)}
+    assert salts == {salt_of(vllm_config(table), 20)}
 
 
 def test_salt_of_the_user_is_kept_apart(table: Path) -> None:

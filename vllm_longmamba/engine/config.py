@@ -8,6 +8,7 @@ from vllm_longmamba.architectures import stock_name
 from vllm_longmamba.checkpoint.original_config import ORIGINAL_FORMAT_ATTRIBUTE
 from vllm_longmamba.checkpoint.time_step_limit import check_time_step_limit
 from vllm_longmamba.checkpoint.train_length import set_default_length
+from vllm_longmamba.engine.refusals import refuse_unsupported
 from vllm_longmamba.options import KEY, options_from_config
 
 logger = logging.getLogger("vllm.longmamba")
@@ -72,8 +73,7 @@ class LongMambaModelConfig:
             vllm_config: vLLM's configuration, changed in place.
 
         Raises:
-            ValueError: a wrong option, a wrong table, none and no way to make one, or a feature that the filter does
-                not support.
+            ValueError: a wrong option, a wrong table, none and no way to make one, or a feature that is not supported.
         """
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -84,8 +84,8 @@ class LongMambaModelConfig:
         stock_hook = MODELS_CONFIG_MAP.get(stock_name(vllm_config.model_config.architecture))
         if stock_hook is not None:
             stock_hook.verify_and_update_config(vllm_config)
+        refuse_unsupported(vllm_config)
         if options.filter:
-            _refuse_unsupported(vllm_config)
             refuse_weight_transfer(vllm_config)
             resolved = _resolve_table(vllm_config, options)
             given = {name: value for name, value in vllm_config.additional_config.items() if name != CALIBRATION_KEY}
@@ -179,13 +179,3 @@ def _announce_table(path: Path, model_config: Any, options: Any) -> None:
             model_config.max_model_len,
             model_config.max_model_len,
         )
-
-
-def _refuse_unsupported(vllm_config: Any) -> None:
-    if vllm_config.speculative_config is not None:
-        raise ValueError(
-            "--model-impl longmamba does not support speculative decoding, where draft and prompt tokens share a step; "
-            "leave --speculative-config out"
-        )
-    if vllm_config.cache_config.use_replayssm:
-        raise ValueError("--model-impl longmamba does not support --use-replayssm: leave it out")

@@ -3,10 +3,11 @@
 import logging
 from typing import Any
 
-from vllm_longmamba.architectures import stock_name
+from vllm_longmamba.architectures import DECIMAMBA, stock_name
 from vllm_longmamba.checkpoint.train_length import is_state_spaces
 from vllm_longmamba.decimamba_options import KEY, DeciMambaOptions, options_from_config
 from vllm_longmamba.engine.prompt_lengths import prompt_length
+from vllm_longmamba.engine.refusals import batch_invariance, refuse
 
 logger = logging.getLogger("vllm.longmamba")
 
@@ -139,7 +140,6 @@ def _refuse_unsupported(vllm_config: Any, cut_prompts: bool) -> None:
             "draft and prompt tokens would share a step",
         ),
         (cache.use_replayssm, "--use-replayssm", "its layers know no states but vLLM's usual ones"),
+        batch_invariance(),
     ]
-    for is_set, argument, reason in obstacles:
-        if is_set:
-            raise ValueError(f"--model-impl decimamba does not support {argument}: {reason}; leave it out")
+    refuse(DECIMAMBA, obstacles)

@@ -133,7 +133,7 @@ def _expose_prompt_lengths(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         from vllm_longmamba.engine.prompt_lengths import shown_to_builders
 
-        with shown_to_builders(self.model_config):
+        with shown_to_builders(self):
             return original(self, *args, **kwargs)
 
     return _build_attention_metadata

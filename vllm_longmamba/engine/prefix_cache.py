@@ -1,4 +1,4 @@
-"""Keeps vLLM's prefix cache exact: which cached states a LongMamba request may use.
+"""Keeps vLLM's prefix cache, and the caches of its KV connectors, exact: which states a LongMamba request may use.
 
 A state depends on the thresholds that filtered its prompt, so the first block's hash gets the digest of the table and
 the prompt's row. Generated tokens are never filtered, but count as prompt in the next turn of a conversation, so blocks
@@ -26,7 +26,8 @@ def salt_request(vllm_config: Any, request: Any, made_at_start: ThresholdTable |
         made_at_start: the table of an engine that calibrated itself; others have theirs in a file.
     """
     options = options_from_config(vllm_config.additional_config)
-    if not options.filter or not vllm_config.cache_config.enable_prefix_caching:
+    is_cached = vllm_config.cache_config.enable_prefix_caching or vllm_config.kv_transfer_config is not None
+    if not options.filter or not is_cached:
         return
     if made_at_start is not None:
         table, digest = made_at_start, made_at_start.digest(options.min_retention, options.unfiltered_end)
