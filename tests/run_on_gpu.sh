@@ -33,6 +33,11 @@ for family in mamba1 mamba2 zamba2; do
 done
 wanted prefix_cache && tests prefix_cache engine/test_prefix_cache.py
 wanted preemption && tests preemption engine/test_preemption.py
+for family in mamba2 zamba2 granite_hybrid falcon_h1 nemotron_h; do
+  wanted "speculative_$family" && tests "speculative_$family" engine/test_speculative.py -k "$family"
+done
+wanted state_updates && tests state_updates engine/test_state_updates.py
+wanted kv_connectors && tests kv_connectors engine/test_kv_connectors.py
 for family in mamba1 mamba2 falcon_mamba; do
   wanted "decimamba_$family" &&
     tests "decimamba_$family" engine/test_decimamba.py -k "$family and not tensor_parallel and not preempted"
@@ -60,6 +65,8 @@ if [ "$only" != all ]; then
 fi
 export VLLM_USE_V2_MODEL_RUNNER=0
 wanted runner_v1 && tests runner_v1 engine/test_gpu.py engine/test_preemption.py -k "cuda_graphs or resumed"
+wanted speculative_runner_v1 && tests speculative_runner_v1 engine/test_speculative.py -k "mamba2 or zamba2"
+wanted replayssm_runner_v1 && tests replayssm_runner_v1 engine/test_state_updates.py -k replayssm
 wanted decimamba_runner_v1 && tests decimamba_runner_v1 engine/test_decimamba.py -k "cuda_graphs or preempted"
 
 failed=0

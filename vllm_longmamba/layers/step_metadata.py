@@ -84,6 +84,9 @@ class _FilterRowsBuilder:
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
         """See vLLM's `AttentionMetadataBuilder.build`."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)  # type: ignore[misc]
+        if metadata.num_prefills > 0 and self.use_spec_decode:  # type: ignore[attr-defined]
+            # The first column of a table with a state for each draft token.
+            metadata.state_indices_tensor_p = metadata.state_indices_tensor_p.contiguous()
         if self.prompt_filter is None:
             return metadata
         step = step_rows_from_metadata(self.prompt_filter, common_attn_metadata)
