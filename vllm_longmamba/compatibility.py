@@ -3,18 +3,17 @@ anything of vLLM is imported.
 """
 
 import logging
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 
+# In order. A newer one has to pass the checks of engine/drift.py.
 TESTED_VLLM = ("0.32", "0.33")
-ALLOW_UNTESTED = "VLLM_LONGMAMBA_ALLOW_UNTESTED_VLLM"
 
 
 class IncompatibleVllmError(RuntimeError):
-    """The installed vLLM is not one that this plugin was tested with, or does not have what the plugin needs."""
+    """The installed vLLM is older than this plugin needs, or does not have what the plugin needs."""
 
 
 def installed_vllm_version() -> str:
@@ -40,25 +39,32 @@ def installed_vllm_version() -> str:
 
 
 def check_vllm_version(version: str | None = None) -> None:
-    """Refuse a vLLM that the plugin was not tested with, unless VLLM_LONGMAMBA_ALLOW_UNTESTED_VLLM=1.
+    """Refuse a vLLM that is older than those the plugin was tested with.
 
     Args:
         version: the version to check; the installed one by default.
 
     Raises:
-        IncompatibleVllmError: the version's first two numbers are not in `TESTED_VLLM`.
+        IncompatibleVllmError: it is older, or no version.
     """
     found = installed_vllm_version() if version is None else version
-    match = re.match(r"(\d+\.\d+)", found)
-    if match and match.group(1) in TESTED_VLLM:
-        return
-    if os.environ.get(ALLOW_UNTESTED, "") not in ("", "0"):
-        return
-    raise IncompatibleVllmError(
-        f"vllm_longmamba was tested with vLLM {' and '.join(TESTED_VLLM)}, but vLLM {found} is installed. "
-        f"Install a tested one (pip install 'vllm>={TESTED_VLLM[0]},<0.34'), set {ALLOW_UNTESTED}=1 to try this one "
-        "all the same, or set VLLM_PLUGINS to a list without longmamba to run vLLM without this plugin."
-    )
+    if _numbers(found) < _numbers(TESTED_VLLM[0]):
+        raise IncompatibleVllmError(
+            f"vllm_longmamba needs vLLM {TESTED_VLLM[0]} or newer, but vLLM {found} is installed. Install a newer one "
+            f"(pip install 'vllm>={TESTED_VLLM[0]}'), or set VLLM_PLUGINS to a list without longmamba to run vLLM "
+            "without this plugin."
+        )
+
+
+def is_newer(version: str) -> bool:
+    """Whether a version of vLLM is newer than all that the plugin was tested with."""
+    return _numbers(version) > _numbers(TESTED_VLLM[-1])
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    """The first two numbers of a version; (0, 0) where it has none."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match.group(1)), int(match.group(2))) if match else (0, 0)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ def register() -> None:
     """Make `--model-impl longmamba` known to vLLM. Calling it again changes nothing.
 
     Raises:
-        IncompatibleVllmError: this vLLM is not one the plugin was tested with, or lacks something the plugin needs.
+        IncompatibleVllmError: this vLLM is too old, or lacks a function that the plugin patches.
     """
     from vllm_longmamba.compatibility import check_vllm_version
 

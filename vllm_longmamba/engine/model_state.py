@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
-from vllm_longmamba.engine.prompt_lengths import was_shortened
+from vllm_longmamba.engine.prompt_lengths import whole_prompt_length
 from vllm_longmamba.options import options_from_config
 
 
@@ -22,7 +22,8 @@ class LongMambaModelState(MambaHybridModelState):  # type: ignore[misc]
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """See vLLM; a resumed request comes with its original prompt length."""
         super().add_request(req_index, new_req_data)
-        self._prompt_lengths[req_index] = new_req_data.prompt_len + was_shortened(new_req_data.sampling_params)
+        whole = whole_prompt_length(new_req_data.sampling_params)
+        self._prompt_lengths[req_index] = new_req_data.prompt_len if whole is None else whole
 
     def prepare_attn(self, input_batch: Any, *args: Any, for_capture: bool = False, **kwargs: Any) -> dict[str, Any]:
         """See vLLM; the prompt lengths reach the metadata builders as `rswa_prefix_lens`, on the host.

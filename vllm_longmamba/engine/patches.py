@@ -103,6 +103,9 @@ def _inspect_variant(original: Callable[..., Any]) -> Callable[..., Any]:
         if model_impl is None:
             refuse_original_format(model_config)
             return original(self, architectures, model_config)
+        from vllm_longmamba.engine.drift import check_newer_vllm
+
+        check_newer_vllm(PATCHES)
         architecture = supported_architecture(architectures, model_impl)
         prepare_model_config(model_config)
         # The variant differs from the stock class in nothing that vLLM inspects.
@@ -160,7 +163,9 @@ def _check_request(original: Callable[..., Any]) -> Callable[..., Any]:
         model_impl = own_model_impl(self.vllm_config.model_config)
         if model_impl == MODEL_IMPL:
             from vllm_longmamba.engine.prefix_cache import salt_request
+            from vllm_longmamba.engine.prompt_lengths import keep_prompt_length
 
+            keep_prompt_length(request)
             salt_request(self.vllm_config, request, self.longmamba_table)
         elif model_impl == DECIMAMBA:
             from vllm_longmamba.engine.decimamba_config import refuse_request

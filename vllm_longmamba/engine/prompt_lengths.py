@@ -8,7 +8,8 @@
 3. **The prefix cache** sees no metadata: prefix_cache.py takes S from the request (`prompt_length`) and puts the row of
    the table into the request's cache salt.
 
-Where a prompt is computed for another engine (disaggregated prefill), vLLM takes its last token off; 1 and 2 add it.
+Where a prompt is computed for another engine (disaggregated prefill), vLLM takes its last tokens off, which that engine
+computes itself. `keep_prompt_length` writes S into such a request before, and 1 and 2 read it there.
 
 `layers.prompt_filter.step_rows_from_metadata` makes the rows of a step from `rswa_prefix_lens`. A preempted request
 comes back with its original S in all three.
@@ -17,6 +18,8 @@ comes back with its original S in all three.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+_WHOLE = "longmamba_prompt_length"
 
 
 @contextmanager
@@ -29,35 +32,50 @@ def shown_to_builders(runner: Any) -> Iterator[None]:
     Args:
         runner: vLLM's `GPUModelRunner`, changed in place and changed back.
     """
-    arch_config = runner.model_config.model_arch_config
-    before, shortened = arch_config.rswa_window, _shortened_rows(runner)
+    arch_config, lengths = runner.model_config.model_arch_config, runner.input_batch.num_prompt_tokens
+    window, shortened = arch_config.rswa_window, _shortened_prompts(runner)
     arch_config.rswa_window = runner.model_config.max_model_len
-    runner.input_batch.num_prompt_tokens[shortened] += 1
+    before = {row: int(lengths[row]) for row in shortened}
+    for row, length in shortened.items():
+        lengths[row] = length
     try:
         yield
     finally:
-        arch_config.rswa_window = before
-        runner.input_batch.num_prompt_tokens[shortened] -= 1
+        arch_config.rswa_window = window
+        for row, length in before.items():
+            lengths[row] = length
 
 
-def _shortened_rows(runner: Any) -> list[int]:
+def _shortened_prompts(runner: Any) -> dict[int, int]:
+    """Row of the batch -> length of the whole prompt."""
     if runner.vllm_config.kv_transfer_config is None:
-        return []
-    names = enumerate(runner.input_batch.req_ids)
-    return [row for row, name in names if was_shortened(runner.requests[name].sampling_params)]
+        return {}
+    known = {
+        row: whole_prompt_length(runner.requests[name].sampling_params)
+        for row, name in enumerate(runner.input_batch.req_ids)
+    }
+    return {row: length for row, length in known.items() if length is not None}
 
 
-def was_shortened(sampling_params: Any) -> bool:
-    """Whether vLLM took the last token off a prompt.
-
-    It does so where a prompt is computed for another engine, which starts from the state before that token. The row
-    of the table is still that of the whole prompt.
+def keep_prompt_length(request: Any) -> None:
+    """Write the prompt's length into a request whose prompt is computed for another engine, in place.
 
     Args:
-        sampling_params: of the request, as a worker sees them; None for pooling models.
+        request: vLLM's `EngineCoreRequest`, before vLLM takes the last tokens off its prompt.
     """
-    extra = getattr(sampling_params, "extra_args", None) or {}
-    return bool((extra.get("kv_transfer_params") or {}).get("_p_side_truncated"))
+    extra = getattr(request.sampling_params, "extra_args", None) or {}
+    if (extra.get("kv_transfer_params") or {}).get("do_remote_decode"):
+        request.sampling_params.extra_args = {**extra, _WHOLE: prompt_length(request)}
+
+
+def whole_prompt_length(sampling_params: Any) -> int | None:
+    """What `keep_prompt_length` wrote, as a worker reads it; None for other requests.
+
+    Args:
+        sampling_params: of the request; None for pooling models.
+    """
+    length: int | None = (getattr(sampling_params, "extra_args", None) or {}).get(_WHOLE)
+    return length
 
 
 def prompt_length(request: Any) -> int:
