@@ -7,26 +7,26 @@ import pytest
 from vllm_longmamba.architectures import (
     DECIMAMBA,
     DECIMATED,
-    SUPPORTED,
     is_mamba1,
     own_model_impl,
     stock_name,
+    supported,
     supported_architecture,
     uses_longmamba,
     variant_name,
 )
 from vllm_longmamba.engine.registration import register_architectures
 
-MAMBA1 = {"MambaForCausalLM", "FalconMambaForCausalLM", "JambaForCausalLM"}
+MAMBA1 = {"MambaForCausalLM", "FalconMambaForCausalLM", "JambaForCausalLM", "JambaForSequenceClassification"}
 
 
-@pytest.mark.parametrize("architecture", SUPPORTED)
+@pytest.mark.parametrize("architecture", supported())
 def test_long_name(architecture: str) -> None:
     assert variant_name(architecture) == f"Long{architecture}"
     assert variant_name(variant_name(architecture)) == f"Long{architecture}"
 
 
-@pytest.mark.parametrize("architecture", SUPPORTED)
+@pytest.mark.parametrize("architecture", supported())
 def test_stock_name(architecture: str) -> None:
     assert stock_name(f"Long{architecture}") == architecture
     assert stock_name(architecture) == architecture
@@ -72,11 +72,11 @@ def test_supported_architecture(given: str | list[str], expected: str) -> None:
 def test_supported_architecture_refuses(given: str | list[str], named: str) -> None:
     with pytest.raises(ValueError, match=rf"architecture {named} has no LongMamba variant") as error:
         supported_architecture(given)
-    assert all(architecture in str(error.value) for architecture in SUPPORTED)
+    assert all(architecture in str(error.value) for architecture in supported())
     assert "Leave --model-impl out" in str(error.value)
 
 
-@pytest.mark.parametrize("architecture", SUPPORTED)
+@pytest.mark.parametrize("architecture", supported())
 def test_is_mamba1(architecture: str) -> None:
     assert is_mamba1(architecture) == (architecture in MAMBA1)
     assert is_mamba1(variant_name(architecture)) == (architecture in MAMBA1)
@@ -111,7 +111,7 @@ def test_register_architectures() -> None:
     from vllm_longmamba.engine.decimamba_config import DeciMambaModelConfig
 
     register_architectures()
-    hooks = dict.fromkeys(map(variant_name, SUPPORTED), LongMambaModelConfig)
+    hooks = dict.fromkeys(map(variant_name, supported()), LongMambaModelConfig)
     hooks |= dict.fromkeys((variant_name(name, DECIMAMBA) for name in DECIMATED), DeciMambaModelConfig)
     first = {name: ModelRegistry.models[name] for name in hooks}
     register_architectures()

@@ -1,5 +1,6 @@
 """The vLLM model classes that have a variant of this plugin's, and the names of the variants."""
 
+from functools import lru_cache
 from typing import Any
 
 MODEL_IMPL = "longmamba"
@@ -7,27 +8,26 @@ DECIMAMBA = "decimamba"
 # The plugin's values of --model-impl, and what the names of their variants begin with.
 PREFIXES = {MODEL_IMPL: "Long", DECIMAMBA: "Deci"}
 
-# Architecture (as config.json names it) -> vLLM module and class, all built on MambaMixer or MambaMixer2.
-# tests/test_vllm_drift.py compares this with the model classes of the installed vLLM.
-SUPPORTED: dict[str, tuple[str, str]] = {
-    "MambaForCausalLM": ("mamba", "MambaForCausalLM"),
-    "FalconMambaForCausalLM": ("mamba", "MambaForCausalLM"),
-    "Mamba2ForCausalLM": ("mamba2", "Mamba2ForCausalLM"),
-    "Zamba2ForCausalLM": ("zamba2", "Zamba2ForCausalLM"),
-    "JambaForCausalLM": ("jamba", "JambaForCausalLM"),
-    "NemotronHForCausalLM": ("nemotron_h", "NemotronHForCausalLM"),
-    "NemotronHPuzzleForCausalLM": ("nemotron_h", "NemotronHForCausalLM"),
-    "FalconH1ForCausalLM": ("falcon_h1", "FalconH1ForCausalLM"),
-    "GraniteMoeHybridForCausalLM": ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
-}
+# vLLM's modules that build models of MambaMixer or MambaMixer2. Every architecture that vLLM's registry finds in one of
+# them has a variant. tests/test_vllm_drift.py looks for modules that are missing here.
+_MAMBA1_MODULES = ("mamba", "jamba")
+MODULES = (*_MAMBA1_MODULES, "mamba2", "zamba2", "nemotron_h", "falcon_h1", "granitemoehybrid")
 
 # Decimated layers need a residual stream that nothing but Mamba layers adds to.
 DECIMATED = ("MambaForCausalLM", "FalconMambaForCausalLM", "Mamba2ForCausalLM")
 
 
+@lru_cache(maxsize=1)
+def supported() -> dict[str, tuple[str, str]]:
+    """Architecture, as config.json names it -> vLLM's module and class, for all that have a variant."""
+    from vllm.model_executor.models.registry import _VLLM_MODELS
+
+    return {name: (module, found) for name, (module, found) in _VLLM_MODELS.items() if module in MODULES}
+
+
 def supported_by(model_impl: str) -> tuple[str, ...]:
     """The architectures that have a variant for one of the plugin's values of --model-impl."""
-    return DECIMATED if model_impl == DECIMAMBA else tuple(SUPPORTED)
+    return DECIMATED if model_impl == DECIMAMBA else tuple(supported())
 
 
 def variant_name(architecture: str, model_impl: str = MODEL_IMPL) -> str:
@@ -38,7 +38,7 @@ def variant_name(architecture: str, model_impl: str = MODEL_IMPL) -> str:
 def stock_name(architecture: str) -> str:
     """Name of the vLLM architecture that a variant extends; other names are returned as they are."""
     for prefix in PREFIXES.values():
-        if architecture.removeprefix(prefix) in SUPPORTED:
+        if architecture.removeprefix(prefix) in supported():
             return architecture.removeprefix(prefix)
     return architecture
 
@@ -70,7 +70,7 @@ def supported_architecture(architectures: str | list[str], model_impl: str = MOD
 
 def is_mamba1(architecture: str) -> bool:
     """Whether the layers of a supported architecture, stock or variant, are Mamba-1 (otherwise they are Mamba-2)."""
-    return SUPPORTED[stock_name(architecture)][0] in ("mamba", "jamba")
+    return supported()[stock_name(architecture)][0] in _MAMBA1_MODULES
 
 
 def own_model_impl(model_config: Any) -> str | None:

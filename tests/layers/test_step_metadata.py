@@ -4,13 +4,16 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from small_tables import small_table
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backends.mamba1_attn import Mamba1AttentionMetadata, Mamba1AttentionMetadataBuilder
 from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata, Mamba2AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import MambaSpec
 
+from vllm_longmamba.layers.prompt_filter import PromptFilter, StepRows
 from vllm_longmamba.layers.step_metadata import (
     LongMamba1Metadata,
     LongMamba1MetadataBuilder,
@@ -50,7 +53,7 @@ def make_metadata(cls: type, decodes: int, prefills: int, requests: int) -> Any:
     fields |= dict.fromkeys(("bc_pre_scratch", "replayssm_scratch", "replayssm_state_indices_d", "filter_rows"))
     if "checkpoint_meta" in fields:
         fields["checkpoint_meta"] = None
-    fields |= {"num_decodes": decodes, "num_prefills": prefills, "num_reqs": requests}
+    fields |= {"num_decodes": decodes, "num_decode_tokens": decodes, "num_prefills": prefills, "num_reqs": requests}
     fields["seq_lens"] = torch.arange(1, decodes + prefills + 1, dtype=torch.int32) * (BLOCK - 3)
     fields["state_indices_tensor_d"] = torch.arange(decodes, dtype=torch.int32)[:, None] + 100
     return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
@@ -107,3 +110,26 @@ def test_steps_that_hold_more_are_left_to_vllm(flag: str) -> None:
     assert make_builder(LongMamba2MetadataBuilder, "none")._writes_slots_only(
         make_metadata(LongMamba2Metadata, 3, 0, 3)
     )
+
+
+@pytest.mark.parametrize("replays", [False, True])
+@pytest.mark.parametrize("filters_generated", [False, True])
+def test_draft_tokens_have_rows_of_their_own(replays: bool, filters_generated: bool) -> None:
+    """Behind the prompt; at a prompt's last token, which vLLM pads with drafts; and one token without drafts."""
+    drafts = 3
+    mode = CUDAGraphMode.FULL if replays else CUDAGraphMode.NONE
+    builder = make_builder(LongMamba2MetadataBuilder, "none", use_spec_decode=True, num_spec_tokens=drafts)
+    builder.compilation_config = SimpleNamespace(cudagraph_mode=mode)
+    builder._graph_rows = torch.zeros(LARGEST * (1 + drafts), dtype=torch.int32)
+    # Row 3 for prompts of 20 tokens, row 1 for those of 12.
+    step = PromptFilter(small_table(), filters_generated=filters_generated).step_rows(
+        np.array([20, 20, 12], np.int32), np.array([60, 23, 12], np.int32), np.array([4, 4, 1], np.int32)
+    )
+    metadata = SimpleNamespace(num_prefills=0, num_decodes=3, num_decode_tokens=12 if replays else 9)
+    rows = builder._decode_rows(metadata, step)
+    expected = [3, 3, 3, 3, 3, 3, 3, 3, 1] if filters_generated else [0, 0, 0, 0, 3, 0, 0, 0, 1]
+    assert rows.tolist() == expected + [0, 0, 0] * replays
+    if not filters_generated:
+        nothing = StepRows.without_prompts(np.array([4, 4, 4], np.int32))
+        later = builder._decode_rows(metadata, nothing)
+        assert later.tolist() == [0] * 12 if replays else later is None

@@ -21,6 +21,9 @@ def complete_weights(model: Any, loaded: set[str]) -> None:
         ValueError: parameters that nothing has filled; the message names them.
     """
     empty = [names[0] for names in _checked_parameters(model) if not loaded.intersection(names)]
+    if _HEAD in empty and getattr(model, "is_pooling_model", False):
+        # It has one, which nothing runs.
+        empty.remove(_HEAD)
     if _HEAD in empty and getattr(model.config, "tie_word_embeddings", False):
         embedding = _loaded_embedding(model, loaded)
         if embedding is not None:

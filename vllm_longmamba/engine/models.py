@@ -18,7 +18,7 @@ from vllm.distributed.parallel_state import (
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_longmamba.architectures import MODEL_IMPL, SUPPORTED, stock_name, supported_by, variant_name
+from vllm_longmamba.architectures import MODEL_IMPL, stock_name, supported, supported_by, variant_name
 from vllm_longmamba.calibration.settings import from_config
 from vllm_longmamba.checkpoint.loaded_weights import complete_weights
 from vllm_longmamba.checkpoint.table_lookup import weight_patterns
@@ -144,7 +144,7 @@ def make_variant(name: str, model_impl: str, mixin: type, module: str) -> type:
     architecture = stock_name(name)
     if architecture not in supported_by(model_impl) or name != variant_name(architecture, model_impl):
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    vllm_module, class_name = SUPPORTED[architecture]
+    vllm_module, class_name = supported()[architecture]
     stock = getattr(import_module(f"vllm.model_executor.models.{vllm_module}"), class_name)
     attributes: dict[str, Any] = {
         "__module__": module,
