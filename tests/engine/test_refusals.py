@@ -254,14 +254,40 @@ def test_weights_that_unpack_to_more_than_their_file(tiny_model: Callable[[str],
     assert f"{model / 'pytorch_model.bin'}: 'backbone.norm_f.weight' must be stored in full" in message
 
 
-def test_speculative_decoding(tiny_model: Callable[[str], Path], tiny_table: Tables) -> None:
-    message = refusal(
-        tiny_model("mamba2"),
-        **longmamba(tiny_table("mamba2")[0]),
-        speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3},
-    )
-    assert "--model-impl longmamba does not support speculative decoding" in message
-    assert "eave --speculative-config out" in message
+NGRAMS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("family", ["mamba1", "falcon_mamba", "jamba"])
+def test_drafts_for_mamba1(family: str, filtered: bool, tiny_model: Callable[[str], Path], tiny_table: Tables) -> None:
+    given = longmamba(tiny_table(family)[0]) if filtered else longmamba()
+    message = refusal(tiny_model(family), **given, speculative_config=NGRAMS)
+    assert "--model-impl longmamba does not support --speculative-config with Mamba-1 layers" in message
+    assert "leave it out" in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a CPU")
+def test_drafts_on_a_cpu(tiny_model: Callable[[str], Path]) -> None:
+    message = refusal(tiny_model("mamba2"), **longmamba(), speculative_config=NGRAMS)
+    assert "--model-impl longmamba does not support --speculative-config on a CPU: vLLM's convolution" in message
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_batch_invariance(
+    filtered: bool, tiny_model: Callable[[str], Path], tiny_table: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    given = longmamba(tiny_table("mamba2")[0]) if filtered else longmamba()
+    message = refusal(tiny_model("mamba2"), **given)
+    assert "--model-impl longmamba does not support VLLM_BATCH_INVARIANT=1" in message
+
+
+def test_connector_without_states(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    config = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    config["kv_connector_extra_config"] = {"shared_storage_path": str(tmp_path)}  # type: ignore[assignment]
+    message = refusal(tiny_model("mamba2"), **longmamba(), kv_transfer_config=config)
+    assert "--model-impl longmamba does not support --kv-transfer-config with ExampleConnector" in message
+    assert "it does not have vLLM's interface SupportsHMA" in message
 
 
 def test_weights_of_a_trainer(tiny_model: Callable[[str], Path], tiny_table: Tables) -> None:
