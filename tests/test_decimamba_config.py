@@ -151,6 +151,12 @@ def test_an_unsupported_use_of_the_state(tmp_path: Path) -> None:
         config_of(model, use_replayssm=True)
 
 
+def test_batch_invariance(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match="--model-impl decimamba does not support VLLM_BATCH_INVARIANT=1: neither"):
+        config_of(model)
+
+
 def test_a_hybrid_is_refused(tmp_path: Path) -> None:
     from transformers import Zamba2Config
 
