@@ -36,6 +36,7 @@ wanted preemption && tests preemption engine/test_preemption.py
 for family in mamba2 zamba2 granite_hybrid falcon_h1 nemotron_h; do
   wanted "speculative_$family" && tests "speculative_$family" engine/test_speculative.py -k "$family"
 done
+wanted speculative_calibration && tests speculative_calibration engine/test_speculative.py -k calibration
 wanted state_updates && tests state_updates engine/test_state_updates.py
 wanted kv_connectors && tests kv_connectors engine/test_kv_connectors.py
 for family in mamba1 mamba2 falcon_mamba; do

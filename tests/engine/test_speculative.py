@@ -4,6 +4,7 @@ On a CPU, vLLM's convolution keeps the inputs of rejected tokens, so that it is 
 one in its place; everything else is what runs on a GPU, as in test_gpu_path.py.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from vllm_longmamba.engine import config
 from vllm_longmamba.layers.filtered_mixer import FilteredMixer
 
 from .conftest import longmamba
-from .harness import assert_exact
+from .harness import TRAIN_LENGTH, assert_exact
 
 pytestmark = pytest.mark.engine
 
@@ -89,3 +90,18 @@ def test_drafts_change_nothing(
     counted = {metric.name: metric for metric in running.llm.get_metrics()}
     drafted, accepted = (counted[f"vllm:spec_decode_num_{kind}_tokens"].value for kind in ("draft", "accepted"))
     assert 0 < accepted < drafted
+
+
+def test_calibration_at_the_start(engine: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine with drafts makes the table that it makes without."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", os.environ.get("VLLM_CACHE_ROOT", str(Path.home() / ".cache" / "vllm")))
+    options = {"model_impl": "longmamba", "additional_config": {"longmamba": {"train_length": TRAIN_LENGTH}}}
+    tables = []
+    for number, drafts in enumerate(({}, {"speculative_config": NGRAMS})):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(number)))
+        running = engine("mamba2", **options, **drafts, max_model_len=1024, max_num_batched_tokens=64)
+        tables.append(running.llm.llm_engine.engine_core.engine_core.longmamba_table)
+    plain, with_drafts = tables
+    assert plain.row_lengths.tolist() == with_drafts.row_lengths.tolist()
+    for layer, thresholds in plain.layers.items():
+        assert torch.equal(thresholds.dt_threshold, with_drafts.layers[layer].dt_threshold)
