@@ -1,7 +1,6 @@
 """Speculative decoding of Mamba-2 models: drafts by n-grams change neither tokens nor log-probabilities.
 
-On a CPU, vLLM's convolution keeps the inputs of rejected tokens, so that it is refused there. These tests put a plain
-one in its place; everything else is what runs on a GPU, as in test_gpu_path.py.
+On a CPU, plain kernels stand in the place of those of vLLM that go wrong there (draft_kernels.py).
 """
 
 import os
@@ -11,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from draft_kernels import NGRAMS, run_as_on_a_gpu
 from tiny_models import random_token_ids
-
-from vllm_longmamba.engine import config
-from vllm_longmamba.layers.filtered_mixer import FilteredMixer
 
 from .conftest import longmamba
 from .harness import TRAIN_LENGTH, assert_exact
@@ -23,42 +20,12 @@ pytestmark = pytest.mark.engine
 
 FAMILIES = ["mamba2", "zamba2"]
 OTHER_FAMILIES = ["granite_hybrid", "falcon_h1", "nemotron_h"]
-DRAFTS = 3
-NGRAMS = {"method": "ngram", "num_speculative_tokens": DRAFTS, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-
-
-def convolve(
-    x: torch.Tensor,
-    conv_state: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    activation: str,
-    conv_state_indices: torch.Tensor,
-    num_accepted_tokens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    max_query_len: int,
-) -> torch.Tensor:
-    """vLLM's `causal_conv1d_update` with drafts: a slot holds the inputs before the last step's tokens, then those."""
-    assert activation == "silu"
-    width, out = weight.shape[1], torch.empty_like(x)
-    for sequence, slot in enumerate(conv_state_indices[:, 0].tolist()):
-        start, end = query_start_loc[sequence].item(), query_start_loc[sequence + 1].item()
-        accepted = int(num_accepted_tokens[sequence]) - 1
-        inputs = torch.cat([conv_state[slot, :, accepted : accepted + width - 1], x[start:end].T], 1)
-        summed = torch.nn.functional.conv1d(inputs[None], weight[:, None], bias, groups=len(weight))
-        out[start:end] = torch.nn.functional.silu(summed[0]).T
-        conv_state[slot, :, : inputs.shape[1] - 1] = inputs[:, 1:]
-    return out
 
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
-        from vllm.model_executor.layers.mamba import mamba_mixer2
-
-        monkeypatch.setattr(mamba_mixer2, "causal_conv1d_update", convolve)
-        monkeypatch.setattr(FilteredMixer, "runs_own_kernels", lambda _: True)
-        monkeypatch.setattr(config, "refuse_unsupported", lambda _: None)
+        run_as_on_a_gpu(monkeypatch)
 
 
 @pytest.mark.parametrize("filters_generated", [False, True])
