@@ -41,7 +41,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
         (
             has_drafts and current_platform.is_cpu(),
             "--speculative-config on a CPU",
-            "vLLM's kernels do not take rejected tokens out of the states there",
+            "vLLM does not take rejected tokens out of the states there",
         ),
         *kv_transfer(vllm_config),
         batch_invariance(),
