@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from documents import ROOT
 
-from vllm_longmamba.architectures import SUPPORTED
+from vllm_longmamba.architectures import supported
 from vllm_longmamba.commands.features import FAMILIES, Entry, family_of, read_features
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -85,7 +85,7 @@ def test_a_wrong_entry(entry: str, tmp_path: Path) -> None:
         read_features(path)
 
 
-@pytest.mark.parametrize("architecture", SUPPORTED)
+@pytest.mark.parametrize("architecture", supported())
 def test_family_of(architecture: str) -> None:
     expected = {
         "MambaForCausalLM": "mamba1",

@@ -15,7 +15,7 @@ from vllm_longmamba.compatibility import check_vllm_version, installed_vllm_vers
 _PACKAGES = ("torch", "triton", "transformers", "numpy")
 # Variables that change what an engine does. Others are not shown: they may be secrets.
 _VARIABLES = (
-    "VLLM_PLUGINS", "VLLM_LONGMAMBA_ALLOW_UNTESTED_VLLM", "VLLM_USE_V2_MODEL_RUNNER", "VLLM_BATCH_INVARIANT",
+    "VLLM_PLUGINS", "VLLM_USE_V2_MODEL_RUNNER", "VLLM_BATCH_INVARIANT",
     "VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_SSM_CONV_STATE_LAYOUT", "TRITON_F32_DEFAULT",
     "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "XDG_CACHE_HOME",
 )  # fmt: skip

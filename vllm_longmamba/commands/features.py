@@ -102,7 +102,7 @@ def _entry(given: Any, place: str) -> Entry:
 
 def family_of(architecture: str) -> str:
     """The column of a model class, by its name in vLLM."""
-    from vllm_longmamba.architectures import SUPPORTED, stock_name
+    from vllm_longmamba.architectures import stock_name, supported
 
-    module = SUPPORTED[stock_name(architecture)][0]
+    module = supported()[stock_name(architecture)][0]
     return {"mamba": "mamba1"}.get(module, module if module in FAMILIES else "hybrids")
