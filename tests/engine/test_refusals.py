@@ -298,11 +298,6 @@ def test_weights_of_a_trainer(tiny_model: Callable[[str], Path], tiny_table: Tab
     assert "leave it out, or serve the plain model" in message
 
 
-def test_replayssm(tiny_model: Callable[[str], Path], tiny_table: Tables) -> None:
-    message = refusal(tiny_model("mamba2"), **longmamba(tiny_table("mamba2")[0]), use_replayssm=True)
-    assert "--model-impl longmamba does not support --use-replayssm: leave it out" in message
-
-
 def test_weights_that_cannot_be_checked(tiny_model: Callable[[str], Path], tiny_table: Tables) -> None:
     message = refusal(tiny_model("mamba2"), **longmamba(tiny_table("mamba2")[0]), load_format="npcache")
     assert "cannot check the weights of --load-format npcache" in message
