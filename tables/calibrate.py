@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .closed_loop import combine_thresholds
-from .metadata import MEAN, check_combine
+from .metadata import PAPER, UNCLAMPED
 from .ranges import check_range
 from .row_lengths import check_row_lengths
 from .stretch import crossing_values
@@ -26,14 +25,12 @@ class LayerCalibration:
         train_length: L in tokens.
         row_lengths: (rows,) integers, ascending from train_length; see `default_row_lengths`.
         clamp_percent: C, per cent of the dt's above the clamp, 0 <= C < 100.
-        combine: how the thresholds of the sequences become one, see COMBINE; the paper takes their mean. Retention is
-            a mean whatever it says.
-        budget: what a channel may keep, as a factor of its (clamped) sum over the training length, for all or
-            (channels,); the paper's is 1.
+        method: "paper" takes the mean of the sequences' thresholds; "unclamped" their clipped mean, in which none
+            counts as more than twice their median: without a clamp a threshold hangs on the few largest dt's.
+        budget: what a channel may keep, as a factor of its (clamped) sum over the training length; the paper's is 1.
 
     Raises:
-        ValueError: another shape, A not negative, row_lengths, clamp_percent or budget out of range, another way to
-            combine.
+        ValueError: another shape, A not negative, row_lengths, clamp_percent or budget out of range.
     """
 
     def __init__(
@@ -42,8 +39,8 @@ class LayerCalibration:
         train_length: int,
         row_lengths: np.ndarray | Sequence[int],
         clamp_percent: float,
-        combine: str = MEAN,
-        budget: float | Tensor = 1.0,
+        method: str = PAPER,
+        budget: float = 1.0,
     ) -> None:
         if A.ndim not in (1, 2) or A.numel() == 0 or not bool(((A < 0) & torch.isfinite(A)).all()):
             raise ValueError(
@@ -52,22 +49,18 @@ class LayerCalibration:
             )
         check_range("train_length", train_length, "LayerCalibration")
         check_range("clamp_percent", clamp_percent, "LayerCalibration")
-        check_combine(combine, "LayerCalibration")
-        # Of many channels two numbers tell; a NaN is its own smallest and largest.
-        for one in (budget.min().item(), budget.max().item()) if isinstance(budget, Tensor) else (budget,):
-            check_range("budget", one, "LayerCalibration")
+        check_range("budget", budget, "LayerCalibration")
         lengths = check_row_lengths(np.asarray(row_lengths), train_length, "LayerCalibration")
         self.train_length = train_length
         self.clamp_percent = float(clamp_percent)
-        self.combine = combine
-        self._budgets = torch.as_tensor(budget, dtype=torch.float64, device="cpu").expand(A.shape[0])
+        self.method = method
+        self.budget = float(budget)
         self.num_sequences = 0
         # (channels, d_state), d_state 1 for Mamba-2.
         self._A = A.detach().to("cpu", torch.float64).reshape(A.shape[0], -1)
         self._lengths: tuple[int, ...] = tuple(lengths[1:].tolist())
-        self._dt_sum = torch.zeros(A.shape[0], dtype=torch.float64)
         self._retention_sum = torch.zeros(A.shape[0], dtype=torch.float64)
-        # (rows - 1, channels) each: one running sum for the mean, otherwise one of every sequence.
+        # (rows - 1, channels) each: one running sum for the mean, one of every sequence for the clipped mean.
         self._threshold_sum = torch.zeros(len(self._lengths), A.shape[0], dtype=torch.float64)
         self._thresholds: list[Tensor] = []
 
@@ -93,7 +86,6 @@ class LayerCalibration:
             )
         dt = dt.detach()
         dt_sum = dt.sum(dim=0, dtype=torch.float64).cpu()
-        self._dt_sum += dt_sum
         self._retention_sum += torch.exp(self._A * dt_sum.unsqueeze(1)).mean(dim=1)
         found = torch.empty_like(self._threshold_sum)
         chunk = max(1, _SORT_ELEMENTS // self.train_length)
@@ -102,26 +94,15 @@ class LayerCalibration:
                 # (chunk, train_length)
                 ascending = dt[:, begin : begin + chunk].t().contiguous().sort(dim=1).values.double()
                 curve = torch.minimum(ascending, _clamp_value(ascending, self.clamp_percent)).flip(1)
-                found[:, begin : begin + chunk] = (
-                    crossing_values(curve, self._lengths, self._budgets[begin : begin + chunk]).t().cpu()
-                )
-        if self.combine == MEAN:
-            self._threshold_sum += found
-        else:
+                found[:, begin : begin + chunk] = crossing_values(curve, self._lengths, self.budget).t().cpu()
+        if self.method == UNCLAMPED:
             self._thresholds.append(found.float())
+        else:
+            self._threshold_sum += found
         self.num_sequences += 1
 
-    def budget(self) -> Tensor:
-        """Returns the mean over the sequences of the sum of dt, (channels,) float64, unclamped.
-
-        Raises:
-            ValueError: no sequence was added.
-        """
-        self._check_added("budget")
-        return self._dt_sum / self.num_sequences
-
     def result(self) -> LayerThresholds:
-        """Returns the mean retention and the combined thresholds; row 0 is -1.0, "no filter".
+        """Returns the mean retention and the thresholds; row 0 is -1.0, "no filter".
 
         A sequence whose running sum never exceeds the target (all dt zero) has nothing to filter. It counts as 0, the
         threshold that leaves every token with dt > 0 alone; where the sequences together come to 0, the row is -1.0.
@@ -129,23 +110,28 @@ class LayerCalibration:
         Raises:
             ValueError: no sequence was added.
         """
-        self._check_added("result")
-        thresholds = torch.full((len(self._lengths) + 1, len(self._dt_sum)), NO_FILTER, dtype=torch.float32)
-        if self.combine == MEAN:
-            mean = self._threshold_sum / self.num_sequences
-            thresholds[1:] = torch.where(self._threshold_sum > 0, mean, NO_FILTER)
+        if self.num_sequences == 0:
+            raise ValueError(
+                "LayerCalibration.result: at least one sequence must have been added, got none; call add first"
+            )
+        rows, channels = self._threshold_sum.shape
+        thresholds = torch.full((rows + 1, channels), NO_FILTER, dtype=torch.float32)
+        if self.method == UNCLAMPED:
+            mean = _clipped_mean(torch.stack(self._thresholds))
         else:
-            each = torch.stack([found.flatten() for found in self._thresholds])
-            thresholds[1:] = combine_thresholds(each, self.combine).view_as(thresholds[1:])
+            mean = self._threshold_sum / self.num_sequences
+        thresholds[1:] = torch.where(mean > 0, mean, NO_FILTER)
         # exp of a tiny negative number may round to 1, and so may the mean of ones.
         retention = (self._retention_sum / self.num_sequences).clamp_(max=1.0)
         return LayerThresholds(retention=retention, dt_threshold=thresholds)
 
-    def _check_added(self, place: str) -> None:
-        if self.num_sequences == 0:
-            raise ValueError(
-                f"LayerCalibration.{place}: at least one sequence must have been added, got none; call add first"
-            )
+
+def _clipped_mean(values: Tensor) -> Tensor:
+    """Returns the mean of the first dimension in which no value counts as more than twice their median."""
+    # What quantile(0.5) returns, which takes no more than 2^24 numbers.
+    ordered, last = values.sort(dim=0).values, len(values) - 1
+    median = torch.lerp(ordered[last // 2], ordered[last - last // 2], 0.5)
+    return torch.minimum(values, 2 * median).mean(dim=0)
 
 
 @contextmanager

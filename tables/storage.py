@@ -163,9 +163,11 @@ def _parse(place: str | os.PathLike[str], header: dict[str, str] | None) -> tupl
         content: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _error(place, f"the metadata is no JSON ({error})") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
+    content = content if isinstance(content, dict) else {}
+    version = content.get("format_version")
     if version != FORMAT_VERSION:
-        raise _error(place, f"written by format version {str(version)[:20]}, this release reads {FORMAT_VERSION}")
+        problem = f"written by format version {str(version)[:20]}, this release reads {FORMAT_VERSION}"
+        raise _error(place, problem, str(content.get("model_id", "MODEL"))[:200])
     expected = {entry.name for entry in fields(TableMetadata)} | {"checksum"}
     if set(content) != expected:
         raise _error(

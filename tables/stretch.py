@@ -82,13 +82,13 @@ def _segments(train_length: int, lengths: tuple[int, ...], device: torch.device)
     )
 
 
-def crossing_values(curve: Tensor, lengths: tuple[int, ...], budget: float | Tensor = 1.0) -> Tensor:
+def crossing_values(curve: Tensor, lengths: tuple[int, ...], budget: float = 1.0) -> Tensor:
     """Returns where each stretched curve's running sum first exceeds its budget, a part of the curve's own sum.
 
     Args:
         curve: (channels, L) float64, each channel descending and >= 0, L at least 2.
         lengths: the S of each row, all above L.
-        budget: which part, above 0, for all or (channels,); 1 in the paper.
+        budget: which part, above 0; 1 in the paper.
 
     Returns:
         (channels, len(lengths)) float64: the sample at which the sum first exceeds; 0.0 where it never does (a curve of
@@ -98,7 +98,7 @@ def crossing_values(curve: Tensor, lengths: tuple[int, ...], budget: float | Ten
     """
     channels, train_length = curve.shape
     values = torch.zeros(channels, len(lengths), dtype=torch.float64, device=curve.device)
-    target = torch.as_tensor(budget, dtype=torch.float64, device=curve.device) * curve.sum(dim=1)
+    target = budget * curve.sum(dim=1)
     if not lengths:
         return values
     segments = _segments(train_length, lengths, curve.device)

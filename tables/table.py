@@ -118,7 +118,7 @@ class ThresholdTable:
         return np.searchsorted(self._between_rows, doubled, side="left").astype(np.int32)
 
     def is_global(self, layer: int, min_retention: float | None = None) -> Tensor:
-        """Returns which channels of a layer are global and filtered, (channels,) bool: retention > min_retention.
+        """Returns which channels of a layer are global, (channels,) bool: retention > min_retention.
 
         Args:
             layer: layer index.
@@ -128,8 +128,6 @@ class ThresholdTable:
             ValueError: the table has no such layer, or theta is outside [0, 1].
         """
         is_global = self._layer(layer).retention.numpy() > self._theta(min_retention)  # NumPy: see LayerThresholds
-        if self.metadata.unfiltered:
-            is_global &= (self._layer(layer).dt_threshold.numpy() != NO_FILTER).any(0)
         return torch.from_numpy(is_global)
 
     def count_global(self, min_retention: float | None = None) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 KEY = "longmamba"
 
 # Named again by tables/metadata.py, whose package loads torch.
-CALIBRATION_METHODS = ("unclamped", "paper", "closed-loop")
+CALIBRATION_METHODS = ("unclamped", "paper")
 
 # As in tables/ranges.py.
 _MOST_TOKENS = 1 << 30
@@ -35,8 +35,7 @@ class LongMambaOptions:
             a missing table is an error.
         calibration_text: path of the text (.txt, .jsonl or .parquet) that the engine then calibrates on. By default
             the sample that comes with the package.
-        calibration_method: how the table is then made: "paper"; "unclamped", without its clamp, with a clipped mean; or
-            "closed-loop", which measures thresholds on text as long as the prompts.
+        calibration_method: how the table is then made: "paper"; or "unclamped", without its clamp, with a clipped mean.
     """
 
     table: str | None = None

@@ -8,21 +8,13 @@ thresholds are written over the empty ones in place, where captured CUDA graphs 
 import copy
 import logging
 import time
-from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
 from vllm_longmamba.calibration.settings import CalibrationSettings, from_config
 from vllm_longmamba.checkpoint.trusted_file import UntrustedFileError, check_trusted, make_private_folder
 from vllm_longmamba.options import options_from_config
-from vllm_longmamba.tables import (
-    TableError,
-    ThresholdTable,
-    read_channel_budgets,
-    save_bytes,
-    table_from_bytes,
-    table_to_bytes,
-)
+from vllm_longmamba.tables import TableError, ThresholdTable, save_bytes, table_from_bytes, table_to_bytes
 
 logger = logging.getLogger("vllm.longmamba")
 
@@ -41,7 +33,7 @@ def provide_table(executor: Any, vllm_config: Any, kv_cache_config: Any) -> Thre
         The table, None where the front end found one or no prompt can be long enough to be filtered.
 
     Raises:
-        ValueError: the text does not have enough tokens, or a channel with a budget of its own does not exist.
+        ValueError: the text does not have enough tokens.
     """
     from vllm_longmamba.calibration.worker import use_table
 
@@ -120,37 +112,15 @@ def _calibrate(settings: CalibrationSettings, executor: Any, vllm_config: Any, k
     corpus = read_corpus([Path(path) for path in settings.texts], settings.text_column)
     tokenizer = _tokenizer(vllm_config.model_config)
     texts = [tokenizer.encode(text, add_special_tokens=False) for text in corpus.texts]
-    metadata = settings.metadata(sum(map(len, texts)))
+    metadata = settings.metadata()
     sequences = draw_sequences(texts, metadata.train_length, settings.num_sequences, settings.seed)
-    of_workers = executor.collective_rpc(start_calibration, args=(settings,))
-    _check_channels(settings, dict(ChainMap(*of_workers)))
+    executor.collective_rpc(start_calibration, args=(settings,))
     run = _Runner(executor, vllm_config, kv_cache_config)
     for sequence in sequences:
         run(sequence)
-    if settings.measured_lengths:
-        _close_loop(settings, executor, texts, run)
     run.end()
     layers = merge_workers(executor.collective_rpc(finish_calibration))
     return ThresholdTable(metadata=metadata, row_lengths=settings.row_lengths, layers=layers)
-
-
-def _check_channels(settings: CalibrationSettings, channels: dict[int, int]) -> None:
-    for layer, channel in read_channel_budgets(settings.channel_budgets):
-        if channel >= channels.get(layer, 0):
-            has = f"{channels[layer]} channels in layer {layer}" if layer in channels else f"layers {sorted(channels)}"
-            raise ValueError(f"channel_budgets: this model has no channel {layer}.{channel}; it has {has}")
-
-
-def _close_loop(settings: CalibrationSettings, executor: Any, texts: list[list[int]], run: "_Runner") -> None:
-    from vllm_longmamba.calibration.closed_loop import run_closed_loop
-
-    longest = settings.measured_lengths[-1]
-    if longest + 2 > run.max_model_len:
-        raise ValueError(
-            f"closed-loop calibration needs a max_model_len of {longest + 2} at the start, but the cache has "
-            f"room for {run.max_model_len} tokens; give --max-model-len {run.max_model_len}"
-        )
-    run_closed_loop(settings, executor, texts, run)
 
 
 def _tokenizer(model_config: Any) -> Any:
@@ -180,7 +150,6 @@ class _Runner:
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, resolve_kv_cache_block_sizes
         from vllm.v1.structured_output import StructuredOutputManager
 
-        self.max_model_len: int = vllm_config.model_config.max_model_len
         self._executor = executor
         self._number = 0
         config = copy.copy(vllm_config)

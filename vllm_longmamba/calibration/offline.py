@@ -10,10 +10,8 @@ from vllm_longmamba.architectures import MODEL_IMPL
 from vllm_longmamba.calibration.settings import CalibrationSettings, to_config
 from vllm_longmamba.checkpoint.train_length import train_length
 from vllm_longmamba.options import LongMambaOptions
-from vllm_longmamba.tables import CLOSED_LOOP, ThresholdTable, load_table, measured_lengths
+from vllm_longmamba.tables import ThresholdTable, load_table
 
-# Share of a GPU's memory for vLLM where long sequences are measured.
-_MEMORY_BESIDE_DT = 0.7
 # vLLM's own patience of 5 s ends in warnings about killed processes.
 _END_TIMEOUT_S = 60.0
 
@@ -60,31 +58,13 @@ def calibrate_all(model: str, settings: Sequence[CalibrationSettings], **engine_
             replace(each, train_length=length, store=str(path)) for each, path in zip(settings, paths, strict=True)
         ]
         config = {**engine_args.pop("additional_config", {}), **to_config(to_make)}
-        llm = LLM(model, additional_config=config, **{**_arguments(to_make), **engine_args})
+        # An engine whose prompts are all too short to be filtered would make no table. A token follows each sequence, and
+        # another one is generated.
+        longest = int(to_make[0].row_lengths[1]) + 2
+        own = {"model_impl": MODEL_IMPL, "max_model_len": longest, "max_num_seqs": 1}
+        llm = LLM(model, additional_config=config, **{**own, **engine_args})
         llm.llm_engine.engine_core.shutdown(timeout=_END_TIMEOUT_S)
         return [load_table(path) for path in paths]
-
-
-def _arguments(to_make: Sequence[CalibrationSettings]) -> dict[str, Any]:
-    """Arguments of vLLM's `LLM` that a calibration needs; others are as for an engine that serves."""
-    rows = to_make[0].row_lengths
-    lengths = [
-        length
-        for settings in to_make
-        if settings.method == CLOSED_LOOP
-        for length in measured_lengths(settings.row_lengths, settings.measure_to)
-    ]
-    # An engine whose prompts are all too short to be filtered would make no table. A token follows each sequence, and
-    # another one is generated.
-    arguments = {"model_impl": MODEL_IMPL, "max_model_len": max([int(rows[1]), *lengths]) + 2, "max_num_seqs": 1}
-    if not lengths:
-        return arguments
-    # A sequence runs in one step; the measured dt lie beside the memory that vLLM takes for itself.
-    return arguments | {
-        "max_num_batched_tokens": max(lengths) + 1,
-        "enable_prefix_caching": False,
-        "gpu_memory_utilization": _MEMORY_BESIDE_DT,
-    }
 
 
 def find_train_length(model: str, settings: CalibrationSettings, engine_args: dict[str, Any]) -> int:

@@ -10,7 +10,6 @@ from vllm_longmamba.checkpoint.fingerprint import DUMMY
 from vllm_longmamba.checkpoint.table_lookup import cache_folder
 from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN, train_length
 from vllm_longmamba.options import expand_home
-from vllm_longmamba.tables import CLOSED_LOOP, measured_lengths
 
 
 def settings_of_engine(vllm_config: Any, options: Any, fingerprint: str) -> CalibrationSettings:
@@ -47,7 +46,7 @@ def complete(settings: CalibrationSettings, vllm_config: Any, fingerprint: str) 
         fingerprint: of the model's weights.
 
     Raises:
-        ValueError: an unreadable or too short text, or a closed loop that the engine cannot run.
+        ValueError: an unreadable or too short text.
     """
     model_config = vllm_config.model_config
     try:
@@ -70,7 +69,7 @@ def complete(settings: CalibrationSettings, vllm_config: Any, fingerprint: str) 
         corpus=corpus.name,
     )
     _check_length(corpus.characters, settings)
-    return replace(settings, measured_lengths=_measured_lengths(settings, vllm_config))
+    return settings
 
 
 def calibration_obstacle(vllm_config: Any) -> str | None:
@@ -99,21 +98,3 @@ def _check_length(characters: int, settings: CalibrationSettings) -> None:
             """--additional-config '{"longmamba": {"calibration_text": "FILE"}}', or make a table with """
             f"`longmamba calibrate {settings.model_id} --text FILE`"
         )
-
-
-def _measured_lengths(settings: CalibrationSettings, vllm_config: Any) -> tuple[int, ...]:
-    """Of a closed loop, whose sequences must each run in one step of the engine."""
-    if settings.method != CLOSED_LOOP:
-        return ()
-    # One token follows each sequence, and another one is generated.
-    steps, positions = vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.max_model_len
-    longest = min(steps - 1, positions - 2, settings.measure_to or int(settings.row_lengths[-1]))
-    first = int(settings.row_lengths[1])
-    if vllm_config.cache_config.enable_prefix_caching or longest < first:
-        raise ValueError(
-            "calibration_method 'closed-loop' runs whole sequences in one step each, so it needs "
-            f"--no-enable-prefix-caching and --max-num-batched-tokens of at least {first + 1}; give both (and as many "
-            "tokens as memory allows: longer prompts are extrapolated), or make the table with "
-            f"`longmamba calibrate {settings.model_id} --method closed-loop`"
-        )
-    return tuple(measured_lengths(settings.row_lengths, longest))

@@ -6,14 +6,14 @@ import torch
 
 from vllm_longmamba.calibration.settings import CalibrationSettings
 from vllm_longmamba.compatibility import errors_only
-from vllm_longmamba.tables import LayerCalibration, LayerThresholds, layer_budgets
+from vllm_longmamba.tables import LayerCalibration, LayerThresholds
 
 
 class CalibrationRecorder:
     """Feeds the dt of calibration sequences to the statistics of each layer, one sequence after the other.
 
     Args:
-        settings: complete ones, see prepare.py. Of a closed loop this is the first part, at the training length.
+        settings: complete ones, see prepare.py.
     """
 
     def __init__(self, settings: CalibrationSettings) -> None:
@@ -23,18 +23,12 @@ class CalibrationRecorder:
         self.row_lengths = settings.row_lengths
         self.layers: dict[int, LayerCalibration] = {}
         self._A: dict[int, torch.Tensor] = {}
-        # Layer -> (channels,) budgets.
-        self._budgets: dict[int, torch.Tensor] = {}
         # Layer -> (train_length, channels) on the host and how much of it is filled, where a sequence comes in chunks.
         self._chunks: dict[int, tuple[torch.Tensor, int]] = {}
 
-    def attach(self, mixer: Any, A: torch.Tensor, tp_rank: int = 0) -> None:
+    def attach(self, mixer: Any, A: torch.Tensor) -> None:
         """Record a mixer from now on, whose A is (channels,) or (channels, d_state): this rank's channels."""
         self._A[mixer.layer_index] = A
-        channels = range(tp_rank * A.shape[0], (tp_rank + 1) * A.shape[0])
-        self._budgets[mixer.layer_index] = layer_budgets(
-            self.metadata.channel_budgets, mixer.layer_index, channels, self.metadata.budget
-        )
         mixer.dt_recorder = self
 
     def record(self, layer_index: int, dt: torch.Tensor) -> None:
@@ -62,13 +56,8 @@ class CalibrationRecorder:
         """The thresholds of this worker's channels.
 
         Raises:
-            RuntimeError: as `check`.
+            RuntimeError: not all layers have seen all sequences, each of them whole.
         """
-        self.check()
-        return {index: layer.result() for index, layer in self.layers.items()}
-
-    def check(self) -> None:
-        """Raises RuntimeError unless all layers have seen all sequences, each of them whole."""
         number = self.settings.num_sequences
         seen = sorted({self.layers[index].num_sequences if index in self.layers else 0 for index in self._A})
         if self._chunks or seen not in ([], [number]):
@@ -76,6 +65,7 @@ class CalibrationRecorder:
                 f"calibration: every layer must have seen {number} whole sequences of {self.train_length} tokens, but "
                 f"they saw {seen}; --max-num-batched-tokens must be at least 2"
             )
+        return {index: layer.result() for index, layer in self.layers.items()}
 
     def _add(self, layer_index: int, dt: torch.Tensor) -> None:
         if layer_index not in self.layers:
@@ -84,8 +74,8 @@ class CalibrationRecorder:
                 self.train_length,
                 self.row_lengths,
                 self.metadata.clamp_percent,
-                self.metadata.combine,
-                self._budgets[layer_index],
+                self.metadata.method,
+                self.metadata.budget,
             )
         # vLLM's CPU worker refuses torch.set_num_threads with a warning each time.
         with errors_only("vllm.v1.worker.cpu_worker"):

@@ -12,31 +12,24 @@ from vllm_longmamba import __version__
 from vllm_longmamba.architectures import is_mamba1
 from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN
 from vllm_longmamba.tables import (
-    CLOSED_LOOP,
-    DEFAULT_COMBINE,
     DEFAULT_MIN_RETENTION,
     FORMAT_VERSION,
-    MEAN,
     METHODS,
     PAPER,
     UNCLAMPED,
-    ClosedLoop,
     LayerThresholds,
     TableMetadata,
     ThresholdTable,
-    check_combine,
     check_range,
     default_row_lengths,
-    read_channel_budgets,
 )
 
 CALIBRATION_KEY = "longmamba_calibration"
 
 # To be raised where the same settings and text give another table than before.
-_VERSION = 2
+_VERSION = 3
 # What decides nothing about the table beside the other fields.
-_NOT_IN_KEY = ("model_id", "weights_fingerprint", "texts", "text_column", "measure_to", "store")
-_TUPLES = ("texts", "channel_budgets", "measured_lengths")
+_NOT_IN_KEY = ("model_id", "weights_fingerprint", "texts", "text_column", "store")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +45,9 @@ class CalibrationSettings:
         train_length: the paper's L; by default what is known of the model.
         max_length: the longest prompt the table is made for, in tokens.
         seed: chooses the sequences.
-        method: "paper"; "unclamped", the same without the clamp, and with the clipped mean over the sequences;
-            or "closed-loop", whose thresholds come from sequences of the prompts' length. By default "unclamped", or
-            "paper" where clamp_percent is given.
-        combine: how the thresholds of several sequences become one: "median", "min", "mean" or "clipped", see
-            `combine_thresholds`. By default "clipped", in the closed loop "median"; the paper's method takes the mean.
-        measure_to: the longest closed-loop sequences, in tokens; thresholds of longer prompts are extrapolated. By
-            default max_length, as far as a step of the engine reaches.
+        method: "paper"; or "unclamped", the same without the clamp, and with the clipped mean over the sequences. By
+            default "unclamped", or "paper" where clamp_percent is given.
         budget: what a channel may keep, as a factor of its sum of dt over the training length; the paper's is 1.
-        channel_budgets: channels with a budget of their own, "LAYER.CHANNEL=BUDGET" each; of the method "unclamped".
         unfiltered_end: as many of a prompt's last tokens are not filtered; serving may change it. 0 in the paper.
         texts: paths of the text; none stands for the sample that comes with the package.
         text_column: the field or column of .jsonl and .parquet files that holds the text.
@@ -70,12 +57,10 @@ class CalibrationSettings:
         weights_fingerprint: fingerprint of the weights, empty until then.
         dtype, quantization: how vLLM runs the model; both change dt a little.
         corpus: name of the text, with a hash of its contents.
-        measured_lengths: tokens of the closed-loop sequences; none with another method.
 
     Raises:
-        ValueError: an unknown method or way to combine; a budget that is not above 0, or a channel's of another form;
-            an unfiltered_end below 0; a clamp with "unclamped"; another way to combine than the mean, or a budget, with
-            "paper"; channel_budgets with another method than "unclamped".
+        ValueError: an unknown method; a budget that is not above 0; an unfiltered_end below 0; a clamp with
+            "unclamped"; a budget with "paper".
     """
 
     num_sequences: int = 5
@@ -85,10 +70,7 @@ class CalibrationSettings:
     max_length: int = DEFAULT_MAX_MODEL_LEN
     seed: int = 0
     method: str | None = None
-    combine: str | None = None
-    measure_to: int | None = None
     budget: float = 1.0
-    channel_budgets: tuple[str, ...] = ()
     unfiltered_end: int = 0
     texts: tuple[str, ...] = ()
     text_column: str = "text"
@@ -98,12 +80,10 @@ class CalibrationSettings:
     dtype: str = ""
     quantization: str | None = None
     corpus: str = ""
-    measured_lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         # JSON knows no tuples.
-        for name in _TUPLES:
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "texts", tuple(self.texts))
         for name in ("budget", "unfiltered_end"):
             check_range(name, getattr(self, name), "CalibrationSettings")
         if self.method is None:
@@ -114,20 +94,6 @@ class CalibrationSettings:
             raise ValueError(
                 f"CalibrationSettings: the method {UNCLAMPED} has no clamp, got clamp_percent {self.clamp_percent}; "
                 f"leave it out, or take the method {PAPER}"
-            )
-        if self.combine is None:
-            object.__setattr__(self, "combine", DEFAULT_COMBINE[self.method])
-        check_combine(self.way_to_combine, "CalibrationSettings")
-        if self.method == PAPER and self.combine != MEAN:
-            raise ValueError(
-                f"CalibrationSettings: the method {PAPER} takes the {MEAN} over the sequences, got combine "
-                f"{self.combine!r}; leave it out, or take the method {UNCLAMPED}"
-            )
-        read_channel_budgets(self.channel_budgets)
-        if self.channel_budgets and self.method != UNCLAMPED:
-            raise ValueError(
-                f"CalibrationSettings: channel_budgets are of the method {UNCLAMPED}, got them with {self.method}; "
-                "leave them out"
             )
         if self.method == PAPER and self.budget != 1:
             raise ValueError(
@@ -140,12 +106,6 @@ class CalibrationSettings:
         """`min_retention`, or the method's where none is given."""
         assert self.method is not None
         return DEFAULT_MIN_RETENTION[self.method] if self.min_retention is None else self.min_retention
-
-    @property
-    def way_to_combine(self) -> str:
-        """`combine`, or the method's where none is given."""
-        assert self.combine is not None
-        return self.combine
 
     def clamp(self, architecture: str) -> float:
         """`clamp_percent`; where none is given, the method's: the paper has 20 for Mamba-1.4B and 5 for Mamba2-1.3B."""
@@ -172,21 +132,11 @@ class CalibrationSettings:
         content = json.dumps([settings, FORMAT_VERSION, _VERSION], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
-    def metadata(self, text_tokens: int = 1) -> TableMetadata:
-        """The metadata of the table to be made.
-
-        Args:
-            text_tokens: of the text, which a closed-loop table tells.
-        """
+    def metadata(self) -> TableMetadata:
+        """The metadata of the table to be made."""
         assert self.method is not None
         assert self.train_length is not None
         assert self.clamp_percent is not None
-        is_closed = self.method == CLOSED_LOOP
-        closed_loop = None
-        if is_closed:
-            closed_loop = ClosedLoop(
-                combine=self.way_to_combine, lengths=self.measured_lengths, text_tokens=text_tokens, budget=self.budget
-            )
         return TableMetadata(
             model_id=self.model_id,
             weights_fingerprint=self.weights_fingerprint,
@@ -198,10 +148,7 @@ class CalibrationSettings:
             seed=self.seed,
             tool_version=f"vllm_longmamba {__version__}",
             method=self.method,
-            combine=MEAN if is_closed else self.way_to_combine,
-            closed_loop=closed_loop,
-            budget=1.0 if is_closed else self.budget,
-            channel_budgets=self.channel_budgets,
+            budget=self.budget,
             unfiltered_end=self.unfiltered_end,
         )
 

@@ -16,30 +16,21 @@ from vllm_longmamba.tables import LayerThresholds, merge_channel_shards, table_f
 WorkerLayers = tuple[int, dict[int, LayerThresholds]]
 
 
-def start_calibration(worker: Any, settings: CalibrationSettings) -> dict[int, int]:
+def start_calibration(worker: Any, settings: CalibrationSettings) -> None:
     """Attach a recorder to all mixers of a worker.
 
     Args:
         worker: vLLM's worker.
         settings: complete ones, see prepare.py. Of random weights A is random, too, and is made negative.
-
-    Returns:
-        Layer index -> channels of all tensor-parallel ranks.
     """
-    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-
     from vllm_longmamba.layers.filtered_mixer import filtered_mixers
 
     worker.longmamba_recorder = CalibrationRecorder(settings)
-    tp_rank, tp_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    channels = {}
     for mixer in filtered_mixers(worker.get_model()):
         A = mixer.A.data
         if settings.weights_fingerprint == DUMMY:
             A = -A.abs().clamp(min=1e-6)
-        worker.longmamba_recorder.attach(mixer, A, tp_rank)
-        channels[mixer.layer_index] = tp_size * A.shape[0]
-    return channels
+        worker.longmamba_recorder.attach(mixer, A)
 
 
 def finish_calibration(worker: Any) -> WorkerLayers:

@@ -56,40 +56,20 @@ def calibrate(
         str | None,
         typer.Option(
             help="paper: stretch what sequences of the training length show. unclamped: the same without the clamp, "
-            "and with the clipped mean over the sequences. "
-            "closed-loop: measure with sequences as long as the prompts, the filter already on in the layers below. "
+            "and with a mean over the sequences in which outliers are clipped. "
             "(default: unclamped; with --clamp-percent: paper)"
-        ),
-    ] = None,
-    combine: Annotated[
-        str | None,
-        typer.Option(
-            help="What becomes of the thresholds of all sequences: median, min, mean or clipped, the mean without "
-            "outliers. (default: clipped; paper: mean; closed loop: median)"
         ),
     ] = None,
     budget: Annotated[
         float,
         typer.Option(help="What a channel may keep, as a factor of its sum over the training length; paper: 1."),
     ] = 1.0,
-    channel_budget: Annotated[
-        list[str] | None,
-        typer.Option(help="LAYER.CHANNEL=BUDGET, such as 3.2=4: a channel with a budget of its own; repeatable."),
-    ] = None,
     unfiltered_end: Annotated[
         int,
         typer.Option(
             min=0, help="As many of a prompt's last tokens are not filtered; serving may change it. The paper has 0."
         ),
     ] = 0,
-    measure_to: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Closed loop: tokens of the longest sequences; thresholds of longer prompts are extrapolated. "
-            "(default: --max-length)",
-        ),
-    ] = None,
     quantization: Annotated[str | None, typer.Option(help="Quantization of the model, as for vllm serve.")] = None,
     *,
     engine: EngineOptions,
@@ -110,11 +90,8 @@ def calibrate(
         max_length=max_length,
         seed=seed,
         method=method,
-        combine=combine,
-        measure_to=measure_to,
         budget=budget,
         unfiltered_end=unfiltered_end,
-        channel_budgets=tuple(channel_budget or ()),
         texts=tuple(str(path) for path in text or ()),
         text_column=text_column,
     )

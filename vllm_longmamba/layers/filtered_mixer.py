@@ -25,12 +25,8 @@ from vllm_longmamba.layers.prompt_filter import PromptFilter
 class DtRecorder(Protocol):
     """Receives the dt of a layer while the model is calibrated."""
 
-    def record(self, layer_index: int, dt: torch.Tensor) -> torch.Tensor | None:
-        """Take dt (tokens, channels) float32 of one prompt: softplus(dt_raw + dt_bias).
-
-        Returns:
-            (channels,) float32 thresholds by which the layer is to filter these very tokens, or None.
-        """
+    def record(self, layer_index: int, dt: torch.Tensor) -> None:
+        """Take dt (tokens, channels) float32 of one prompt: softplus(dt_raw + dt_bias)."""
 
 
 class FilteredMixer:
@@ -128,13 +124,9 @@ class FilteredMixer:
             of_layers[self.prefix] = before
 
     def _record_dt(self, dt: torch.Tensor, dt_bias: torch.Tensor) -> None:
-        if self.dt_recorder is None:
-            return
-        after_softplus = torch.nn.functional.softplus(dt.float() + dt_bias.float())
-        threshold = self.dt_recorder.record(self.layer_index, after_softplus)
-        if threshold is not None:
-            # As filter_dt_ does: softplus(-inf) is exactly 0.
-            dt.masked_fill_(after_softplus <= threshold, -torch.inf)
+        if self.dt_recorder is not None:
+            after_softplus = torch.nn.functional.softplus(dt.float() + dt_bias.float())
+            self.dt_recorder.record(self.layer_index, after_softplus)
 
     def _recurrence(self, x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> dict[str, Any]:
         """What every kernel of the recurrence takes, by its name there."""
