@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .metadata import PAPER, UNCLAMPED
+from .metadata import METHODS, PAPER, UNCLAMPED
 from .ranges import check_range
 from .row_lengths import check_row_lengths
 from .stretch import crossing_values
@@ -30,7 +30,7 @@ class LayerCalibration:
         budget: what a channel may keep, as a factor of its (clamped) sum over the training length; the paper's is 1.
 
     Raises:
-        ValueError: another shape, A not negative, row_lengths, clamp_percent or budget out of range.
+        ValueError: another shape, A not negative, row_lengths, clamp_percent or budget out of range, another method.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class LayerCalibration:
         check_range("train_length", train_length, "LayerCalibration")
         check_range("clamp_percent", clamp_percent, "LayerCalibration")
         check_range("budget", budget, "LayerCalibration")
+        if method not in METHODS:
+            raise ValueError(f"LayerCalibration: method must be one of {', '.join(METHODS)}, got {method!r}")
         lengths = check_row_lengths(np.asarray(row_lengths), train_length, "LayerCalibration")
         self.train_length = train_length
         self.clamp_percent = float(clamp_percent)

@@ -19,7 +19,7 @@ def _dt(rng: np.random.Generator, tokens: int, channels: int, spread: float) -> 
     return np.exp(rng.normal(means, spread, size=(tokens, channels))).astype(np.float32)
 
 
-@pytest.mark.parametrize("combine", ["mean", "clipped"])
+@pytest.mark.parametrize("method", ["paper", "unclamped"])
 @pytest.mark.parametrize("d_state", [None, 5], ids=["mamba2", "mamba1"])
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -32,7 +32,7 @@ def _dt(rng: np.random.Generator, tokens: int, channels: int, spread: float) -> 
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_same_table(
     d_state: int | None,
-    combine: str,
+    method: str,
     seed: int,
     train_length: int,
     sequences: int,
@@ -46,7 +46,7 @@ def test_same_table(
     A = -np.exp(rng.uniform(-5, 2, size=channels if d_state is None else (channels, d_state)))
     lengths = [train_length, *(round(train_length * factor) for factor in (1.1, 1.5, 2, 3.7, 8))]
 
-    calibration = LayerCalibration(torch.from_numpy(A), train_length, lengths, clamp_percent, combine)
+    calibration = LayerCalibration(torch.from_numpy(A), train_length, lengths, clamp_percent, method)
     for dt in dts:
         calibration.add(torch.from_numpy(dt))
     ours = calibration.result()
@@ -58,5 +58,5 @@ def test_same_table(
     np.testing.assert_array_equal(ours.retention.numpy() > min_retention, retention > min_retention)
     assert (ours.dt_threshold[0] == -1).all()
     for row, length in enumerate(lengths[1:], start=1):
-        expected = independent_calibration.dt_threshold(dts, length, clamp_percent, combine)
+        expected = independent_calibration.dt_threshold(dts, length, clamp_percent, method == "unclamped")
         np.testing.assert_allclose(ours.dt_threshold[row].numpy(), expected, rtol=TOLERANCE)

@@ -53,14 +53,6 @@ def test_one_engine_makes_all_tables(started: list[dict[str, Any]]) -> None:
     }
 
 
-def test_sequences_of_a_closed_loop_run_in_one_step(started: list[dict[str, Any]]) -> None:
-    closed = replace(SETTINGS, method="closed-loop", combine="median", measure_to=30)
-    calibrate("m", closed, gpu_memory_utilization=0.2)
-    (engine,) = started
-    assert (engine["max_model_len"], engine["max_num_batched_tokens"]) == (32, 31)
-    assert (engine["enable_prefix_caching"], engine["gpu_memory_utilization"]) == (False, 0.2)
-
-
 def test_a_training_length_that_is_known(started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_longmamba.calibration.offline.find_train_length", _known)
     calibrate("m")

@@ -15,7 +15,7 @@ from tiny_models import write_mamba2_original
 
 import vllm_longmamba.calibration.prepare as prepare
 import vllm_longmamba.tables.shipped as shipped
-from vllm_longmamba.calibration.prepare import _measured_lengths, calibration_obstacle
+from vllm_longmamba.calibration.prepare import calibration_obstacle
 from vllm_longmamba.calibration.settings import CALIBRATION_KEY, CalibrationSettings, from_config, to_config
 from vllm_longmamba.tables import read_metadata, save_table
 
@@ -68,10 +68,8 @@ def test_settings_of_an_engine_without_a_table(configure: Configure, tmp_path: P
         0.0,
         0.05,
     )
-    assert settings.metadata().combine == "clipped"
     papers = planned(configure(train_length=96, calibration_method="paper"))
     assert (papers.method, papers.clamp_percent, papers.min_retention) == ("paper", 5.0, 0.01)
-    assert papers.metadata().combine == "mean"
     assert settings.max_length == 131072
     assert settings.corpus.startswith("the sample of vllm_longmamba (blake3 ")
     name = f"{settings.weights_fingerprint[:32]}-{settings.key()}.safetensors"
@@ -184,34 +182,6 @@ def test_refusals(configure: Configure, tmp_path: Path) -> None:
         configure(train_length=96, calibration_text=str(text))
     with pytest.raises(ValueError, match="calibration takes 5 sequences of 100000 tokens"):
         configure(train_length=100_000, max_model_len=200_000)
-
-
-CLOSED_LOOP = replace(PAPER_SETTINGS, method="closed-loop", combine="median", max_length=5000)
-
-
-@pytest.mark.parametrize(
-    ("steps", "positions", "expected"),
-    [(289, 5000, (144, 288)), (290, 5000, (144, 288, 289)), (5000, 290, (144, 288)), (145, 5000, (144,))],
-)
-def test_lengths_of_an_engine(steps: int, positions: int, expected: tuple[int, ...]) -> None:
-    assert _measured_lengths(CLOSED_LOOP, small_engine(steps, positions)) == expected
-    shorter = replace(CLOSED_LOOP, measure_to=expected[-1])
-    assert _measured_lengths(shorter, small_engine(5000, 5000)) == expected
-    assert _measured_lengths(PAPER_SETTINGS, small_engine(steps, positions)) == ()
-
-
-@pytest.mark.parametrize(("steps", "positions", "caching"), [(144, 5000, False), (500, 145, False), (500, 5000, True)])
-def test_engine_too_small(steps: int, positions: int, caching: bool) -> None:
-    with pytest.raises(ValueError, match="--max-num-batched-tokens of at least 145"):
-        _measured_lengths(CLOSED_LOOP, small_engine(steps, positions, caching))
-
-
-def small_engine(steps: int, positions: int, caching: bool = False) -> Any:
-    return SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=steps),
-        model_config=SimpleNamespace(max_model_len=positions),
-        cache_config=SimpleNamespace(enable_prefix_caching=caching),
-    )
 
 
 def engine_config(**changes: Any) -> Any:

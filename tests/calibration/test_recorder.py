@@ -36,11 +36,11 @@ def expected(given: list[torch.Tensor]) -> LayerThresholds:
     return calibration.result()
 
 
-def test_a_recorder_combines_as_told() -> None:
+def test_a_recorder_keeps_to_its_method() -> None:
     given = sequences(3)
-    made = CalibrationRecorder(replace(UNCLAMPED, combine="clipped", num_sequences=3))
+    made = CalibrationRecorder(replace(UNCLAMPED, num_sequences=3))
     made.attach(SimpleNamespace(layer_index=0, dt_recorder=None), A)
-    calibration = LayerCalibration(A, LENGTH, ROWS, 0.0, "clipped")
+    calibration = LayerCalibration(A, LENGTH, ROWS, 0.0, "unclamped")
     for sequence in given:
         made.record(0, sequence)
         calibration.add(sequence)
@@ -49,9 +49,9 @@ def test_a_recorder_combines_as_told() -> None:
 
 def test_a_recorder_keeps_to_its_budget() -> None:
     given = sequences(2)
-    made = CalibrationRecorder(replace(UNCLAMPED, combine="mean", budget=0.5))
+    made = CalibrationRecorder(replace(UNCLAMPED, budget=0.5))
     made.attach(SimpleNamespace(layer_index=0, dt_recorder=None), A)
-    calibration, papers = LayerCalibration(A, LENGTH, ROWS, 0.0, budget=0.5), LayerCalibration(A, LENGTH, ROWS, 0.0)
+    calibration, papers = (LayerCalibration(A, LENGTH, ROWS, 0.0, "unclamped", budget) for budget in (0.5, 1.0))
     for sequence in given:
         made.record(0, sequence)
         calibration.add(sequence)
@@ -59,19 +59,6 @@ def test_a_recorder_keeps_to_its_budget() -> None:
     found = made.finish()[0]
     assert_same(found, calibration.result())
     assert bool((found.dt_threshold[1:] > papers.result().dt_threshold[1:]).all())
-
-
-def test_a_recorder_knows_the_channels_of_its_rank() -> None:
-    """The second of two ranks: its channel 1 is the layer's channel 4."""
-    made = CalibrationRecorder(
-        replace(UNCLAMPED, combine="mean", budget=0.5, channel_budgets=("0.4=0.25", "0.1=3", "1.4=3"))
-    )
-    made.attach(SimpleNamespace(layer_index=0, dt_recorder=None), A, tp_rank=1)
-    calibration = LayerCalibration(A, LENGTH, ROWS, 0.0, budget=torch.tensor([0.5, 0.25, 0.5]))
-    for sequence in sequences(2):
-        made.record(0, sequence)
-        calibration.add(sequence)
-    assert_same(made.finish()[0], calibration.result())
 
 
 def assert_same(found: LayerThresholds, wanted: LayerThresholds) -> None:

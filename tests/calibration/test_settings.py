@@ -11,7 +11,7 @@ from calibration_settings import PAPER_SETTINGS
 
 from vllm_longmamba.calibration.settings import CalibrationSettings, from_config, to_config
 from vllm_longmamba.options import CALIBRATION_METHODS, options_from_config
-from vllm_longmamba.tables import METHODS, ClosedLoop
+from vllm_longmamba.tables import METHODS
 
 
 @pytest.mark.parametrize(
@@ -39,9 +39,9 @@ def test_key(change: dict[str, Any], is_another: bool) -> None:
 
 def test_settings_survive_the_config() -> None:
     settings = replace(PAPER_SETTINGS, texts=("/a", "/b"), store="/c")
-    closed = replace(settings, method="closed-loop", measured_lengths=(144, 288))
-    assert from_config(json.loads(json.dumps(to_config([settings, closed])))) == [settings, closed]
-    assert pickle.loads(pickle.dumps(closed)) == closed
+    unclamped = replace(settings, method="unclamped", clamp_percent=0.0, budget=0.5)
+    assert from_config(json.loads(json.dumps(to_config([settings, unclamped])))) == [settings, unclamped]
+    assert pickle.loads(pickle.dumps(unclamped)) == unclamped
     assert from_config({}) == from_config(None) == []
 
 
@@ -68,34 +68,28 @@ def test_can_filter(max_model_len: int, expected: bool) -> None:
 
 
 def test_settings_refuse() -> None:
-    with pytest.raises(ValueError, match="method must be one of unclamped, paper, closed-loop, got 'closed'"):
-        CalibrationSettings(method="closed")
-    with pytest.raises(ValueError, match="combine must be one of median, min, mean, clipped, got 'max'"):
-        CalibrationSettings(combine="max")
+    with pytest.raises(ValueError, match="method must be one of unclamped, paper, got 'closed-loop'"):
+        CalibrationSettings(method="closed-loop")
     with pytest.raises(ValueError, match="budget must be a factor above 0, got -1"):
         CalibrationSettings(budget=-1)
     with pytest.raises(ValueError, match=r"method unclamped has no clamp, got clamp_percent 5"):
         CalibrationSettings(method="unclamped", clamp_percent=5)
-    with pytest.raises(ValueError, match="method paper takes the mean over the sequences, got combine 'median'"):
-        CalibrationSettings(method="paper", combine="median")
 
 
 @pytest.mark.parametrize(
-    ("settings", "method", "theta", "clamps", "combine"),
+    ("settings", "method", "theta", "clamps"),
     [
-        (CalibrationSettings(), "unclamped", 0.05, (0, 0), "clipped"),
-        (CalibrationSettings(clamp_percent=0), "unclamped", 0.05, (0, 0), "clipped"),
-        (CalibrationSettings(combine="mean"), "unclamped", 0.05, (0, 0), "mean"),
-        (CalibrationSettings(clamp_percent=3), "paper", 0.01, (3, 3), "mean"),
-        (CalibrationSettings(method="paper"), "paper", 0.01, (20, 5), "mean"),
-        (CalibrationSettings(method="paper", clamp_percent=0, min_retention=0.2), "paper", 0.2, (0, 0), "mean"),
-        (CalibrationSettings(method="closed-loop"), "closed-loop", 0.05, (20, 5), "median"),
+        (CalibrationSettings(), "unclamped", 0.05, (0, 0)),
+        (CalibrationSettings(clamp_percent=0), "unclamped", 0.05, (0, 0)),
+        (CalibrationSettings(clamp_percent=3), "paper", 0.01, (3, 3)),
+        (CalibrationSettings(method="paper"), "paper", 0.01, (20, 5)),
+        (CalibrationSettings(method="paper", clamp_percent=0, min_retention=0.2), "paper", 0.2, (0, 0)),
     ],
 )
 def test_defaults_of_a_method(
-    settings: CalibrationSettings, method: str, theta: float, clamps: tuple[float, float], combine: str
+    settings: CalibrationSettings, method: str, theta: float, clamps: tuple[float, float]
 ) -> None:
-    assert (settings.method, settings.theta, settings.way_to_combine) == (method, theta, combine)
+    assert (settings.method, settings.theta) == (method, theta)
     assert (settings.clamp("MambaForCausalLM"), settings.clamp("Mamba2ForCausalLM")) == clamps
 
 
@@ -111,19 +105,17 @@ def test_settings_refuse_a_budget_or_an_end() -> None:
 def test_option() -> None:
     assert CALIBRATION_METHODS == METHODS
     assert options_from_config({}).calibration_method == "unclamped"
-    assert options_from_config({"longmamba": {"calibration_method": "closed-loop"}}).calibration_method == "closed-loop"
-    with pytest.raises(ValueError, match='calibration_method must be "unclamped" or "paper" or "closed-loop", but is'):
-        options_from_config({"longmamba": {"calibration_method": "open"}})
+    assert options_from_config({"longmamba": {"calibration_method": "paper"}}).calibration_method == "paper"
+    with pytest.raises(ValueError, match='calibration_method must be "unclamped" or "paper", but is'):
+        options_from_config({"longmamba": {"calibration_method": "closed-loop"}})
 
 
 def test_methods_make_other_tables() -> None:
     paper = PAPER_SETTINGS
-    closed = replace(paper, method="closed-loop", combine="median", measured_lengths=(144, 288))
-    longer = replace(closed, measured_lengths=(144, 288, 576))
-    unclamped = replace(paper, method="unclamped", clamp_percent=0.0, min_retention=0.05, combine="clipped")
-    methods = (paper, closed, longer, unclamped, replace(unclamped, combine="mean"))
+    unclamped = replace(paper, method="unclamped", clamp_percent=0.0)
+    methods = (paper, unclamped, replace(paper, clamp_percent=0.0), replace(unclamped, budget=2.0))
     assert len({each.key() for each in methods}) == len(methods)
-    assert (paper.metadata().combine, unclamped.metadata().combine) == ("mean", "clipped")
-    assert (paper.metadata(7).method, paper.metadata(7).closed_loop) == ("paper", None)
-    expected = ClosedLoop(combine="median", lengths=(144, 288), text_tokens=7)
-    assert (closed.metadata(7).method, closed.metadata(7).closed_loop) == ("closed-loop", expected)
+    assert [(each.metadata().method, each.metadata().budget) for each in methods[1::2]] == [
+        ("unclamped", 1.0),
+        ("unclamped", 2.0),
+    ]

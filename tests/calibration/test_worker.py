@@ -14,18 +14,14 @@ A = torch.tensor([-0.01, 0.5, -0.1])
 
 
 def test_start_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of random weights, whose A may be positive. The answer counts the channels of both ranks."""
-    from vllm.distributed import parallel_state
-
+    """Of random weights, whose A may be positive."""
     from vllm_longmamba.layers import filtered_mixer
 
     mixers = [SimpleNamespace(layer_index=layer, dt_recorder=None, A=SimpleNamespace(data=A)) for layer in (0, 3)]
     monkeypatch.setattr(filtered_mixer, "filtered_mixers", lambda model: mixers if model == "model" else [])
-    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda: 0)
-    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
     worker = SimpleNamespace(get_model=lambda: "model")
     settings = replace(PAPER_SETTINGS, weights_fingerprint="dummy", train_length=4, max_length=8, num_sequences=1)
-    assert start_calibration(worker, settings) == {0: 2 * len(A), 3: 2 * len(A)}
+    start_calibration(worker, settings)
     assert worker.longmamba_recorder.settings == settings
     for mixer in mixers:
         assert mixer.dt_recorder is worker.longmamba_recorder

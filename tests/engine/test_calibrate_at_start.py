@@ -107,7 +107,7 @@ def assert_table_of_the_sample(model: Path, table: ThresholdTable) -> None:
     for layer, thresholds in table.layers.items():
         (A_log,) = (value for name, value in weights.items() if f"layers.{layer}." in name and name.endswith("A_log"))
         expected = LayerCalibration(
-            -torch.exp(A_log.double()), TRAIN_LENGTH, table.row_lengths, clamp_percent=0.0, combine="clipped"
+            -torch.exp(A_log.double()), TRAIN_LENGTH, table.row_lengths, clamp_percent=0.0, method="unclamped"
         )
         for dt in all_dt:
             expected.add(dt[layer].float())

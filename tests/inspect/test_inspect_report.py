@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_tables import small_table, write_small_table
+from small_tables import write_small_table
 from typer.testing import CliRunner
 
 from vllm_longmamba.cli import app
 from vllm_longmamba.inspect import pictures
 from vllm_longmamba.inspect.measure import LayerMeasurement, Measurements, choose_lengths
 from vllm_longmamba.inspect.summary import default_lengths, kept_by_layer, measured_table
-from vllm_longmamba.tables import LayerThresholds, TableMetadata, ThresholdTable, leave_unfiltered, save_table
+from vllm_longmamba.tables import LayerThresholds, TableMetadata, ThresholdTable
 
 L = 8
 # Two layers of four channels: two global ones in layer 0, none in layer 1.
@@ -85,15 +85,6 @@ def test_table_in_the_terminal(tmp_path: Path) -> None:
     assert "min_retention 1e-05 (the table's own: 0.01)" in lines
     assert "2 2/3 67% 0.3" in lines
     assert "all 4/6 67%" in lines
-
-
-def test_what_is_left_unfiltered_is_not_counted(tmp_path: Path) -> None:
-    save_table(leave_unfiltered(small_table(), ["0.2"]), tmp_path / "table.safetensors")
-    code, output = inspect(tmp_path / "table.safetensors")
-    assert code == 0
-    lines = [" ".join(line.split()) for line in output.splitlines()]
-    assert "left unfiltered 0.2" in lines
-    assert "all 1/6 17%" in lines
 
 
 def test_budget_and_unfiltered_end_in_the_terminal(tmp_path: Path) -> None:

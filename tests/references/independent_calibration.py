@@ -36,14 +36,14 @@ def retention(A: np.ndarray, sequences: list[np.ndarray]) -> np.ndarray:
 
 
 def dt_threshold(
-    sequences: list[np.ndarray], prompt_length: int, clamp_percent: float, combine: str = "mean"
+    sequences: list[np.ndarray], prompt_length: int, clamp_percent: float, clips_outliers: bool = False
 ) -> np.ndarray:
-    """g(prompt_length) of every channel, (channels,); prompt_length > L; combine "mean" or "clipped"."""
+    """g(prompt_length) of every channel, (channels,); prompt_length > L."""
     per_sequence = [
         [_threshold_of(channel, prompt_length, clamp_percent) for channel in dt.astype(np.float64).T]
         for dt in sequences
     ]
-    if combine == "clipped":
+    if clips_outliers:
         per_sequence = np.minimum(per_sequence, 2 * np.median(per_sequence, axis=0))
     return np.mean(per_sequence, axis=0)
 

@@ -16,8 +16,8 @@ LENGTH, CHANNELS = 300, 4
 A = torch.full((CHANNELS,), -1e-3)
 
 
-def calibrated(rows: list[int], budget: float, dts: list[torch.Tensor], combine: str = "mean") -> torch.Tensor:
-    calibration = LayerCalibration(A, LENGTH, rows, 0.0, combine, budget)
+def calibrated(rows: list[int], budget: float, dts: list[torch.Tensor], method: str = "paper") -> torch.Tensor:
+    calibration = LayerCalibration(A, LENGTH, rows, 0.0, method, budget)
     for dt in dts:
         calibration.add(dt)
     return calibration.result().dt_threshold
@@ -57,18 +57,18 @@ def test_layer_calibration_of_a_budget(budget: float) -> None:
     assert bool((found[4] > 0).all())
 
 
-@pytest.mark.parametrize("combine", ["mean", "clipped"])
+@pytest.mark.parametrize("method", ["paper", "unclamped"])
 @pytest.mark.parametrize("factor", [2, 4])
-def test_a_budget_is_a_row_of_another_length(factor: int, combine: str) -> None:
+def test_a_budget_is_a_row_of_another_length(factor: int, method: str) -> None:
     """Keeping n times as much of n times as many tokens is the same threshold."""
     generator = torch.Generator().manual_seed(factor)
     dts = [torch.rand(LENGTH, CHANNELS, generator=generator) + 0.1 for _ in range(3)]
     lengths = [4 * LENGTH, 9 * LENGTH]
-    paper = calibrated([LENGTH, *lengths], 1, dts, combine)
-    more = calibrated([LENGTH, *(factor * length for length in lengths)], factor, dts, combine)
+    paper = calibrated([LENGTH, *lengths], 1, dts, method)
+    more = calibrated([LENGTH, *(factor * length for length in lengths)], factor, dts, method)
     # Half of the largest dt does not grow with the length: some 1 in 4 * 300.
     np.testing.assert_allclose(more.numpy(), paper.numpy(), rtol=5e-3)
-    assert bool((calibrated([LENGTH, *lengths], factor, dts, combine)[1:] < 0.95 * paper[1:]).all())
+    assert bool((calibrated([LENGTH, *lengths], factor, dts, method)[1:] < 0.95 * paper[1:]).all())
 
 
 def test_retention_knows_no_budget() -> None:

@@ -185,8 +185,8 @@ def test_layer_calibration_add_refuses(dt: torch.Tensor, message: str) -> None:
         calibration.result()
 
 
-def test_layer_calibration_combines_as_told() -> None:
-    """One sequence of five has a dt that outweighs all others: the mean follows it, the others do not."""
+def test_layer_calibration_clips_the_mean_without_a_clamp() -> None:
+    """One sequence of five has a dt that outweighs all others: the paper's mean follows it, the clipped does not."""
     A, length, rows = -torch.ones(2), 40, [40, 60, 400]
     sequences = [_dt(length, 2, seed) for seed in range(5)]
     sequences[3][7] = 50.0
@@ -196,12 +196,11 @@ def test_layer_calibration_combines_as_told() -> None:
         calibration.add(dt)
         alone.append(calibration.result().dt_threshold[1:].numpy())
     median = np.median(alone, axis=0)
-    expected = {"mean": np.mean(alone, axis=0), "median": median, "min": np.min(alone, axis=0)}
-    expected["clipped"] = np.mean(np.minimum(alone, 2 * median), axis=0)
-    assert (expected["mean"] > 2 * median).all()
-    assert (expected["clipped"] < 2 * median).all()
-    for combine, thresholds in expected.items():
-        calibration = LayerCalibration(A, length, rows, 0.0, combine)
+    expected = {"paper": np.mean(alone, axis=0), "unclamped": np.mean(np.minimum(alone, 2 * median), axis=0)}
+    assert (expected["paper"] > 2 * median).all()
+    assert (expected["unclamped"] < 2 * median).all()
+    for method, thresholds in expected.items():
+        calibration = LayerCalibration(A, length, rows, 0.0, method)
         for dt in sequences:
             calibration.add(dt)
         result = calibration.result()
@@ -210,10 +209,8 @@ def test_layer_calibration_combines_as_told() -> None:
         # Retention stays a mean.
         totals = torch.stack(sequences).double().sum(dim=1)
         torch.testing.assert_close(result.retention, torch.exp(-totals).mean(dim=0), rtol=1e-12, atol=0.0)
-    with pytest.raises(
-        ValueError, match="LayerCalibration: combine must be one of median, min, mean, clipped, got 'max'"
-    ):
-        LayerCalibration(A, length, rows, 0.0, "max")
+    with pytest.raises(ValueError, match="LayerCalibration: method must be one of unclamped, paper, got 'clipped'"):
+        LayerCalibration(A, length, rows, 0.0, "clipped")
 
 
 def test_merge_channel_shards() -> None:

@@ -130,7 +130,7 @@ def test_digest_sees_every_value(make_table: MakeTable) -> None:
         ({"clamp_percent": float("nan")}, r"clamp_percent must lie in \[0, 100\)"),
         ({"min_retention": 1.5}, r"min_retention must lie in \[0, 1\]"),
         ({"num_sequences": 0}, "num_sequences must be an integer, 1 to"),
-        ({"format_version": FORMAT_VERSION + 1}, "format_version must be 2, got 3"),
+        ({"format_version": FORMAT_VERSION + 1}, "format_version must be 3, got 4"),
     ],
 )
 def test_table_metadata_refuses(make_metadata: MakeTable, changes: dict[str, Any], message: str) -> None:

@@ -58,8 +58,8 @@ def calibrate_all(model: str, settings: Sequence[CalibrationSettings], **engine_
             replace(each, train_length=length, store=str(path)) for each, path in zip(settings, paths, strict=True)
         ]
         config = {**engine_args.pop("additional_config", {}), **to_config(to_make)}
-        # An engine whose prompts are all too short to be filtered would make no table. A token follows each sequence, and
-        # another one is generated.
+        # An engine whose prompts are all too short to be filtered would make no table. A token follows each sequence,
+        # and another one is generated.
         longest = int(to_make[0].row_lengths[1]) + 2
         own = {"model_impl": MODEL_IMPL, "max_model_len": longest, "max_num_seqs": 1}
         llm = LLM(model, additional_config=config, **{**own, **engine_args})
