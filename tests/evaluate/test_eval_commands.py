@@ -1,6 +1,7 @@
 """`longmamba eval` and `longmamba tune` from the command line."""
 
 import json
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from example_modules import EXAMPLES
 from typer.testing import CliRunner
 
 from vllm_longmamba.cli import app
+from vllm_longmamba.commands.tune import _table_path
 from vllm_longmamba.evaluate import engine, methods
 from vllm_longmamba.evaluate.store import FILE_NAME
 from vllm_longmamba.evaluate.terminal import numbers, real_numbers
@@ -139,7 +141,7 @@ def test_options_reach_the_engine_of_decimamba_only(
 def test_what_a_command_sets_itself_is_refused_by_name(
     further: dict[str, Any], message: str, seen: list[object], tmp_path: Path
 ) -> None:
-    command = ["tune", MODEL, "--held-out", HAYSTACK, "--train-length", "512", "--lengths", "2048"]
+    command = ["tune", MODEL, "--text", HAYSTACK, "--train-length", "512", "--lengths", "2048"]
     if "worker_extension_cls" not in further:
         command = ["eval", "passkey", MODEL, "--haystack", HAYSTACK, "--unfiltered-end", "64"]
     result = CliRunner().invoke(app, [*command, "--engine-args", json.dumps(further), "-o", str(tmp_path)])
@@ -150,16 +152,17 @@ def test_what_a_command_sets_itself_is_refused_by_name(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--score", "keys"], "--score must be passkey, perplexity or both, got 'keys'"),
-        (["--needles", "4", "--score", "perplexity"], "--needles asks for more than the pass key"),
-        (["--search-unfiltered", "--score", "passkey"], "--search-unfiltered goes by the loss of text"),
-        (["--measure-to", "1024"], "--measure-to has a part in the method closed-loop only"),
-        (["--method", "closed-loop", "--clamp-percents", "5"], "C has no part in the method closed-loop"),
-        (["--unfiltered-ends", "0,0"], "--unfiltered-ends must be different numbers"),
+        (["--budgets", "0"], "--budgets: budget must be a factor above 0, got 0.0"),
+        (["--thetas", "0.1,0.5"], "--thetas must be the smallest and the largest, between 0 and 1, with the default"),
+        (["--thetas", "0.05"], "--thetas must be the smallest and the largest, between 0 and 1, with the default"),
+        (["--thetas", "0,0.5"], "--thetas must be the smallest and the largest, between 0 and 1, with the default"),
+        (["--thetas", "0.01,1"], "--thetas must be the smallest and the largest, between 0 and 1, with the default"),
+        (["--unfiltered-ends", "-1"], "--unfiltered-ends: unfiltered_end must be a number of tokens"),
+        (["--unfiltered-ends", "0.5"], "whole numbers separated by commas"),
     ],
 )
 def test_tune_refuses(given: list[str], message: str, seen: list[object], tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["tune", MODEL, "--held-out", HAYSTACK, *given, "-o", str(tmp_path)])
+    result = CliRunner().invoke(app, ["tune", MODEL, "--text", HAYSTACK, *given, "-o", str(tmp_path)])
     assert (result.exit_code, seen) == (1, []), result.output
     assert message in result.output.replace("\n", " ")
 
@@ -167,19 +170,37 @@ def test_tune_refuses(given: list[str], message: str, seen: list[object], tmp_pa
 @pytest.mark.parametrize("name", ["table", "min_retention", "unfiltered_end"])
 def test_tune_refuses_what_it_searches(name: str, seen: list[object], tmp_path: Path) -> None:
     further = {"additional_config": {"longmamba": {name: 1}}}
-    command = ["tune", MODEL, "--held-out", HAYSTACK, "--engine-args", json.dumps(further), "-o", str(tmp_path)]
+    command = ["tune", MODEL, "--text", HAYSTACK, "--engine-args", json.dumps(further), "-o", str(tmp_path)]
     result = CliRunner().invoke(app, command)
     assert (result.exit_code, seen) == (1, []), result.output
     assert f"additional_config names {name}, which this command searches" in result.output.replace("\n", " ")
 
 
-def test_tune_does_not_write_its_table_over_another_file(seen: list[object], tmp_path: Path) -> None:
-    (tmp_path / "precious.safetensors").write_bytes(b"weights")
-    command = ["tune", MODEL, "--held-out", HAYSTACK, "-o", str(tmp_path / "out")]
-    result = CliRunner().invoke(app, [*command, "--table", str(tmp_path / "precious.safetensors")])
+@pytest.mark.parametrize("is_named", [True, False], ids=["named", "beside the model"])
+def test_tune_does_not_write_its_table_over_another_file(is_named: bool, seen: list[object], tmp_path: Path) -> None:
+    path = tmp_path / "longmamba.safetensors"
+    path.write_bytes(b"weights")
+    command = ["tune", MODEL if is_named else str(tmp_path), "--text", HAYSTACK, "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*command, *(["--table", str(path)] if is_named else [])])
     assert (result.exit_code, seen) == (1, []), result.output
     assert "is there, and no threshold table" in result.output.replace("\n", " ")
-    assert (tmp_path / "precious.safetensors").read_bytes() == b"weights"
+    assert path.read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize(
+    ("model", "quantization", "expected"),
+    [("model", None, "model/longmamba.safetensors"), ("model", "fp8", "fffff-fp8"), ("org/name", None, "fffff")],
+)
+def test_the_table_of_tune_lies_where_serving_finds_it(
+    model: str, quantization: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    path = _table_path(model, "fffff", quantization)
+    if not expected.startswith("model/"):
+        expected = str(tmp_path / "cache" / "vllm_longmamba" / f"{expected}.safetensors")
+    assert str(path) == expected
 
 
 @pytest.mark.parametrize("name", ["results.sqlite", "report.json", "heat-map.png"])
@@ -232,59 +253,28 @@ def test_passkey(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.engine
 def test_tune(tmp_path: Path) -> None:
-    arguments = ["tune", MODEL, "--text", str(EXAMPLES / "texts" / "calibration.txt"), "--held-out", HAYSTACK]
-    arguments += ["--train-length", "512", "--max-length", "4096", "--clamp-percents", "5", "--thetas", "1e-30,1e-2"]
-    arguments += ["--further", "0", "--lengths", "2048", "--depths", "3", "--windows", "2", *EAGER]
-    arguments += ["-o", str(tmp_path / "out"), "--table", str(tmp_path / "best.safetensors"), "--search-unfiltered"]
-    assert "keys found" in run(*arguments)
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    arguments = ["tune", str(model), "--text", HAYSTACK, "--train-length", "512", "--max-length", "4096", *EAGER]
+    arguments += ["--calibration-text", str(EXAMPLES / "texts" / "calibration.txt"), "--budgets", "0.5"]
+    arguments += ["--unfiltered-ends", "64", "--trials", "5", "--lengths", "2048", "--depths", "3", "--windows", "2"]
+    arguments += ["-o", str(tmp_path / "out")]
+    shown = " ".join(run(*arguments).split())
+    assert f"as its default: {model}/longmamba.safetensors" in shown
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    tried = sorted(report["tried"], key=lambda score: score["candidate"]["global_channels"])
-    few, many = (score for score in tried if not score["candidate"]["unfiltered"])
-    assert few["candidate"]["min_retention"] == report["best"]["min_retention"] == 1e-2
-    left_out = [score for score in tried if score["candidate"]["unfiltered"]]
-    assert left_out
-    for score in left_out:
-        setting = score["candidate"]
-        assert setting["global_channels"] == few["candidate"]["global_channels"] - len(setting["unfiltered"])
-    assert few["found"]["share"] == 1.0
-    assert 0 < few["candidate"]["global_channels"] < many["candidate"]["global_channels"]
-    assert report["plain"]["found"]["share"] < 1.0
+    tried = {tuple(score["setting"].values()): score for score in report["tried"]}
+    assert {(1.0, 0.05, 0), (0.5, 0.05, 0), (1.0, 0.05, 64), (0.5, 0.05, 64)} < set(tried)
+    assert len(tried) == 5
+    assert tried[1.0, 0.05, 0]["found"]["share"] > report["plain"]["found"]["share"]
     assert report["plain"]["difference"]["loss"] == 0.0
-    metadata = read_metadata(tmp_path / "best.safetensors")
-    assert (metadata.min_retention, metadata.clamp_percent, metadata.train_length) == (1e-2, 5.0, 512)
-    assert sorted(metadata.unfiltered) == sorted(report["best"]["unfiltered"])
+    best = report["best"]["setting"]
+    held_out = [score["setting"] for score in report["held_out"]]
+    assert (held_out[0], held_out[-1]) == (report["plain"]["setting"], best)
+    assert (tmp_path / "out" / "tuning.png").is_file()
+    metadata = read_metadata(model / "longmamba.safetensors")
+    assert (metadata.budget, metadata.min_retention, metadata.unfiltered_end) == tuple(best.values())
+    assert metadata.train_length == 512
     # Nothing is calibrated or scored a second time.
     results = results_in(tmp_path / "out")
     run(*arguments)
     assert results_in(tmp_path / "out") == results
-    assert len(list((tmp_path / "out").glob("table-*.safetensors"))) == 1
-
-
-@pytest.mark.engine
-@pytest.mark.slow
-def test_tune_closed_loop(tmp_path: Path) -> None:
-    arguments = ["tune", MODEL, "--method", "closed-loop", "--held-out", HAYSTACK, "--train-length", "512"]
-    arguments += ["--max-length", "4096", "--thetas", "1e-3,0.05", "--sequences", "3", "--lengths", "2048"]
-    arguments += ["--depths", "4", "--windows", "2", "--needles", "2", *EAGER]
-    arguments += ["-o", str(tmp_path / "out"), "--table", str(tmp_path / "best.safetensors")]
-    assert "Tuning: passkey-mamba2-4m" in run(*arguments)
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    many, few = report["tried"]
-    assert [one["candidate"]["min_retention"] for one in (many, few)] == [1e-3, 0.05]
-    assert 0 < few["candidate"]["global_channels"] < many["candidate"]["global_channels"]
-    assert few["found"]["share"] > report["plain"]["found"]["share"]
-    assert report["best"] in [one["candidate"] for one in (many, few)]
-    assert report["settings"]["method"] == "closed-loop"
-    assert report["settings"]["needles"] == 2
-    assert few["found"]["questions"] == 8  # a key and a needle at each depth
-    metadata = read_metadata(tmp_path / "best.safetensors")
-    assert (metadata.method, metadata.min_retention) == ("closed-loop", report["best"]["min_retention"])
-    assert metadata.closed_loop is not None
-    assert metadata.closed_loop.lengths[-1] == report["settings"]["measured"][-1] == 2048
-    # Each theta has a table of its own; nothing is calibrated or scored a second time.
-    tables = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("table-*.safetensors")}
-    assert set(tables) == {one["candidate"]["table"] for one in (few, many)}
-    results = results_in(tmp_path / "out")
-    run(*arguments)
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("table-*.safetensors")} == tables
-    assert results_in(tmp_path / "out") == results
+    assert len(list((tmp_path / "out").glob("table-*.safetensors"))) == 2

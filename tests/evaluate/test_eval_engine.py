@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine.harness import LOGPROB_TOLERANCE, ROW_LENGTHS, TRAIN_LENGTH, Filters, assert_agrees, write_table
+from engine.harness import ROW_LENGTHS, TRAIN_LENGTH, Filters, assert_agrees, write_table
 from references.reference_lm import reference_logprobs
 from tiny_models import random_token_ids, write_mamba2_original
 
 from vllm_longmamba.commands.engine_errors import EngineStartError, explained_start
 from vllm_longmamba.evaluate.engine import FILTER_EXTENSION, EngineContestant, EngineRunner
-from vllm_longmamba.tables import ThresholdTable, filtered_channels, leave_unfiltered, load_table
+from vllm_longmamba.tables import ThresholdTable, load_table
 
 pytestmark = pytest.mark.engine
 
@@ -92,19 +92,6 @@ def test_tail_logprobs_under_changing_filters(
     assert sorted(results) == list(range(len(PROMPTS)))
     for i, prompt in enumerate(PROMPTS):
         assert_filtered_by(table, min_retention, model, prompt, results[i])
-
-
-def test_tail_logprobs_with_channels_left_unfiltered(runner: EngineRunner, model: Path, tables: list[Path]) -> None:
-    whole = load_table(tables[0])
-    last, rest = max(whole.layers), [f"0.{channel}" for channel in filtered_channels(whole)[0][::2]]
-    results = {}
-    for unfiltered in ([str(last), *rest], []):
-        runner.set_filter(tables[0], 1e-2, unfiltered)
-        results[len(unfiltered)] = dict(runner.tail_logprobs(enumerate(PROMPTS), SCORED))
-    table = leave_unfiltered(whole, [str(last), *rest])
-    for i, prompt in enumerate(PROMPTS):
-        assert_filtered_by(table, 1e-2, model, prompt, results[1 + len(rest)][i])
-    assert np.abs(results[0][4] - results[1 + len(rest)][4]).max() > 10 * LOGPROB_TOLERANCE
 
 
 def test_complete_continues_greedily(runner: EngineRunner, tables: list[Path]) -> None:

@@ -1,71 +1,49 @@
 """The search: which settings are the same, which is the best, what optuna proposes, and that a second one goes on."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 import pytest
 from small_tables import small_table
 
-from vllm_longmamba.evaluate.tuning import (
-    STUDY,
-    Candidate,
-    Score,
-    candidate,
-    choose,
-    parts_of,
-    plain,
-    search,
-    search_unfiltered,
-)
-from vllm_longmamba.evaluate.tuning_report import summarize_tuning, tuning_markdown
-from vllm_longmamba.evaluate.tuning_tables import Grid, TriedTable
-from vllm_longmamba.tables import ClosedLoop
+import vllm_longmamba.evaluate.tuning as tuning
+from vllm_longmamba.calibration.settings import CalibrationSettings
+from vllm_longmamba.evaluate.methods import ModelSettings
+from vllm_longmamba.evaluate.tuning import DEFAULT, PLAIN, Score, Setting, Space, choose, in_force, make_tables, search
+from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
+from vllm_longmamba.tables import ThresholdTable, load_table
 
-THETAS = (1e-9, 1e-4, 1e-1)
-TABLES = [TriedTable(Path(f"C{clamp}"), small_table(clamp_percent=clamp), THETAS) for clamp in (5.0, 20.0)]
-CLOSED = [
-    TriedTable(
-        Path(f"budget{budget}-theta{theta}"),
-        small_table(
-            min_retention=theta,
-            method="closed-loop",
-            closed_loop=ClosedLoop(combine="median", lengths=(12,), text_tokens=100, budget=budget),
-        ),
-        [theta],
-    )
-    for budget in (0.5, 1.0)
-    for theta in (0.05, 0.5)
-]
+SPACE = Space([0.5, 2], (0.01, 0.5), [256], 12)
 
 
-def scored(setting: Candidate, share: float | None, loss: float | None) -> Score:
+def scored(setting: Setting, share: float = 1.0, loss: float = 2.0) -> Score:
     return Score(
-        candidate=setting,
-        found=None if share is None else {"share": share, "low": share - 0.1, "high": share + 0.1},
-        loss=None if loss is None else {"loss": loss, "low": loss - 0.1, "high": loss + 0.1, "perplexity": np.e**loss},
-        difference=None if loss is None else {"loss": loss - 2.0, "low": loss - 2.1, "high": loss - 1.9},
+        setting=setting,
+        global_channels=2,
+        found={"share": share, "low": share - 0.1, "high": share + 0.1},
+        loss={"loss": loss, "low": loss - 0.1, "high": loss + 0.1, "perplexity": np.e**loss},
+        difference={"loss": loss - 2.0, "low": loss - 2.1, "high": loss - 1.9},
     )
 
 
-def test_candidate() -> None:
+def test_settings_that_are_the_same_model() -> None:
     # Retentions 1e-6, 1e-3 and 1 in each of two layers.
-    assert [candidate(TABLES[0], theta).global_channels for theta in (1e-9, 1e-4, 1e-2, 1.0)] == [6, 4, 2, 0]
-    assert candidate(TABLES[0], 1e-4).thresholds == candidate(TABLES[0], 1e-5).thresholds
-    assert candidate(TABLES[0], 1e-4).thresholds != candidate(TABLES[0], 1e-2).thresholds
-    assert (plain(TABLES).min_retention, plain(TABLES).global_channels) == (1.0, 0)
-    assert plain(TABLES).thresholds == plain(TABLES[1:]).thresholds
-    assert candidate(TABLES[0], 1e-4, 64).thresholds != candidate(TABLES[0], 1e-4).thresholds
-    assert candidate(TABLES[0], 1e-4, 64).unfiltered_end == 64
+    table = small_table()
+    assert in_force(table, Setting(1.0, 1e-4, 0)) == in_force(table, Setting(1.0, 1e-5, 0))
+    assert in_force(table, Setting(1.0, 1e-4, 0)) != in_force(table, Setting(1.0, 1e-2, 0))
+    assert in_force(table, Setting(1.0, 1e-4, 64)) != in_force(table, Setting(1.0, 1e-4, 0))
+    assert table.count_global(PLAIN.min_retention) == 0
 
 
-def test_label() -> None:
-    assert candidate(TABLES[1], 1e-4).label() == "C 20, theta 0.0001"
-    assert candidate(CLOSED[0], 0.05).label() == "budget 0.5, theta 0.05"
-    assert candidate(CLOSED[0], 0.05, 4).label() == "budget 0.5, unfiltered end 4, theta 0.05"
-    assert plain(CLOSED).label() == "plain"
+def test_labels() -> None:
+    assert PLAIN.label() == "plain"
+    assert DEFAULT.label() == "budget 1, theta 0.05"
+    assert Setting(0.25, 1 / 3, 256).label() == "budget 0.25, theta 0.333, unfiltered end 256"
 
 
 @pytest.mark.parametrize(
@@ -74,209 +52,155 @@ def test_label() -> None:
         # (theta, share found, loss)
         ([(0.1, 0.5, 1.0), (0.2, 0.9, 2.0), (0.3, 0.86, 1.9)], 0.3),
         ([(0.1, 0.5, 1.0), (0.2, 0.9, 2.0), (0.3, 0.84, 1.9)], 0.2),
-        ([(0.1, None, 1.0), (0.2, None, 2.0)], 0.1),
-        ([(0.1, 0.88, None), (0.2, 0.9, None), (0.3, 0.9, None), (0.05, 0.9, None)], 0.3),
         ([(0.1, 0.0, 1.5), (0.2, 0.0, 1.4)], 0.2),
+        ([(0.1, 0.9, 1.5), (0.2, 0.9, 1.5)], 0.1),
     ],
-    ids=["about as many keys", "fewer keys", "text only", "keys only", "no keys at all"],
+    ids=["about as many keys", "fewer keys", "no keys at all", "equal ones"],
 )
-def test_choose(scores: list[tuple[float, float | None, float | None]], best: float) -> None:
-    assert (
-        choose([scored(candidate(TABLES[0], theta), *rest) for theta, *rest in scores]).candidate.min_retention == best
-    )
+def test_choose(scores: list[tuple[float, float, float]], best: float) -> None:
+    of_thetas = [scored(Setting(1.0, theta, 0), share, loss) for theta, share, loss in scores]
+    assert choose(of_thetas).setting.min_retention == best
 
 
 class Best:
-    """Best at C = 20, theta = 1e-3 and an end of 4 tokens; keeps what it was asked, and stops where it is told to."""
+    """Best at a budget of 2, theta 0.1 and an end of 256; keeps what it was asked, and stops where it is told to."""
 
     def __init__(self, fail_after: int | None = None) -> None:
-        self.asked: list[tuple[float | None, float, int]] = []
+        self.asked: list[Setting] = []
         self._fail_after = fail_after
 
-    def __call__(self, setting: Candidate) -> Score:
+    def __call__(self, setting: Setting) -> Score:
         if len(self.asked) == self._fail_after:
             raise KeyboardInterrupt
-        self.asked.append((setting.clamp_percent, setting.min_retention, setting.unfiltered_end))
-        far = abs(np.log10(setting.min_retention) + 3) + (setting.clamp_percent == 5.0) + (setting.unfiltered_end != 4)
+        self.asked.append(setting)
+        far = abs(np.log10(setting.min_retention) + 1) + (setting.budget != 2) + (setting.unfiltered_end == 0)
         return scored(setting, 1.0, float(far))
 
 
-def grid(further: int, ends: tuple[int, ...] = (0,)) -> Grid:
-    return Grid("paper", thetas=THETAS, clamp_percents=[5.0, 20.0], further=further, unfiltered_ends=ends)
-
-
-def test_search(tmp_path: Path) -> None:
+def test_search() -> None:
     score = Best()
-    scores = search(score, TABLES, grid(5, (0, 4)), tmp_path, "key")
-    assert score.asked[0][1] == 1.0
-    of_grid = [(clamp, theta, end) for clamp in (5.0, 20.0) for end in (0, 4) for theta in THETAS]
-    assert score.asked[1:13] == of_grid
-    # Each of its proposals is new, within the grid's range, and one of the tables and ends.
-    proposed = score.asked[13:]
-    assert len(set(score.asked)) == len(scores) == len(score.asked) == 18
-    assert all(min(THETAS) <= theta <= max(THETAS) for _, theta, _ in proposed)
-    assert {clamp for clamp, *_ in proposed} <= {5.0, 20.0}
-    assert [one.candidate.label() for one in scores[:2]] == ["plain", "C 5, theta 1e-09"]
+    scores = search(score, SPACE)
+    assert score.asked[:2] == [PLAIN, DEFAULT]
+    corners = [Setting(budget, 0.05, end) for end in (0, 256) for budget in (1.0, 0.5, 2)]
+    assert score.asked[1:7] == corners
+    # Each of the proposals is new, and within the space.
+    proposed = score.asked[7:]
+    assert len(set(score.asked)) == len(score.asked) == len(scores) == 1 + SPACE.trials
+    assert all(0.01 <= one.min_retention <= 0.5 for one in proposed)
+    assert {one.budget for one in proposed} <= {0.5, 1.0, 2}
+    assert {one.unfiltered_end for one in proposed} <= {0, 256}
     best = choose(scores[1:])
-    assert (best.candidate.clamp_percent, best.candidate.unfiltered_end) == (20.0, 4)
-    assert best.loss["loss"] <= 1.0
+    assert (best.setting.budget, best.setting.unfiltered_end) == (2, 256)
+    assert best.loss["loss"] <= 0.31
 
 
-@pytest.mark.parametrize("fail_after", [4, 9])
-def test_a_second_search_goes_on(fail_after: int, tmp_path: Path) -> None:
-    """Interrupted in the grid, or in what optuna proposes: as many settings in the end, and no study is begun anew."""
+def test_a_second_search_goes_on() -> None:
+    """It asks for the same settings again, whose results are in the store, and then for what was not asked yet."""
+    interrupted = Best(fail_after=9)
     with pytest.raises(KeyboardInterrupt):
-        search(Best(fail_after), TABLES, grid(4), tmp_path, "key")
-    first = search(Best(), TABLES, grid(4), tmp_path, "key")
-    assert len(first) == 1 + 2 * len(THETAS) + 4
-    (tmp_path / "whole").mkdir()
-    assert search(Best(), TABLES, grid(4), tmp_path / "whole", "key") == first
-    assert [one.candidate for one in search(Best(), TABLES, grid(4), tmp_path, "key")] == [
-        one.candidate for one in first
-    ]
-    more = search(Best(), TABLES, grid(6), tmp_path, "key")
-    assert [one.candidate for one in more[: len(first)]] == [one.candidate for one in first]
-    assert len(more) == len(first) + 2
-    assert len(optuna.get_all_study_names(f"sqlite:///{tmp_path / STUDY}")) == 1
-    # Other texts are another study.
-    search(Best(), TABLES, grid(0), tmp_path, "another key")
-    assert len(optuna.get_all_study_names(f"sqlite:///{tmp_path / STUDY}")) == 2
+        search(interrupted, SPACE)
+    whole, longer = Best(), Best()
+    search(whole, SPACE)
+    search(longer, replace(SPACE, trials=14))
+    assert interrupted.asked == whole.asked[:9]
+    assert longer.asked[: len(whole.asked)] == whole.asked
+    assert len(longer.asked) == 15
 
 
-def test_a_foreign_file_in_the_place_of_the_study_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / STUDY).write_bytes(b"precious")
-    with pytest.raises(ValueError, match=r"tuning\.sqlite: not written by longmamba"):
-        search(Best(), TABLES, grid(0), tmp_path, "key")
-    assert (tmp_path / STUDY).read_bytes() == b"precious"
+def test_fewer_trials_than_corners() -> None:
+    score = Best()
+    search(score, replace(SPACE, trials=1))
+    assert score.asked == [PLAIN, DEFAULT]
 
 
-@pytest.mark.parametrize(("share", "loss"), [(0.5, None), (None, 1.5)], ids=["keys only", "text only"])
-def test_search_by_one_score(share: float | None, loss: float | None, tmp_path: Path) -> None:
-    scores = search(lambda setting: scored(setting, share, loss), TABLES, grid(2), tmp_path, "key")
-    assert len(scores) == 1 + 2 * len(THETAS) + 2
+def test_the_default_is_in_every_space() -> None:
+    space = Space([], (0.05, 0.05), [], 1)
+    assert (space.budgets, space.unfiltered_ends) == ((1.0,), (0,))
+    assert Space([2, 1], (0.05, 0.05), [4, 0], 1).budgets == (1.0, 2)
 
 
-def test_search_unfiltered() -> None:
-    """At theta 1e-4, channels 1 and 2 of two layers are global; the filter of three of them costs text."""
-    cost = {"0.1": 0.1, "0.2": 0.4, "1.1": -0.2, "1.2": 0.2}
-    asked = []
-
-    def score_text(setting: Candidate) -> Score:
-        return scored(setting, None, 2.0 - sum(cost[part] for part in setting.unfiltered))
-
-    def score(setting: Candidate) -> Score:
-        asked.append(setting.unfiltered)
-        return scored(setting, 1.0 - 0.5 * ("0.1" in setting.unfiltered), score_text(setting).loss["loss"])
-
-    best = score(candidate(TABLES[0], 1e-4))
-    scores = search_unfiltered(score, score_text, TABLES[0], best)
-    assert asked[1:] == [("0.2",), ("0.2", "1.2"), ("0.2", "1.2", "0.1")]
-    assert [one.candidate.global_channels for one in scores] == [3, 2, 1]
-    assert len({one.candidate.thresholds for one in (best, *scores)}) == 4
-    # The last one has the smallest loss, but half the keys.
-    chosen = choose([best, *scores])
-    assert chosen.candidate.unfiltered == ("0.2", "1.2")
-    assert chosen.candidate.label() == "C 5, theta 0.0001, without 0.2, 1.2"
-    report = {**HEAD, **summarize_tuning([scored(plain(TABLES), 0.1, 2.0), best, *scores], chosen)}
-    text = tuning_markdown(report, "T")
-    assert "Best: C 5, theta 0.0001, without 0.2, 1.2. " in text
-    assert "| theta | unfiltered | global channels |" in text
-    assert "| **0.0001** | **0.2, 1.2** | 2 | 1.00 " in text
-    assert "| 0.0001 | - | 4 | 1.00 " in text
+Calibrated = list[CalibrationSettings]
 
 
-def test_parts_are_channels_or_layers() -> None:
-    assert parts_of(TABLES[0].table, 1e-4) == ["0.1", "0.2", "1.1", "1.2"]
-    many = small_table(layers=(0, 3), channels=600)
-    assert parts_of(many, 1e-4) == ["0", "3"]
+@pytest.fixture
+def calibrated(monkeypatch: pytest.MonkeyPatch) -> Calibrated:
+    """The settings of all calibrations; each makes a `small_table` of its budget."""
+    done: Calibrated = []
+
+    def calibrate_all(model: str, settings: list[CalibrationSettings], **engine_args: Any) -> list[ThresholdTable]:
+        assert (model, engine_args) == ("org/model", {"dtype": "float32", "additional_config": {"other": 1}})
+        done.extend(settings)
+        return [small_table(method="unclamped", clamp_percent=0, budget=each.budget) for each in settings]
+
+    monkeypatch.setattr(tuning, "calibrate_all", calibrate_all)
+    return done
 
 
-def test_search_of_the_closed_loop(tmp_path: Path) -> None:
-    of_loop = Grid("closed-loop", thetas=[0.05, 0.5], budgets=[0.5, 1.0])
-    scores = search(lambda setting: scored(setting, 1.0, 2.0), CLOSED, of_loop, tmp_path, "key")
-    tried = [(one.candidate.table, one.candidate.budget, one.candidate.min_retention) for one in scores[1:]]
-    assert tried == [
-        ("budget0.5-theta0.05", 0.5, 0.05),
-        ("budget0.5-theta0.5", 0.5, 0.5),
-        ("budget1.0-theta0.05", 1.0, 0.05),
-        ("budget1.0-theta0.5", 1.0, 0.5),
-    ]
-    assert {one.candidate.clamp_percent for one in scores} == {None}
+def tables_of(budgets: list[float], settings: CalibrationSettings, folder: Path) -> dict[float, Path]:
+    def progress(description: str, total: int) -> Callable[[], None]:
+        return lambda: None
+
+    started = []
+
+    @contextmanager
+    def starting() -> Iterator[None]:
+        started.append(True)
+        yield
+
+    # `calibrate` decides itself on the length and on what else it needs.
+    arguments = {"model": "org/model", "model_impl": "longmamba", "dtype": "float32", "max_model_len": 9}
+    arguments["additional_config"] = {"other": 1, "longmamba": {"filter": False}}
+    model = ModelSettings(arguments, arguments, starting=starting)
+    before = len(list(folder.glob("*")))
+    tables = make_tables(model, budgets, settings, {"weights": "w"}, folder, progress)
+    # One engine for all. A failed start of it is said in one line.
+    assert len(started) == min(len(list(folder.glob("*"))) - before, 1)
+    return tables
+
+
+def test_no_table_is_made_twice(calibrated: Calibrated, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one")
+    settings = CalibrationSettings(texts=(str(text),))
+    tables = tables_of([1.0, 0.25], settings, tmp_path / "out")
+    # The first is what `longmamba calibrate` makes by default.
+    assert calibrated == [settings, replace(settings, budget=0.25)]
+    assert [load_table(tables[budget]).metadata.budget for budget in (1.0, 0.25)] == [1.0, 0.25]
+    tables[0.25].unlink()
+    assert tables_of([1.0, 0.25, 2.0], settings, tmp_path / "out")[0.25] == tables[0.25]
+    assert [one.budget for one in calibrated[2:]] == [0.25, 2.0]
+    # Another text is another table.
+    text.write_text("two")
+    assert tables_of([1.0], settings, tmp_path / "out")[1.0] != tables[1.0]
 
 
 HEAD = {"model": "m", "command": "c", "hardware": "h", "methods": {"model": {"weights": "w"}}, "settings": {}}
 
 
-def report_of(scores: list[Score]) -> dict[str, Any]:
-    report = {**HEAD, **summarize_tuning(scores, choose(scores[1:]))}
-    assert json.loads(json.dumps(report)) == report
-    return report
-
-
-def rows_of(text: str, cells: int) -> list[list[str]]:
-    return [[cell.strip(" |") for cell in line.split(" | ")[:cells]] for line in text.splitlines() if line[:2] == "| "]
+def rows_of(text: str) -> list[list[str]]:
+    return [[cell.strip(" |") for cell in line.split(" | ")] for line in text.splitlines() if line[:2] == "| "]
 
 
 def test_tuning_report() -> None:
-    settings = [candidate(table, theta) for table in TABLES for theta in (1e-4, 1e-2)]
-    tried = [scored(setting, 0.9, 1.5 - number / 10) for number, setting in enumerate(settings)]
-    report = report_of([scored(plain(TABLES), 0.1, 2.0), *reversed(tried)])
-    assert (report["best"]["clamp_percent"], report["best"]["min_retention"]) == (20.0, 0.01)
-    text = tuning_markdown(report, "Tuning: m")
-    assert text.startswith("# Tuning: m\n\nBest: C 20, theta 0.01. ")
-    assert "| plain |  | 0 | 0.10 (0.00 to 0.20) | 2.000 (1.900 to 2.100) | 7.39 | +0.000 (-0.100 to +0.100) |" in text
-    assert "| 5 | 0.0001 | 4 | 0.90 (0.80 to 1.00) | 1.500 " in text
-    assert "| **20** | **0.01** | 2 | 0.90 (0.80 to 1.00) | 1.200 " in text
-
-
-def one_theta(clamp: float, budget: float) -> TriedTable:
-    of_table: dict[str, Any] = {"method": "paper"} if clamp else {"method": "unclamped", "budget": budget}
-    return TriedTable(Path(f"C{clamp}-{budget}"), small_table(clamp_percent=clamp, **of_table), [0.1])
-
-
-def test_tuning_report_of_unfiltered_ends() -> None:
-    tables = [one_theta(0.0, budget) for budget in (0.25, 1.0)]
-    settings = [candidate(one, 0.1, end) for one in tables for end in (0, 4)]
-    losses = [1.6, 1.4, 1.5, 1.45]
-    tried = [scored(setting, 0.9, loss) for setting, loss in zip(settings, losses, strict=True)]
-    report = report_of([scored(plain(tables), 0.1, 1.9), *tried])
-    text = tuning_markdown(report, "T")
-    assert "Best: C 0, budget 0.25, unfiltered end 4, theta 0.1. " in text
-    header, _, *rows = rows_of(text, 3)
-    assert header == ["budget", "unfiltered end", "theta"]
-    assert [row[:2] for row in rows] == [["plain", ""], ["0.25", "0"], ["**0.25**", "**4**"], ["1", "0"], ["1", "4"]]
-
-
-def test_tuning_report_of_budgets_without_a_clamp() -> None:
-    tables = [one_theta(5.0, 1.0), one_theta(0.0, 1.0), one_theta(0.0, 2.0)]
-    found = [0.5, 0.8, 0.9]
-    tried = [scored(candidate(one, 0.1), share, 1.5) for one, share in zip(tables, found, strict=True)]
-    report = report_of([scored(plain(tables), 0.1, 1.4), *tried])
-    text = tuning_markdown(report, "T")
-    assert "Best: C 0, budget 2, theta 0.1. " in text
-    header, _, *rows = rows_of(text, 4)
-    assert header == ["C (%)", "budget", "theta", "global channels"]
-    assert rows == [
-        ["plain", "", "", "0"],
-        ["0", "1", "0.1", "2"],
-        ["**0**", "**2**", "**0.1**", "2"],
-        ["5", "1", "0.1", "2"],
+    settings = [Setting(budget, theta, 4) for budget in (2.0, 0.5) for theta in (0.2, 0.01)]
+    scores = [scored(PLAIN, 0.1), *(scored(one, 0.9, 1.5 - number / 10) for number, one in enumerate(settings))]
+    best = choose(scores[1:])
+    report = {**HEAD, **summarize_tuning(scores, best, [scored(PLAIN, 0.2), scored(best.setting, 0.8, 1.9)])}
+    assert json.loads(json.dumps(report)) == report
+    assert report["best"]["setting"] == {"budget": 0.5, "min_retention": 0.01, "unfiltered_end": 4}
+    text = tuning_markdown(report, "Tuning: m", ["tuning.png", "tuning.svg"])
+    assert text.startswith("# Tuning: m\n\nBest: budget 0.5, theta 0.01, unfiltered end 4. ")
+    assert text.count("![tuning.png](tuning.png)") == 1
+    held_out, tried = text.split("On the first half")
+    assert rows_of(held_out)[2:] == [
+        ["plain", "2", "0.20 (0.10 to 0.30)", "2.000 (1.900 to 2.100)", "+0.000 (-0.100 to +0.100)"],
+        [best.setting.label(), "2", "0.80 (0.70 to 0.90)", "1.900 (1.800 to 2.000)", "-0.100 (-0.200 to +0.000)"],
     ]
-
-
-def test_tuning_report_of_the_closed_loop() -> None:
-    # A smaller loss with the larger theta, and a key less with the largest budget.
-    scores = [scored(plain(CLOSED), 0.1, 1.4)]
-    for one in reversed(CLOSED):
-        setting = candidate(one, one.thetas[0])
-        scores.append(scored(setting, 1.0 - 0.1 * (setting.budget == 1.0), 1.6 - 0.1 * setting.min_retention))
-    report = report_of(scores)
-    text = tuning_markdown(report, "T")
-    assert "Best: budget 0.5, theta 0.5." in text
-    assert [row for row in rows_of(text, 2)[2:]] == [
-        ["plain", ""],
-        ["0.5", "0.05"],
-        ["**0.5**", "**0.5**"],
-        ["1", "0.05"],
-        ["1", "0.5"],
+    assert [row[:5] for row in rows_of(tried)[2:]] == [
+        ["plain", "", "", "2", "0.10 (0.00 to 0.20)"],
+        ["**0.5**", "**0.01**", "**4**", "2", "0.90 (0.80 to 1.00)"],
+        ["0.5", "0.2", "4", "2", "0.90 (0.80 to 1.00)"],
+        ["2", "0.01", "4", "2", "0.90 (0.80 to 1.00)"],
+        ["2", "0.2", "4", "2", "0.90 (0.80 to 1.00)"],
     ]
+    assert set(draw_tuning(report, "m")) == {"tuning.png", "tuning.svg"}

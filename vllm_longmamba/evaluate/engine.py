@@ -1,6 +1,6 @@
 """Runs the tasks through vLLM's offline engine."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
@@ -160,22 +160,18 @@ class EngineRunner:
         self.llm = llm
         self._encoder = encoder
 
-    def set_filter(
-        self, table: Path, min_retention: float, unfiltered: Sequence[str] = (), unfiltered_end: int = 0
-    ) -> None:
+    def set_filter(self, table: Path, min_retention: float, unfiltered_end: int = 0) -> None:
         """Filter by another table or another theta from now on, in an engine with `FILTER_EXTENSION`.
 
         Args:
             table: a table of the same rows as the present one.
             min_retention: theta; 1 filters nothing, as no channel has a retention above it.
-            unfiltered: what else is not filtered, see `leave_unfiltered`.
             unfiltered_end: as many of a prompt's last tokens are not filtered.
 
         Raises:
             ValueError: a table of other rows, layers or channels.
         """
-        given = (str(table), min_retention, list(unfiltered), unfiltered_end)
-        self.llm.collective_rpc("longmamba_set_filter", args=given)
+        self.llm.collective_rpc("longmamba_set_filter", args=(str(table), min_retention, unfiltered_end))
 
     def complete(self, jobs: Iterable[tuple[Key, list[int], int]]) -> Iterator[tuple[Key, str]]:
         """See `Runner`."""
@@ -251,14 +247,12 @@ class FilterWorkerExtension:
     get_model: Any
     vllm_config: Any
 
-    def longmamba_set_filter(
-        self, table: str, min_retention: float, unfiltered: Sequence[str], unfiltered_end: int
-    ) -> None:
+    def longmamba_set_filter(self, table: str, min_retention: float, unfiltered_end: int) -> None:
         """See `EngineRunner.set_filter`."""
         from vllm_longmamba.layers.prompt_filter import PromptFilter
         from vllm_longmamba.layers.replace_table import replace_table
-        from vllm_longmamba.tables import leave_unfiltered, load_table
+        from vllm_longmamba.tables import load_table
 
-        new = leave_unfiltered(load_table(table), unfiltered)
         filters_generated = options_from_config(self.vllm_config.additional_config).filter_generated
-        replace_table(self.get_model(), PromptFilter(new, min_retention, filters_generated, unfiltered_end))
+        new = PromptFilter(load_table(table), min_retention, filters_generated, unfiltered_end)
+        replace_table(self.get_model(), new)

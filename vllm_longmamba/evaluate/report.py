@@ -21,7 +21,7 @@ from vllm_longmamba.evaluate.statistics import ratio_interval, share_interval
 from vllm_longmamba.evaluate.store import Store
 from vllm_longmamba.evaluate.terminal import console
 
-PICTURES = ("heat-map", "by-length", "perplexity")
+PICTURES = ("heat-map", "by-length", "perplexity", "tuning")
 # All that a report may consist of.
 FILES = ("report.json", "report.md", *(f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg")))
 

@@ -1,71 +1,79 @@
-"""The report of `longmamba tune`: every setting tried, the best one marked."""
+"""The report of `longmamba tune`: every setting tried, and what the best one gains on text that did not choose it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from vllm_longmamba.evaluate.markdown import document, interval, table
-from vllm_longmamba.evaluate.tuning import FOUND_TOLERANCE, Score, as_values
+from vllm_longmamba.evaluate.pictures import COLOURS, Pictures, as_files, figure_with_panels
+from vllm_longmamba.evaluate.tuning import FOUND_TOLERANCE, Score, Setting
 
-# What tells settings apart beside theta, and its heading.
-_VARIED = {"clamp_percent": "C (%)", "budget": "budget", "unfiltered_end": "unfiltered end"}
+_HEADER = ["budget", "theta", "unfiltered end", "global channels", "keys found", "nats/token", "difference to plain"]
 
 
-def summarize_tuning(scores: Sequence[Score], best: Score) -> dict[str, Any]:
-    """The scores as plain values: "plain", "tried" (by the settings' numbers, then what is left unfiltered) and "best".
+def summarize_tuning(scores: Sequence[Score], best: Score, held_out: Sequence[Score]) -> dict[str, Any]:
+    """The scores as plain values: "plain", "tried" (by the settings' numbers), "best", its "label", and "held_out".
 
     Args:
         scores: the plain model's first.
         best: one of them.
+        held_out: scores on the part of the text that was held out.
     """
-
-    def place(score: Score) -> tuple[Any, ...]:
-        one = score.candidate
-        return one.clamp_percent or 0.0, one.budget, one.unfiltered_end, one.min_retention, one.unfiltered
-
-    tried = [as_values(score) for score in sorted(scores[1:], key=place)]
+    tried = sorted(scores[1:], key=lambda score: tuple(asdict(score.setting).values()))
     return {
-        "plain": as_values(scores[0]),
-        "tried": tried,
-        "best": as_values(best)["candidate"],
-        "label": best.candidate.label(),
+        "plain": asdict(scores[0]),
+        "tried": [asdict(score) for score in tried],
+        "best": asdict(best),
+        "label": best.setting.label(),
+        "held_out": [asdict(score) for score in held_out],
     }
 
 
-def tuning_markdown(report: Mapping[str, Any], title: str) -> str:
+def tuning_markdown(report: Mapping[str, Any], title: str, pictures: Iterable[str] = ()) -> str:
     """The report as Markdown; arguments as of `questions_markdown`."""
-    varied = _varied(report)
-    searched = any(score["candidate"]["unfiltered"] for score in report["tried"])
-    header = [*(_VARIED[name] for name in varied), "theta", *(["unfiltered"] * searched), "global channels"]
-    if report["plain"]["found"]:
-        header.append("keys found")
-    if report["plain"]["loss"]:
-        header += ["nats/token", "perplexity", "difference to plain"]
-    rows = [["plain", *([""] * (len(varied) + searched)), "0", *_scores(report["plain"])]]
+    best = report["best"]["setting"]
+    rows = [["plain", "", "", *_cells(report["plain"])[3:]]]
     for score in report["tried"]:
-        setting = score["candidate"]
-        names = [*(f"{setting[name]:g}" for name in varied), f"{setting['min_retention']:.3g}"]
-        names += [", ".join(setting["unfiltered"]) or "-"] * searched
-        mark = "**" if setting == report["best"] else ""
-        rows.append([*(f"{mark}{name}{mark}" for name in names), str(setting["global_channels"]), *_scores(score)])
+        mark = "**" if score["setting"] == best else ""
+        cells = _cells(score)
+        rows.append([*(f"{mark}{cell}{mark}" for cell in cells[:3]), *cells[3:]])
     text = (
         f"Best: {report['label']}. It has the smallest loss of the settings whose share of keys found is within "
-        f"{FOUND_TOLERANCE:g} of the largest. Intervals: 95 %, Wilson for keys, bootstrap over texts for losses; they "
-        "do not allow for the choice of the best of many, so confirm it on other text (`longmamba eval`)."
+        f"{FOUND_TOLERANCE:g} of the largest. Intervals: 95 %, Wilson for keys, bootstrap over texts for losses."
     )
-    return document(report, title, [text, table(header, rows)])
+    held = "On the second half of each text, by which nothing was chosen:"
+    own = [
+        [Setting(**score["setting"]).label(), *_cells(score)[3:]] for score in report["held_out"]
+    ]  # fmt: skip
+    parts = [text, held, table(["setting", *_HEADER[3:]], own), "On the first half:", table(_HEADER, rows)]
+    return document(report, title, parts, pictures)
 
 
-def _varied(report: Mapping[str, Any]) -> list[str]:
-    """What tells the tables of a report apart."""
-    tried = [score["candidate"] for score in report["tried"]]
-    return [name for name in _VARIED if len({setting[name] for setting in tried}) > 1]
+def draw_tuning(report: Mapping[str, Any], title: str) -> Pictures:
+    """Keys found against the loss of every setting; arguments as of `draw_questions`."""
+    with figure_with_panels(6.5, 4.0) as (figure, [axes]):
+        kinds = [(report["tried"], "tried"), ([report["plain"]], "plain"), ([report["best"]], report["label"])]
+        for (scores, label), colour in zip(kinds, (COLOURS[1], COLOURS[0], COLOURS[2]), strict=True):
+            losses = [score["loss"]["loss"] for score in scores]
+            axes.scatter(losses, [score["found"]["share"] for score in scores], color=colour, label=label)
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axes.set_xlabel("nats per token")
+        axes.set_ylabel("keys found")
+        axes.set_title(title, loc="left", parse_math=False)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        return as_files(figure, "tuning")
 
 
-def _scores(score: Mapping[str, Any]) -> list[str]:
-    cells = []
-    if score["found"]:
-        cells.append(interval(score["found"], "share"))
-    if score["loss"]:
-        cells += [interval(score["loss"], "loss", ".3f"), f"{score['loss']['perplexity']:.2f}"]
-        cells.append(interval(score["difference"], "loss", "+.3f"))
-    return cells
+def _cells(score: Mapping[str, Any]) -> list[str]:
+    setting = score["setting"]
+    return [
+        f"{setting['budget']:g}",
+        f"{setting['min_retention']:.3g}",
+        str(setting["unfiltered_end"]),
+        str(score["global_channels"]),
+        interval(score["found"], "share"),
+        interval(score["loss"], "loss", ".3f"),
+        interval(score["difference"], "loss", "+.3f"),
+    ]
