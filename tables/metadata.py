@@ -1,7 +1,6 @@
 """Where a table comes from."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from .ranges import check_range
 
@@ -81,19 +80,3 @@ class TableMetadata:
                 f"TableMetadata.budget must be 1 with the method {self.method!r}, got {self.budget}; only "
                 f"{UNCLAMPED!r} has others"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values, from which `from_dict` makes the same."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TableMetadata":
-        """Returns what `to_dict` was made of, also after JSON.
-
-        Raises:
-            ValueError: a missing or unknown field, one of another type, or one outside its range.
-        """
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"TableMetadata: {error}") from error

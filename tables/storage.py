@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def table_to_bytes(table: ThresholdTable) -> bytes:
     for layer, thresholds in table.layers.items():
         tensors[f"longmamba.layers.{layer}.retention"] = np.ascontiguousarray(thresholds.retention.numpy())
         tensors[f"longmamba.layers.{layer}.dt_threshold"] = np.ascontiguousarray(thresholds.dt_threshold.numpy())
-    values = table.metadata.to_dict() | {"checksum": _checksum(table.metadata, tensors)}
+    values = asdict(table.metadata) | {"checksum": _checksum(table.metadata, tensors)}
     return bytes(save(tensors, {_METADATA_KEY: json.dumps(values, sort_keys=True, allow_nan=False)}))
 
 
@@ -175,14 +175,14 @@ def _parse(place: str | os.PathLike[str], header: dict[str, str] | None) -> tupl
         )
     checksum = content.pop("checksum")
     try:
-        return TableMetadata.from_dict(content), checksum
+        return TableMetadata(**content), checksum
     except ValueError as error:
         raise _error(place, f"the metadata is wrong ({error})") from error
 
 
 def _checksum(metadata: TableMetadata, tensors: dict[str, np.ndarray]) -> str:
     """Returns 64 hexadecimal digits that stand for all metadata and for names, types, shapes and bytes of tensors."""
-    content = blake3(json.dumps(metadata.to_dict(), sort_keys=True).encode())
+    content = blake3(json.dumps(asdict(metadata), sort_keys=True).encode())
     for name, array in sorted(tensors.items()):
         content.update(repr((name, array.dtype.str, array.shape)).encode())
         content.update(array.tobytes())

@@ -138,15 +138,14 @@ def test_a_report_replaces_its_own_files_only(tmp_path: Path) -> None:
 
     def write(title: str) -> None:
         with Store(tmp_path) as store:
-            draw = lambda: draw_questions(report, title)  # noqa: E731
-            write_report(store, report, lambda pictures: questions_markdown(report, title, pictures), draw)
+            write_report(store, report, title, questions_markdown, draw_questions)
 
     write("first")
     write("second")
-    assert (tmp_path / "report.md").read_text().startswith("# second\n")
+    assert (tmp_path / "report.md").read_text().startswith("# second: a model\n")
     assert {path.name for path in tmp_path.iterdir()} - {FILE_NAME} < set(FILES)
     (tmp_path / "heat-map.svg").write_text("precious")
     with pytest.raises(ValueError, match=r"heat-map\.svg: was not written by this evaluation"):
         write("third")
-    assert (tmp_path / "report.md").read_text().startswith("# second\n")
+    assert (tmp_path / "report.md").read_text().startswith("# second: a model\n")
     assert (tmp_path / "heat-map.svg").read_text() == "precious"

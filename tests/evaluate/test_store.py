@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_longmamba.evaluate.store import FILE_NAME, Store, own_database, settings_key
+from vllm_longmamba.evaluate.store import FILE_NAME, Store, settings_key
 
 IDENTITY = {"method": "plain", "settings": "x", "task": "passkey", "length": 512, "depth": 0.5, "seed": 0}
 
@@ -61,9 +61,11 @@ def test_a_foreign_database_is_left_alone(tmp_path: Path) -> None:
 
 def test_an_empty_file_is_taken(tmp_path: Path) -> None:
     """As a process leaves it that was killed before it wrote anything."""
-    (tmp_path / "new.sqlite").touch()
-    own_database(tmp_path / "new.sqlite").close()
-    own_database(tmp_path / "new.sqlite").close()
+    (tmp_path / FILE_NAME).touch()
+    for seen in (0, 1):
+        with Store(tmp_path) as store:
+            assert len(store) == seen
+            store.add({"n": 1}, {"of": seen})
 
 
 def test_only_own_files_are_replaced(tmp_path: Path) -> None:

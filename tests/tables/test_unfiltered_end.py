@@ -40,7 +40,7 @@ def test_the_tables_own_end_is_the_default(make_table: MakeTable) -> None:
 
 def test_the_end_is_saved(make_table: MakeTable, tmp_path: Path) -> None:
     table = make_table(unfiltered_end=64)
-    assert table.metadata.to_dict()["unfiltered_end"] == 64
+    assert table.metadata.unfiltered_end == 64
     save_table(table, tmp_path / "table")
     for loaded in (load_table(tmp_path / "table"), table_from_bytes(table_to_bytes(table))):
         assert loaded.metadata == table.metadata

@@ -2,13 +2,14 @@
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_longmamba.commands.engine_options import EngineOptions, with_engine_options
-from vllm_longmamba.commands.evaluate import Method, Model, Output, UnfilteredEnd, model_settings
+from vllm_longmamba.commands.engine_options import EngineOptions, with_options
+from vllm_longmamba.commands.evaluate import Compared, Model, Output, model_settings
 from vllm_longmamba.evaluate.terminal import numbers, progress_bars, user_errors
 
 if TYPE_CHECKING:
@@ -25,10 +26,11 @@ Copy = Annotated[
 ]
 
 
-@with_engine_options()
+@with_options(without=("decimamba",), engine=EngineOptions, compared=Compared)
 def ruler(
     model: Model,
     engine: EngineOptions,
+    compared: Compared,
     output: Output = Path("out/ruler"),
     lengths: Annotated[
         str, typer.Option(help="Numbers of tokens in a prompt and its answer together, separated by commas.")
@@ -45,8 +47,6 @@ def ruler(
     ] = None,
     squad: Copy = None,
     hotpot: Copy = None,
-    method: Method = "plain,longmamba",
-    unfiltered_end: UnfilteredEnd = None,
 ) -> None:
     """RULER through lm-eval: needles, variables, frequent words and questions in long synthetic text."""
     with user_errors("eval ruler"):
@@ -54,16 +54,16 @@ def ruler(
         from vllm_longmamba.evaluate.harness.tasks import ruler_overrides
 
         chosen, wanted = RULER.chosen(tasks), numbers(lengths)
-        settings = model_settings(model, engine, unfiltered_end)
-        _run(
-            RULER, settings, method, chosen, wanted, limit, seed, lambda: ruler_overrides(essays, squad, hotpot), output
-        )
+        settings = model_settings(model, engine, compared.unfiltered_end)
+        overrides = partial(ruler_overrides, essays, squad, hotpot)
+        _run(RULER, settings, compared.method, chosen, wanted, limit, seed, overrides, output)
 
 
-@with_engine_options()
+@with_options(without=("decimamba",), engine=EngineOptions, compared=Compared)
 def longbench_e(
     model: Model,
     engine: EngineOptions,
+    compared: Compared,
     output: Output = Path("out/longbench-e"),
     tasks: Tasks = None,
     data: Annotated[
@@ -73,8 +73,6 @@ def longbench_e(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Number of prompts of each task.", show_default="all")
     ] = None,
-    method: Method = "plain,longmamba",
-    unfiltered_end: UnfilteredEnd = None,
 ) -> None:
     """LongBench-E through lm-eval: 13 sets of questions, summaries, classification, retrieval and code."""
     with user_errors("eval longbench-e"):
@@ -83,11 +81,9 @@ def longbench_e(
 
         chosen = LONGBENCH_E.chosen(tasks)
         names = {task: LONGBENCH_E.tasks[task] for task in chosen}
-        settings = model_settings(model, engine, unfiltered_end)
-        _run(
-            LONGBENCH_E, settings, method, chosen, [], limit, 0,
-            lambda: longbench_overrides(data, names) if data is not None else {}, output,
-        )  # fmt: skip
+        settings = model_settings(model, engine, compared.unfiltered_end)
+        overrides = dict if data is None else partial(longbench_overrides, data, names)
+        _run(LONGBENCH_E, settings, compared.method, chosen, [], limit, 0, overrides, output)
 
 
 def _run(
@@ -142,15 +138,6 @@ def _run(
         settings |= {"limit": limit, "longest prompt and answer": needed, "local data": sorted(changes)}
         if lengths:
             settings |= {"lengths": lengths, "seed": seed}
-        report = {
-            "task": benchmark.name,
-            **provenance(model.model, contestants, settings),
-            **summarize_harness(results, printed_figures(benchmark, model.model)),
-        }
-        title = f"{benchmark.title}: {Path(model.model).name}"
-        write_report(
-            store,
-            report,
-            lambda pictures: harness_markdown(report, title, pictures),
-            lambda: draw_harness(report, title),
-        )
+        report = provenance(benchmark.name, model.model, contestants, settings)
+        report |= summarize_harness(results, printed_figures(benchmark, model.model))
+        write_report(store, report, benchmark.title, harness_markdown, draw_harness)

@@ -140,18 +140,9 @@ def tune(
             path.parent.mkdir(parents=True, exist_ok=True)
             save_table(replace(made, metadata=metadata), path)
             what |= {"corpus": metadata.corpus, "lengths": wanted, "depths": depths, "windows": windows}
-            report = {
-                "task": "tune",
-                **provenance(model, {"plain": contestant}, what),
-                **summarize_tuning(scores, best, held_out),
-            }
-            title = f"Tuning: {Path(model).name}"
-            write_report(
-                store,
-                report,
-                lambda pictures: tuning_markdown(report, title, pictures),
-                lambda: draw_tuning(report, title),
-            )
+            head = provenance("tune", model, {"plain": contestant}, what)
+            report = head | summarize_tuning(scores, best, held_out)
+            write_report(store, report, "Tuning", tuning_markdown, draw_tuning)
         console.print(f"table with the best setting ({setting.label()}) as its default: {path}", soft_wrap=True)
 
 

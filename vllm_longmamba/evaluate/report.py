@@ -29,28 +29,31 @@ FILES = ("report.json", "report.md", *(f"{name}.{kind}" for name in PICTURES for
 def write_report(
     store: Store,
     report: Mapping[str, Any],
-    markdown: Callable[[Iterable[str]], str],
-    draw: Callable[[], Mapping[str, bytes]] = dict,
+    title: str,
+    markdown: Callable[[Mapping[str, Any], str, Iterable[str]], str],
+    draw: Callable[[Mapping[str, Any], str], Mapping[str, bytes]],
 ) -> None:
     """Write report.json, report.md and pictures, and show the second up to its conditions.
 
     Args:
         store: of the folder.
         report: as it goes into the JSON file.
-        markdown: makes the text of the pictures' names.
-        draw: makes the pictures' files; they are left out where matplotlib is missing.
+        title: of text and pictures, before the model's name.
+        markdown: makes the text of report, title and the pictures' names.
+        draw: makes the pictures' files of report and title; they are left out where matplotlib is missing.
 
     Raises:
         ValueError: another file is in the way.
     """
     from rich.markdown import Markdown
 
+    title = f"{title}: {Path(report['model']).name}"
     pictures: Mapping[str, bytes] = {}
     if importlib.util.find_spec("matplotlib") is not None:
-        pictures = draw()
+        pictures = draw(report, title)
     else:
         console.print("no pictures: they need matplotlib (pip install 'vllm-longmamba[plot]')")
-    text = markdown(pictures)
+    text = markdown(report, title, pictures)
     files = {"report.json": (json.dumps(report, indent=1) + "\n").encode(), "report.md": text.encode(), **pictures}
     store.check_files(files)
     for name, content in files.items():
@@ -60,15 +63,17 @@ def write_report(
     console.print(f"written: {', '.join(str(store.folder / name) for name in files)}", soft_wrap=True)
 
 
-def provenance(model: str, methods: Mapping[str, Contestant], settings: Mapping[str, Any]) -> dict[str, Any]:
+def provenance(task: str, model: str, methods: Mapping[str, Contestant], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What was run, where: the head of every report.
 
     Args:
+        task: its name.
         model: as the user named it.
         methods: what was compared.
         settings: the task's settings.
     """
     return {
+        "task": task,
         "model": model,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "hardware": _hardware(),

@@ -21,26 +21,6 @@ CREATE TABLE IF NOT EXISTS files (name TEXT, digest TEXT, PRIMARY KEY (name, dig
 """
 
 
-def own_database(path: Path) -> sqlite3.Connection:
-    """Open an SQLite file of ours, or make one.
-
-    Raises:
-        ValueError: there is a file that is not ours; it is left as it is.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.seek(0)
-        header = file.read(72)
-    if header and header[68:72] != _APPLICATION_ID.to_bytes(4, "big"):
-        raise ValueError(f"{path}: not written by longmamba; move the file, or give another folder with --output")
-    database = sqlite3.connect(path, isolation_level=None, timeout=60.0)
-    if not header:
-        database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-    database.execute("PRAGMA journal_mode = WAL")
-    database.execute("PRAGMA synchronous = NORMAL")
-    return database
-
-
 class Store:
     """The results of a folder, each known by what was measured (its identity), and the files written beside them.
 
@@ -53,7 +33,18 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._database = own_database(folder / FILE_NAME)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / FILE_NAME
+        with path.open("ab+") as file:
+            file.seek(0)
+            header = file.read(72)
+        if header and header[68:72] != _APPLICATION_ID.to_bytes(4, "big"):
+            raise ValueError(f"{path}: not written by longmamba; move the file, or give another folder with --output")
+        self._database = sqlite3.connect(path, isolation_level=None, timeout=60.0)
+        if not header:
+            self._database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = NORMAL")
         self._database.executescript(_TABLES)
 
     def __enter__(self) -> "Store":
