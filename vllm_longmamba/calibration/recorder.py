@@ -29,7 +29,7 @@ class CalibrationRecorder:
     def attach(self, mixer: Any, A: torch.Tensor) -> None:
         """Record a mixer from now on, whose A is (channels,) or (channels, d_state): this rank's channels."""
         self._A[mixer.layer_index] = A
-        mixer.dt_recorder = self
+        mixer.dt_recorder = self.record
 
     def record(self, layer_index: int, dt: torch.Tensor) -> None:
         """Take the dt (tokens, channels) of the next tokens of a sequence.

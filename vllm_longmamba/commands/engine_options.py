@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
+import click
 import typer
 from rich.console import Console
 
@@ -90,9 +91,14 @@ def with_options(*, without: Collection[str] = (), **groups: Any) -> Callable[[C
             try:
                 return command(**{group: options(**values[group]) for group, options in groups.items()}, **given)
             except (ValueError, OSError, ImportError) as error:
-                said = f"longmamba {command.__name__}: {error}"
-                Console(stderr=True).print(said, style="bold red", markup=False, highlight=False, soft_wrap=True)
-                raise typer.Exit(1) from None
+                said, code = str(error), 1
+            except KeyboardInterrupt:
+                said, code = "interrupted", 130
+            # "root eval passkey", or "root" where a test runs a command alone.
+            name = click.get_current_context().command_path.partition(" ")[2] or command.__name__
+            said = f"longmamba {name}: {said}"
+            Console(stderr=True).print(said, style="bold red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(code)
 
         with_values.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         with_values.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -11,7 +11,7 @@ import typer
 
 from vllm_longmamba.commands.engine_errors import explained_start
 from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments, json_object, with_options
-from vllm_longmamba.evaluate.terminal import numbers, progress_bars, user_errors
+from vllm_longmamba.evaluate.terminal import numbers, progress_bars
 
 if TYPE_CHECKING:
     from vllm_longmamba.evaluate.comparison import Comparison
@@ -110,14 +110,13 @@ def passkey(
     seeds: Seeds = "0,1,2",
 ) -> None:
     """Ask for one five-digit key, hidden in long text."""
-    with user_errors("eval passkey"):
-        from vllm_longmamba.evaluate.needles import PASSKEY_NEEDLE, PASSKEY_QUESTION, middles, passkey_questions
+    from vllm_longmamba.evaluate.needles import PASSKEY_NEEDLE, PASSKEY_QUESTION, middles, passkey_questions
 
-        questions = list(passkey_questions(numbers(lengths), middles(depths), numbers(seeds)))
-        settings = {"wording": [PASSKEY_NEEDLE, PASSKEY_QUESTION]}
-        conditions = {"depths": depths, "seeds": numbers(seeds)}
-        compare = partial(compared.comparison, model, engine, output)
-        _ask(model, compare, questions, haystack, settings, conditions, "Passkey")
+    questions = list(passkey_questions(numbers(lengths), middles(depths), numbers(seeds)))
+    settings = {"wording": [PASSKEY_NEEDLE, PASSKEY_QUESTION]}
+    conditions = {"depths": depths, "seeds": numbers(seeds)}
+    compare = partial(compared.comparison, model, engine, output)
+    _ask(model, compare, questions, haystack, settings, conditions, "Passkey")
 
 
 @app.command()
@@ -134,14 +133,13 @@ def needles(
     count: Annotated[int, typer.Option("--needles", min=1, help="Number of numbers hidden in each text.")] = 4,
 ) -> None:
     """Ask for one of several numbers with names, hidden in long text."""
-    with user_errors("eval needles"):
-        from vllm_longmamba.evaluate.needles import NEEDLE, ONE_QUESTION, middles, needle_questions
+    from vllm_longmamba.evaluate.needles import NEEDLE, ONE_QUESTION, middles, needle_questions
 
-        questions = list(needle_questions(numbers(lengths), middles(depths), numbers(seeds), count))
-        settings = {"needles": count, "wording": [NEEDLE, ONE_QUESTION]}
-        conditions, title = {"depths": depths, "seeds": numbers(seeds)}, f"One of {count} needles"
-        compare = partial(compared.comparison, model, engine, output)
-        _ask(model, compare, questions, haystack, settings, conditions, title)
+    questions = list(needle_questions(numbers(lengths), middles(depths), numbers(seeds), count))
+    settings = {"needles": count, "wording": [NEEDLE, ONE_QUESTION]}
+    conditions, title = {"depths": depths, "seeds": numbers(seeds)}, f"One of {count} needles"
+    compare = partial(compared.comparison, model, engine, output)
+    _ask(model, compare, questions, haystack, settings, conditions, title)
 
 
 @app.command()
@@ -160,25 +158,24 @@ def perplexity(
     scored_tokens: ScoredTokens = 100,
 ) -> None:
     """Score the last tokens of growing windows of text."""
-    with user_errors("eval perplexity"):
-        from vllm_longmamba.evaluate import perplexity
-        from vllm_longmamba.evaluate.markdown import perplexity_markdown
-        from vllm_longmamba.evaluate.pictures import draw_perplexity
-        from vllm_longmamba.evaluate.report import provenance, summarize_perplexity, write_report
-        from vllm_longmamba.evaluate.texts import read_books
+    from vllm_longmamba.evaluate import perplexity
+    from vllm_longmamba.evaluate.markdown import perplexity_markdown
+    from vllm_longmamba.evaluate.pictures import draw_perplexity
+    from vllm_longmamba.evaluate.report import provenance, summarize_perplexity, write_report
+    from vllm_longmamba.evaluate.texts import read_books
 
-        books = read_books(text)
-        wanted = numbers(lengths)
-        settings = {"scored_tokens": scored_tokens, "texts": {book.name: book.digest for book in books}}
+    books = read_books(text)
+    wanted = numbers(lengths)
+    settings = {"scored_tokens": scored_tokens, "texts": {book.name: book.digest for book in books}}
 
-        def choose(book_tokens: Mapping[str, int]) -> Iterator[perplexity.Window]:
-            return perplexity.windows(book_tokens, wanted, windows, scored_tokens)
+    def choose(book_tokens: Mapping[str, int]) -> Iterator[perplexity.Window]:
+        return perplexity.windows(book_tokens, wanted, windows, scored_tokens)
 
-        with compared.comparison(model, engine, output, max(wanted) + 1, settings) as comparison:
-            losses = comparison.score(books, choose, scored_tokens)
-            head = provenance("perplexity", model, comparison.contestants, {"windows": windows, **settings})
-            report = head | summarize_perplexity(losses)
-            write_report(comparison.store, report, "Perplexity", perplexity_markdown, draw_perplexity)
+    with compared.comparison(model, engine, output, max(wanted) + 1, settings) as comparison:
+        losses = comparison.score(books, choose, scored_tokens)
+        head = provenance("perplexity", model, comparison.contestants, {"windows": windows, **settings})
+        report = head | summarize_perplexity(losses)
+        write_report(comparison.store, report, "Perplexity", perplexity_markdown, draw_perplexity)
 
 
 def model_settings(

@@ -10,7 +10,7 @@ import typer
 
 from vllm_longmamba.commands.engine_options import EngineOptions, with_options
 from vllm_longmamba.commands.evaluate import Compared, Model, Output, model_settings
-from vllm_longmamba.evaluate.terminal import numbers, progress_bars, user_errors
+from vllm_longmamba.evaluate.terminal import numbers, progress_bars
 
 if TYPE_CHECKING:
     from vllm_longmamba.evaluate.harness.benchmarks import Benchmark
@@ -49,14 +49,13 @@ def ruler(
     hotpot: Copy = None,
 ) -> None:
     """RULER through lm-eval: needles, variables, frequent words and questions in long synthetic text."""
-    with user_errors("eval ruler"):
-        from vllm_longmamba.evaluate.harness.benchmarks import RULER
-        from vllm_longmamba.evaluate.harness.tasks import ruler_overrides
+    from vllm_longmamba.evaluate.harness.benchmarks import RULER
+    from vllm_longmamba.evaluate.harness.tasks import ruler_overrides
 
-        chosen, wanted = RULER.chosen(tasks), numbers(lengths)
-        settings = model_settings(model, engine, compared.unfiltered_end)
-        overrides = partial(ruler_overrides, essays, squad, hotpot)
-        _run(RULER, settings, compared.method, chosen, wanted, limit, seed, overrides, output)
+    chosen, wanted = RULER.chosen(tasks), numbers(lengths)
+    settings = model_settings(model, engine, compared.unfiltered_end)
+    overrides = partial(ruler_overrides, essays, squad, hotpot)
+    _run(RULER, settings, compared.method, chosen, wanted, limit, seed, overrides, output)
 
 
 @with_options(without=("decimamba",), engine=EngineOptions, compared=Compared)
@@ -75,15 +74,14 @@ def longbench_e(
     ] = None,
 ) -> None:
     """LongBench-E through lm-eval: 13 sets of questions, summaries, classification, retrieval and code."""
-    with user_errors("eval longbench-e"):
-        from vllm_longmamba.evaluate.harness.benchmarks import LONGBENCH_E
-        from vllm_longmamba.evaluate.harness.tasks import longbench_overrides
+    from vllm_longmamba.evaluate.harness.benchmarks import LONGBENCH_E
+    from vllm_longmamba.evaluate.harness.tasks import longbench_overrides
 
-        chosen = LONGBENCH_E.chosen(tasks)
-        names = {task: LONGBENCH_E.tasks[task] for task in chosen}
-        settings = model_settings(model, engine, compared.unfiltered_end)
-        overrides = dict if data is None else partial(longbench_overrides, data, names)
-        _run(LONGBENCH_E, settings, compared.method, chosen, [], limit, 0, overrides, output)
+    chosen = LONGBENCH_E.chosen(tasks)
+    names = {task: LONGBENCH_E.tasks[task] for task in chosen}
+    settings = model_settings(model, engine, compared.unfiltered_end)
+    overrides = dict if data is None else partial(longbench_overrides, data, names)
+    _run(LONGBENCH_E, settings, compared.method, chosen, [], limit, 0, overrides, output)
 
 
 def _run(

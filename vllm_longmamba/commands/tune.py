@@ -13,7 +13,7 @@ import typer
 from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN
 from vllm_longmamba.commands.engine_options import EngineOptions, with_engine_options
 from vllm_longmamba.commands.evaluate import Depths, Model, Output, Windows, model_settings
-from vllm_longmamba.evaluate.terminal import console, numbers, progress_bars, real_numbers, user_errors
+from vllm_longmamba.evaluate.terminal import console, numbers, progress_bars, real_numbers
 
 if TYPE_CHECKING:
     from vllm_longmamba.evaluate.texts import Encoder
@@ -71,79 +71,76 @@ def tune(
     ] = DEFAULT_MAX_MODEL_LEN,
 ) -> None:
     """Search the budget, min_retention and unfiltered end that serve MODEL best on your text; write their table."""
-    with user_errors("tune"):
-        if importlib.util.find_spec("optuna") is None:
-            raise ValueError("optuna not installed; run pip install 'vllm-longmamba[tune]'")
+    if importlib.util.find_spec("optuna") is None:
+        raise ValueError("optuna not installed; run pip install 'vllm-longmamba[tune]'")
 
-        from vllm_longmamba.calibration.offline import find_train_length
-        from vllm_longmamba.calibration.settings import CalibrationSettings
-        from vllm_longmamba.checkpoint.table_lookup import FILE_NAME
-        from vllm_longmamba.evaluate.engine import FILTER_EXTENSION, EngineContestant
-        from vllm_longmamba.evaluate.needles import ANSWER_TOKENS
-        from vllm_longmamba.evaluate.report import FILES, provenance, write_report
-        from vllm_longmamba.evaluate.store import Store
-        from vllm_longmamba.evaluate.texts import read_books
-        from vllm_longmamba.evaluate.tuning import (
-            DEFAULT,
-            PLAIN,
-            Scorer,
-            Space,
-            calibration_arguments,
-            choose,
-            make_tables,
-            search,
-        )
-        from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
-        from vllm_longmamba.options import KEY
-        from vllm_longmamba.tables import load_table, save_table
+    from vllm_longmamba.calibration.offline import find_train_length
+    from vllm_longmamba.calibration.settings import CalibrationSettings
+    from vllm_longmamba.checkpoint.table_lookup import FILE_NAME
+    from vllm_longmamba.evaluate.engine import FILTER_EXTENSION, EngineContestant
+    from vllm_longmamba.evaluate.needles import ANSWER_TOKENS
+    from vllm_longmamba.evaluate.report import FILES, provenance, write_report
+    from vllm_longmamba.evaluate.store import Store
+    from vllm_longmamba.evaluate.texts import read_books
+    from vllm_longmamba.evaluate.tuning import (
+        DEFAULT,
+        PLAIN,
+        Scorer,
+        Space,
+        calibration_arguments,
+        choose,
+        make_tables,
+        search,
+    )
+    from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
+    from vllm_longmamba.options import KEY
+    from vllm_longmamba.tables import load_table, save_table
 
-        space = Space(real_numbers(budgets), real_numbers(thetas), numbers(unfiltered_ends), trials)
-        settings = model_settings(model, engine, worker_extension_cls=FILTER_EXTENSION)
-        given = settings.longmamba["additional_config"][KEY]
-        if named := [name for name in _SEARCHED if name in given]:
-            raise ValueError(f"--engine-args: additional_config names {named[0]}, which this command searches")
-        calibration = CalibrationSettings(
-            train_length=engine.train_length,
-            max_length=max_length,
-            texts=tuple(str(path) for path in calibration_text or ()),
-        )
-        _check_replaceable(table or Path(model) / FILE_NAME)
-        contestant = EngineContestant(settings.plain, filters=False, starting=settings.starting)
-        encoder, texts = contestant.encoder, read_books(text)
-        trained = find_train_length(model, calibration, calibration_arguments(settings))
-        wanted = numbers(lengths) if lengths else [factor * trained for factor in _MULTIPLES]
-        books = {book.name: encoder.encode(book.text) for book in texts}
-        # Before the calibrations: too little text is said at once.
-        halves = {
-            "first": {name: own[: len(own) // 2] for name, own in books.items()},
-            "second": {name: own[len(own) // 2 :] for name, own in books.items()},
-        }
-        first, second = (_part(name, half, encoder, wanted, depths, windows) for name, half in halves.items())
-        what: dict[str, Any] = {"texts": {book.name: book.digest for book in texts}}
-        with Store(output) as store, progress_bars() as progress:
-            store.check_files(FILES)
-            tables = make_tables(settings, space.budgets, calibration, contestant.description, output, progress)
-            arguments = settings.with_room(max(wanted) + ANSWER_TOKENS).longmamba
-            options = {KEY: {**given, "table": str(tables[DEFAULT.budget])}}
-            arguments = {**arguments, "additional_config": {**arguments["additional_config"], **options}}
-            with EngineContestant(arguments, starting=settings.starting).start() as runner:
-                scorer = Scorer(runner, encoder, tables, {**contestant.description, **what}, store, progress)
-                scores = search(partial(scorer.score, part=first), space)
-                best = choose(scores[1:])
-                shown = dict.fromkeys([PLAIN, DEFAULT, best.setting])
-                held_out = [scorer.score(setting, second) for setting in shown]
-            setting, made = best.setting, load_table(tables[best.setting.budget])
-            metadata = replace(
-                made.metadata, min_retention=setting.min_retention, unfiltered_end=setting.unfiltered_end
-            )
-            path = table or _table_path(model, metadata.weights_fingerprint, contestant.description["quantization"])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_table(replace(made, metadata=metadata), path)
-            what |= {"corpus": metadata.corpus, "lengths": wanted, "depths": depths, "windows": windows}
-            head = provenance("tune", model, {"plain": contestant}, what)
-            report = head | summarize_tuning(scores, best, held_out)
-            write_report(store, report, "Tuning", tuning_markdown, draw_tuning)
-        console.print(f"table with the best setting ({setting.label()}) as its default: {path}", soft_wrap=True)
+    space = Space(real_numbers(budgets), real_numbers(thetas), numbers(unfiltered_ends), trials)
+    settings = model_settings(model, engine, worker_extension_cls=FILTER_EXTENSION)
+    given = settings.longmamba["additional_config"][KEY]
+    if named := [name for name in _SEARCHED if name in given]:
+        raise ValueError(f"--engine-args: additional_config names {named[0]}, which this command searches")
+    calibration = CalibrationSettings(
+        train_length=engine.train_length,
+        max_length=max_length,
+        texts=tuple(str(path) for path in calibration_text or ()),
+    )
+    _check_replaceable(table or Path(model) / FILE_NAME)
+    contestant = EngineContestant(settings.plain, filters=False, starting=settings.starting)
+    encoder, texts = contestant.encoder, read_books(text)
+    trained = find_train_length(model, calibration, calibration_arguments(settings))
+    wanted = numbers(lengths) if lengths else [factor * trained for factor in _MULTIPLES]
+    books = {book.name: encoder.encode(book.text) for book in texts}
+    # Before the calibrations: too little text is said at once.
+    halves = {
+        "first": {name: own[: len(own) // 2] for name, own in books.items()},
+        "second": {name: own[len(own) // 2 :] for name, own in books.items()},
+    }
+    first, second = (_part(name, half, encoder, wanted, depths, windows) for name, half in halves.items())
+    what: dict[str, Any] = {"texts": {book.name: book.digest for book in texts}}
+    with Store(output) as store, progress_bars() as progress:
+        store.check_files(FILES)
+        tables = make_tables(settings, space.budgets, calibration, contestant.description, output, progress)
+        arguments = settings.with_room(max(wanted) + ANSWER_TOKENS).longmamba
+        options = {KEY: {**given, "table": str(tables[DEFAULT.budget])}}
+        arguments = {**arguments, "additional_config": {**arguments["additional_config"], **options}}
+        with EngineContestant(arguments, starting=settings.starting).start() as runner:
+            scorer = Scorer(runner, encoder, tables, {**contestant.description, **what}, store, progress)
+            scores = search(partial(scorer.score, part=first), space)
+            best = choose(scores[1:])
+            shown = dict.fromkeys([PLAIN, DEFAULT, best.setting])
+            held_out = [scorer.score(setting, second) for setting in shown]
+        setting, made = best.setting, load_table(tables[best.setting.budget])
+        metadata = replace(made.metadata, min_retention=setting.min_retention, unfiltered_end=setting.unfiltered_end)
+        path = table or _table_path(model, metadata.weights_fingerprint, contestant.description["quantization"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_table(replace(made, metadata=metadata), path)
+        what |= {"corpus": metadata.corpus, "lengths": wanted, "depths": depths, "windows": windows}
+        head = provenance("tune", model, {"plain": contestant}, what)
+        report = head | summarize_tuning(scores, best, held_out)
+        write_report(store, report, "Tuning", tuning_markdown, draw_tuning)
+    console.print(f"table with the best setting ({setting.label()}) as its default: {path}", soft_wrap=True)
 
 
 def _check_replaceable(table: Path) -> None:

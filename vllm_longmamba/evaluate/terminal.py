@@ -3,24 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(stderr=True, highlight=False, markup=False)
-
-
-@contextmanager
-def user_errors(command: str) -> Iterator[None]:
-    """Print what a user can do something about in one line, instead of a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        console.print(f"longmamba {command}: {error}", style="bold red", soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        console.print(f"longmamba {command}: interrupted; the same command goes on from here")
-        raise typer.Exit(130) from None
 
 
 @contextmanager

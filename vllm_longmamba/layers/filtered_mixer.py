@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -22,26 +22,20 @@ from vllm_longmamba.kernels import (
 from vllm_longmamba.layers.prompt_filter import PromptFilter
 
 
-class DtRecorder(Protocol):
-    """Receives the dt of a layer while the model is calibrated."""
-
-    def record(self, layer_index: int, dt: torch.Tensor) -> None:
-        """Take dt (tokens, channels) float32 of one prompt: softplus(dt_raw + dt_bias)."""
-
-
 class FilteredMixer:
     """What the LongMamba variants of both mixers share.
 
     Attributes:
         prompt_filter: the model's filter, None where the engine runs without it.
         dt_threshold: (rows, channels) float32 on the device, this rank's channels of this layer; set with the filter.
-        dt_recorder: set while the model is calibrated.
+        dt_recorder: set while the model is calibrated: takes layer_index and dt (tokens, channels) float32 of one
+            prompt, softplus(dt_raw + dt_bias).
         layer_index: number of the model's layer, by which the threshold table knows it.
     """
 
     prompt_filter: PromptFilter | None = None
     dt_threshold: torch.Tensor
-    dt_recorder: DtRecorder | None = None
+    dt_recorder: Callable[[int, torch.Tensor], None] | None = None
     layer_index: int
     prefix: str
     A: torch.nn.Parameter
@@ -126,7 +120,7 @@ class FilteredMixer:
     def _record_dt(self, dt: torch.Tensor, dt_bias: torch.Tensor) -> None:
         if self.dt_recorder is not None:
             after_softplus = torch.nn.functional.softplus(dt.float() + dt_bias.float())
-            self.dt_recorder.record(self.layer_index, after_softplus)
+            self.dt_recorder(self.layer_index, after_softplus)
 
     def _recurrence(self, x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> dict[str, Any]:
         """What every kernel of the recurrence takes, by its name there."""
