@@ -9,7 +9,6 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
-import click
 import typer
 from rich.console import Console
 
@@ -62,11 +61,14 @@ class EngineOptions:
     verbose: Annotated[bool, _option("Show the whole traceback if the engine does not start.", "--verbose")] = False
 
 
-def with_options(*, without: Collection[str] = (), **groups: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def with_options(
+    *, without: Collection[str] = (), under: str = "", **groups: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command the options of dataclasses, each of which it gets as one value; its errors become one line.
 
     Args:
         without: names of options that the command has no use for.
+        under: what stands before the command's name, such as "eval ".
         groups: the command's parameter -> dataclass, whose fields with an annotation of typer's are the options.
     """
 
@@ -94,9 +96,7 @@ def with_options(*, without: Collection[str] = (), **groups: Any) -> Callable[[C
                 said, code = str(error), 1
             except KeyboardInterrupt:
                 said, code = "interrupted", 130
-            # "root eval passkey", or "root" where a test runs a command alone.
-            name = click.get_current_context().command_path.partition(" ")[2] or command.__name__
-            said = f"longmamba {name}: {said}"
+            said = f"longmamba {under}{command.__name__.replace('_', '-')}: {said}"
             Console(stderr=True).print(said, style="bold red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(code)
 

@@ -98,7 +98,7 @@ class Compared:
 
 
 @app.command()
-@with_options(engine=EngineOptions, compared=Compared)
+@with_options(under="eval ", engine=EngineOptions, compared=Compared)
 def passkey(
     model: Model,
     haystack: Haystack,
@@ -120,7 +120,7 @@ def passkey(
 
 
 @app.command()
-@with_options(engine=EngineOptions, compared=Compared)
+@with_options(under="eval ", engine=EngineOptions, compared=Compared)
 def needles(
     model: Model,
     haystack: Haystack,
@@ -143,7 +143,7 @@ def needles(
 
 
 @app.command()
-@with_options(engine=EngineOptions, compared=Compared)
+@with_options(under="eval ", engine=EngineOptions, compared=Compared)
 def perplexity(
     model: Model,
     text: Annotated[

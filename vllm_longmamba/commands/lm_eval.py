@@ -26,7 +26,7 @@ Copy = Annotated[
 ]
 
 
-@with_options(without=("decimamba",), engine=EngineOptions, compared=Compared)
+@with_options(without=("decimamba",), under="eval ", engine=EngineOptions, compared=Compared)
 def ruler(
     model: Model,
     engine: EngineOptions,
@@ -58,7 +58,7 @@ def ruler(
     _run(RULER, settings, compared.method, chosen, wanted, limit, seed, overrides, output)
 
 
-@with_options(without=("decimamba",), engine=EngineOptions, compared=Compared)
+@with_options(without=("decimamba",), under="eval ", engine=EngineOptions, compared=Compared)
 def longbench_e(
     model: Model,
     engine: EngineOptions,
