@@ -37,7 +37,6 @@ FIRST_RATE = 200_000
 MOST_FAILURES = 3
 # Many engines that start at once share the cores.
 FEW_THREADS = {"OMP_NUM_THREADS": "4", "TORCHINDUCTOR_COMPILE_THREADS": "4", "RAYON_NUM_THREADS": "8"}
-CLOSED_LOOP = "closed loop"
 
 # What an engine serves: a model's folder, and DeciMamba's settings or "".
 Variant = tuple[str, str]
@@ -76,10 +75,6 @@ class Worker:
         name, decimamba = variant
         longest = self._longest + ROOM
         tables = Tables(self._settings, self._output / "tables" / name, longest)
-        if decimamba == CLOSED_LOOP:
-            for table in self._closed_tables():
-                tables.make_closed(table, self._models[name])
-            return
         texts = (self._options.text, self._options.search_text)
         engine = Engine(self._models[name], self._settings, tables, decimamba, texts, self._options.ruler, longest)
         self._record(
@@ -112,9 +107,6 @@ class Worker:
     def _tokens(self, unit: Unit) -> int:
         return unit.tokens(self._settings["documents"])
 
-    def _closed_tables(self) -> list[str]:
-        return [name for name, made in self._settings["tables"].items() if made.get("method") == "closed-loop"]
-
     def _open(self, only: str | None = None) -> Iterator[tuple[int, Variant, Unit]]:
         """Units that nobody has taken, in their order, with tier and engine; of all models or of one."""
         claimed_keys = set(os.listdir(self._output / "claims"))
@@ -124,13 +116,6 @@ class Worker:
                 continue
             own_haystack = unit.task != "text" and not unit.text
             if own_haystack and not ruler_file(self._options.ruler, unit.task, unit.length).exists():
-                continue
-            if unit.setting.table in self._closed_tables() and not any(
-                (self._output / "tables" / unit.model).glob(f"{unit.setting.table.replace(' ', '-')}-*")
-            ):
-                claimed = self._output / "claims" / f"{unit.model}-{CLOSED_LOOP}"
-                if not claimed.exists() and not self._given_up((unit.model, CLOSED_LOOP)):
-                    yield tier, (unit.model, CLOSED_LOOP), unit
                 continue
             yield tier, variant, unit
 
@@ -159,8 +144,6 @@ class Worker:
                 return None
             chosen = max(work, key=lambda variant: work[variant] / (1 + running[json.dumps(variant)]))
             mine.write_text(json.dumps(chosen))
-            if chosen[1] == CLOSED_LOOP:
-                (self._output / "claims" / f"{chosen[0]}-{CLOSED_LOOP}").touch()
             return chosen
 
     def _given_up(self, variant: Variant) -> bool:

@@ -19,7 +19,7 @@ from vllm_longmamba.evaluate.needles import ANSWER_TOKENS, Question, middles, ne
 from vllm_longmamba.evaluate.perplexity import SCORED_TOKENS, Window, windows
 from vllm_longmamba.evaluate.store import settings_key
 from vllm_longmamba.evaluate.texts import Encoder
-from vllm_longmamba.tables import CLOSED_LOOP, load_table
+from vllm_longmamba.tables import load_table
 
 from .evidence_plan import Setting, Unit
 from .evidence_texts import Texts, read_documents, ruler_file
@@ -59,26 +59,10 @@ class Tables:
             **self._settings["tables"][name],
         )
 
-    def is_closed(self, name: str) -> bool:
-        """Whether it needs an engine of its own, which runs long sequences in one step."""
-        return self.calibration(name).method == CLOSED_LOOP
-
     def at_start(self) -> list[CalibrationSettings]:
         """Of the tables that a serving engine makes, the default first."""
         names = [(name, seed) for name in self._settings["tables"] for seed in (0, *self._seeds(name))]
-        return [
-            replace(self.calibration(name, seed), store=str(self.path(name, seed)))
-            for name, seed in names
-            if not self.is_closed(name)
-        ]
-
-    def make_closed(self, name: str, model: Path) -> None:
-        """Make a table of the closed loop."""
-        from vllm_longmamba.calibration.offline import calibrate
-        from vllm_longmamba.tables import save_table
-
-        table = calibrate(str(model), self.calibration(name), **self._settings["engine"])
-        save_table(table, self.path(name))
+        return [replace(self.calibration(name, seed), store=str(self.path(name, seed))) for name, seed in names]
 
     def _seeds(self, name: str) -> list[int]:
         seeds: list[int] = self._settings["seeds"].get(name, [])
