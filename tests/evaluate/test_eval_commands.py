@@ -159,6 +159,7 @@ def test_what_a_command_sets_itself_is_refused_by_name(
         (["--thetas", "0.01,1"], "--thetas must be the smallest and the largest, between 0 and 1, with the default"),
         (["--unfiltered-ends", "-1"], "--unfiltered-ends: unfiltered_end must be a number of tokens"),
         (["--unfiltered-ends", "0.5"], "whole numbers separated by commas"),
+        (["--train-length", "512", "--lengths", "512,640"], "--lengths: prompts of 640 tokens are not filtered"),
     ],
 )
 def test_tune_refuses(given: list[str], message: str, seen: list[object], tmp_path: Path) -> None:

@@ -1,22 +1,16 @@
 """The search: which settings are the same, which is the best, what optuna proposes, and that a second one goes on."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from small_tables import small_table
 
-import vllm_longmamba.evaluate.tuning as tuning
 from vllm_longmamba.calibration.settings import CalibrationSettings
-from vllm_longmamba.evaluate.methods import ModelSettings
-from vllm_longmamba.evaluate.tuning import DEFAULT, PLAIN, Score, Setting, Space, choose, in_force, make_tables, search
+from vllm_longmamba.evaluate.tuning import DEFAULT, PLAIN, Score, Setting, Space, calibrations, choose, in_force, search
 from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
-from vllm_longmamba.tables import ThresholdTable, load_table
 
 SPACE = Space([0.5, 2], (0.01, 0.5), [256], 12)
 
@@ -119,59 +113,22 @@ def test_the_default_is_in_every_space() -> None:
     assert Space([2, 1], (0.05, 0.05), [4, 0], 1).budgets == (1.0, 2)
 
 
-Calibrated = list[CalibrationSettings]
-
-
-@pytest.fixture
-def calibrated(monkeypatch: pytest.MonkeyPatch) -> Calibrated:
-    """The settings of all calibrations; each makes a `small_table` of its budget."""
-    done: Calibrated = []
-
-    def calibrate_all(model: str, settings: list[CalibrationSettings], **engine_args: Any) -> list[ThresholdTable]:
-        assert (model, engine_args) == ("org/model", {"dtype": "float32", "additional_config": {"other": 1}})
-        done.extend(settings)
-        return [small_table(method="unclamped", clamp_percent=0, budget=each.budget) for each in settings]
-
-    monkeypatch.setattr(tuning, "calibrate_all", calibrate_all)
-    return done
-
-
-def tables_of(budgets: list[float], settings: CalibrationSettings, folder: Path) -> dict[float, Path]:
-    def progress(description: str, total: int) -> Callable[[], None]:
-        return lambda: None
-
-    started = []
-
-    @contextmanager
-    def starting() -> Iterator[None]:
-        started.append(True)
-        yield
-
-    # `calibrate` decides itself on the length and on what else it needs.
-    arguments = {"model": "org/model", "model_impl": "longmamba", "dtype": "float32", "max_model_len": 9}
-    arguments["additional_config"] = {"other": 1, "longmamba": {"filter": False}}
-    model = ModelSettings(arguments, arguments, starting=starting)
-    before = len(list(folder.glob("*")))
-    tables = make_tables(model, budgets, settings, {"weights": "w"}, folder, progress)
-    # One engine for all. A failed start of it is said in one line.
-    assert len(started) == min(len(list(folder.glob("*"))) - before, 1)
-    return tables
-
-
-def test_no_table_is_made_twice(calibrated: Calibrated, tmp_path: Path) -> None:
+def test_no_table_is_made_twice(tmp_path: Path) -> None:
+    """A file of another name is another table; the engine makes those that are not there."""
     text = tmp_path / "text.txt"
     text.write_text("one")
-    settings = CalibrationSettings(texts=(str(text),))
-    tables = tables_of([1.0, 0.25], settings, tmp_path / "out")
+    settings = CalibrationSettings(train_length=8, texts=(str(text),))
+    made = calibrations([1.0, 0.25], settings, {"weights": "w"}, tmp_path)
     # The first is what `longmamba calibrate` makes by default.
-    assert calibrated == [settings, replace(settings, budget=0.25)]
-    assert [load_table(tables[budget]).metadata.budget for budget in (1.0, 0.25)] == [1.0, 0.25]
-    tables[0.25].unlink()
-    assert tables_of([1.0, 0.25, 2.0], settings, tmp_path / "out")[0.25] == tables[0.25]
-    assert [one.budget for one in calibrated[2:]] == [0.25, 2.0]
-    # Another text is another table.
+    assert [replace(one, store=None) for one in made] == [settings, replace(settings, budget=0.25)]
+    assert len({one.store for one in made}) == 2
+    assert calibrations([2.0, 0.25], settings, {"weights": "w"}, tmp_path)[1] == made[1]
+    names = {one.store for one in made}
+    names |= {calibrations([1.0], settings, {"weights": "v"}, tmp_path)[0].store}
+    names |= {calibrations([1.0], replace(settings, max_length=9), {"weights": "w"}, tmp_path)[0].store}
     text.write_text("two")
-    assert tables_of([1.0], settings, tmp_path / "out")[1.0] != tables[1.0]
+    names |= {calibrations([1.0], settings, {"weights": "w"}, tmp_path)[0].store}
+    assert len(names) == 5
 
 
 HEAD = {"model": "m", "command": "c", "hardware": "h", "methods": {"model": {"weights": "w"}}, "settings": {}}

@@ -1,7 +1,6 @@
 """Makes a model's threshold tables without serving it: an engine that calibrates itself at its start, as any other."""
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,39 +31,21 @@ def calibrate(model: str, settings: CalibrationSettings | None = None, **engine_
         ValueError: too little text, or an unknown training length.
         RuntimeError: the engine, in a process of its own, did not start; it has said why.
     """
-    return calibrate_all(model, [settings or CalibrationSettings()], **engine_args)[0]
-
-
-def calibrate_all(model: str, settings: Sequence[CalibrationSettings], **engine_args: Any) -> list[ThresholdTable]:
-    """Calibrate a model several times, one engine for all.
-
-    Args:
-        model: name or folder, as for `vllm serve`.
-        settings: one or more; all with the same training length.
-        engine_args: as for `calibrate`.
-
-    Returns:
-        A table for each of the settings.
-
-    Raises:
-        ValueError, RuntimeError: as for `calibrate`.
-    """
     from vllm import LLM
 
-    length = find_train_length(model, settings[0], engine_args)
+    settings = settings or CalibrationSettings()
     with tempfile.TemporaryDirectory(prefix="longmamba-") as folder:
-        paths = [Path(folder) / f"{number}.safetensors" for number in range(len(settings))]
-        to_make = [
-            replace(each, train_length=length, store=str(path)) for each, path in zip(settings, paths, strict=True)
-        ]
-        config = {**engine_args.pop("additional_config", {}), **to_config(to_make)}
+        path = Path(folder) / "table.safetensors"
+        length = find_train_length(model, settings, engine_args)
+        settings = replace(settings, train_length=length, store=str(path))
+        config = {**engine_args.pop("additional_config", {}), **to_config([settings])}
         # An engine whose prompts are all too short to be filtered would make no table. A token follows each sequence,
         # and another one is generated.
-        longest = int(to_make[0].row_lengths[1]) + 2
+        longest = int(settings.row_lengths[1]) + 2
         own = {"model_impl": MODEL_IMPL, "max_model_len": longest, "max_num_seqs": 1}
         llm = LLM(model, additional_config=config, **{**own, **engine_args})
         llm.llm_engine.engine_core.shutdown(timeout=_END_TIMEOUT_S)
-        return [load_table(path) for path in paths]
+        return load_table(path)
 
 
 def find_train_length(model: str, settings: CalibrationSettings, engine_args: dict[str, Any]) -> int:

@@ -75,7 +75,7 @@ def tune(
         raise ValueError("optuna not installed; run pip install 'vllm-longmamba[tune]'")
 
     from vllm_longmamba.calibration.offline import find_train_length
-    from vllm_longmamba.calibration.settings import CalibrationSettings
+    from vllm_longmamba.calibration.settings import CalibrationSettings, to_config
     from vllm_longmamba.checkpoint.table_lookup import FILE_NAME
     from vllm_longmamba.evaluate.engine import FILTER_EXTENSION, EngineContestant
     from vllm_longmamba.evaluate.needles import ANSWER_TOKENS
@@ -87,9 +87,8 @@ def tune(
         PLAIN,
         Scorer,
         Space,
-        calibration_arguments,
+        calibrations,
         choose,
-        make_tables,
         search,
     )
     from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
@@ -102,15 +101,16 @@ def tune(
     if named := [name for name in _SEARCHED if name in given]:
         raise ValueError(f"--engine-args: additional_config names {named[0]}, which this command searches")
     calibration = CalibrationSettings(
-        train_length=engine.train_length,
-        max_length=max_length,
-        texts=tuple(str(path) for path in calibration_text or ()),
+        train_length=engine.train_length, max_length=max_length, texts=tuple(map(str, calibration_text or ()))
     )
     _check_replaceable(table or Path(model) / FILE_NAME)
+    trained = find_train_length(model, calibration, dict(settings.plain))
+    wanted = numbers(lengths) if lengths else [factor * trained for factor in _MULTIPLES]
+    calibration = replace(calibration, train_length=trained)
+    if not calibration.can_filter(max(wanted)):
+        raise ValueError(f"--lengths: prompts of {max(wanted)} tokens are not filtered; give longer ones")
     contestant = EngineContestant(settings.plain, filters=False, starting=settings.starting)
     encoder, texts = contestant.encoder, read_books(text)
-    trained = find_train_length(model, calibration, calibration_arguments(settings))
-    wanted = numbers(lengths) if lengths else [factor * trained for factor in _MULTIPLES]
     books = {book.name: encoder.encode(book.text) for book in texts}
     # Before the calibrations: too little text is said at once.
     halves = {
@@ -121,21 +121,22 @@ def tune(
     what: dict[str, Any] = {"texts": {book.name: book.digest for book in texts}}
     with Store(output) as store, progress_bars() as progress:
         store.check_files(FILES)
-        tables = make_tables(settings, space.budgets, calibration, contestant.description, output, progress)
+        made = calibrations(space.budgets, calibration, contestant.description, output)
+        tables = {each.budget: Path(str(each.store)) for each in made}
         arguments = settings.with_room(max(wanted) + ANSWER_TOKENS).longmamba
-        options = {KEY: {**given, "table": str(tables[DEFAULT.budget])}}
-        arguments = {**arguments, "additional_config": {**arguments["additional_config"], **options}}
-        with EngineContestant(arguments, starting=settings.starting).start() as runner:
+        config = {**arguments["additional_config"], **to_config(made)}
+        filtering = EngineContestant({**arguments, "additional_config": config}, starting=settings.starting)
+        with filtering.start() as runner:
             scorer = Scorer(runner, encoder, tables, {**contestant.description, **what}, store, progress)
             scores = search(partial(scorer.score, part=first), space)
             best = choose(scores[1:])
             shown = dict.fromkeys([PLAIN, DEFAULT, best.setting])
             held_out = [scorer.score(setting, second) for setting in shown]
-        setting, made = best.setting, load_table(tables[best.setting.budget])
-        metadata = replace(made.metadata, min_retention=setting.min_retention, unfiltered_end=setting.unfiltered_end)
+        setting, chosen = best.setting, load_table(tables[best.setting.budget])
+        metadata = replace(chosen.metadata, min_retention=setting.min_retention, unfiltered_end=setting.unfiltered_end)
         path = table or _table_path(model, metadata.weights_fingerprint, contestant.description["quantization"])
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_table(replace(made, metadata=metadata), path)
+        save_table(replace(chosen, metadata=metadata), path)
         what |= {"corpus": metadata.corpus, "lengths": wanted, "depths": depths, "windows": windows}
         head = provenance("tune", model, {"plain": contestant}, what)
         report = head | summarize_tuning(scores, best, held_out)

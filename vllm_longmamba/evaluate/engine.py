@@ -98,8 +98,8 @@ class EngineContestant:
             source, thresholds = table.metadata, table.digest()
             end = table.unfiltered_end(options.unfiltered_end)
         else:
-            # The engine will make the table at its start; the settings determine it.
-            [source] = from_config(config.additional_config)
+            # The engine will make the table at its start; the settings determine it. Of several it uses the first.
+            source = from_config(config.additional_config)[0]
             thresholds, end = source.key(), options.unfiltered_end or 0
         return {
             "filter": True,

@@ -8,32 +8,24 @@ from typing import Any
 
 from blake3 import blake3
 
-from vllm_longmamba.calibration.offline import calibrate_all
 from vllm_longmamba.calibration.settings import CalibrationSettings
 from vllm_longmamba.evaluate.comparison import Answers, Losses, Progress, Run
 from vllm_longmamba.evaluate.engine import EngineRunner
-from vllm_longmamba.evaluate.methods import ModelSettings
 from vllm_longmamba.evaluate.needles import Question
 from vllm_longmamba.evaluate.perplexity import SCORED_TOKENS, Window
 from vllm_longmamba.evaluate.report import difference, loss_of, share_of
 from vllm_longmamba.evaluate.store import Store, settings_key
 from vllm_longmamba.evaluate.texts import Encoder
-from vllm_longmamba.options import KEY
 from vllm_longmamba.tables import (
     DEFAULT_MIN_RETENTION,
     UNCLAMPED,
     ThresholdTable,
     check_range,
     load_table,
-    save_table,
 )
 
 # Within this much of the most keys found, settings count as equally good at finding them.
 FOUND_TOLERANCE = 0.05
-# What `calibrate` decides itself.
-_OF_CALIBRATION = (
-    "model", "model_impl", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "enable_prefix_caching"
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -226,47 +218,20 @@ def search(score: Callable[[Setting], Score], space: Space) -> list[Score]:
     return list(scores.values())
 
 
-def make_tables(
-    model: ModelSettings,
-    budgets: Sequence[float],
-    settings: CalibrationSettings,
-    description: Mapping[str, Any],
-    folder: Path,
-    progress: Progress,
-) -> dict[float, Path]:
-    """Calibrate a table for each budget, or take those that an earlier run has left in the folder.
+def calibrations(
+    budgets: Sequence[float], settings: CalibrationSettings, description: Mapping[str, Any], folder: Path
+) -> list[CalibrationSettings]:
+    """How an engine makes a table for each budget at its start; it takes what an earlier one has left in the folder.
 
     Args:
-        model: the model and the arguments of its engine.
         budgets: see `Space`.
         settings: of every calibration, but for the budget.
         description: of the model; with all settings of a calibration it tells its table from others.
-        folder: keeps the tables; made where it is missing.
-        progress: shows the progress.
-
-    Raises:
-        ValueError: too little text to calibrate on.
+        folder: keeps the tables.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     digests = {path: blake3(Path(path).read_bytes()).hexdigest() for path in settings.texts}
-    paths = {}
-    for budget in budgets:
-        key = settings_key({**description, **asdict(settings), "texts": digests})
-        paths[budget] = folder / f"table-budget{budget:g}-{key}.safetensors"
-    if missing := [budget for budget, path in paths.items() if not path.exists()]:
-        # One engine for all.
-        advance = progress(f"calibrating, budget {', '.join(f'{budget:g}' for budget in missing)}", 1)
-        with model.starting():
-            made = [replace(settings, budget=budget) for budget in missing]
-            tables = calibrate_all(model.model, made, **calibration_arguments(model))
-        for budget, table in zip(missing, tables, strict=True):
-            save_table(table, paths[budget])
-        advance()
-    return paths
-
-
-def calibration_arguments(model: ModelSettings) -> dict[str, Any]:
-    """The arguments of vLLM's `LLM` without those that `calibrate` decides itself."""
-    arguments = {name: value for name, value in model.plain.items() if name not in _OF_CALIBRATION}
-    config = {name: value for name, value in model.plain.get("additional_config", {}).items() if name != KEY}
-    return arguments | {"additional_config": config}
+    key = settings_key({**description, **asdict(settings), "texts": digests})
+    return [
+        replace(settings, budget=budget, store=str((folder / f"table-budget{budget:g}-{key}.safetensors").absolute()))
+        for budget in budgets
+    ]
