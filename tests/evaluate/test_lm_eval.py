@@ -1,4 +1,4 @@
-"""LongBench-E through the real lm-eval and the real engine, with data made here; printed figures; reports."""
+"""LongBench-E through the real lm-eval and the real engine, with data made here; reports."""
 
 import importlib.util
 import json
@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from contestants import ByteTokenizer
 from example_modules import EXAMPLES
@@ -25,7 +24,6 @@ from vllm_longmamba.evaluate.harness.reporting import (
     average_of,
     draw_harness,
     harness_markdown,
-    printed_figures,
     summarize_harness,
 )
 from vllm_longmamba.evaluate.harness.tasks import longbench_overrides
@@ -185,27 +183,15 @@ def test_an_interrupted_benchmark_goes_on(tmp_path: Path) -> None:
     assert third.starts == 1
 
 
-def test_the_printed_figures_agree_with_their_own_averages() -> None:
-    figures = printed_figures(RULER, "Zyphra/Zamba2-1.2B")
-    assert figures is not None
-    assert [row["method"] for row in figures["rows"]] == ["plain", "longmamba"] * 3
-    for row in figures["rows"]:
-        assert row["average"] == pytest.approx(np.mean(list(row["scores"].values())), abs=0.006)
-        assert set(row["scores"]) == set(RULER.chosen(None))
-    assert printed_figures(RULER, "state-spaces/mamba2-1.3b") is None
-    assert printed_figures(LONGBENCH_E, "Zyphra/Zamba2-1.2B") is None
-
-
 def scored(task: str, length: int | None, scores: list[float], **more: Any) -> list[Any]:
     return [(SimpleNamespace(task=task, length=length), {"score": score, **more}) for score in scores]
 
 
-def test_report_lays_printed_figures_beside() -> None:
-    figures = printed_figures(RULER, "Zamba2-1.2B")
+def test_report_by_task_and_average() -> None:
     plain = scored("S1", 16384, [1, 0, 0, 0]) + scored("S2", 16384, [0.5, 0.5])
     own = scored("S1", 16384, [1, 1, 1, 0]) + scored("S2", 16384, [1, 1])
     report = {"model": "m", "command": "c", "hardware": "h", "methods": {"plain": {}, "longmamba": {}}, "settings": {}}
-    report |= summarize_harness({"plain": plain, "longmamba": own}, figures)
+    report |= summarize_harness({"plain": plain, "longmamba": own})
     assert [row["share"] for row in report["average"]] == [0.375, 0.875]
     [s1, average] = [
         [cell.strip() for cell in line.split("|")[1:-1]]
@@ -215,9 +201,7 @@ def test_report_lays_printed_figures_beside() -> None:
     assert s1[:2] == ["S1", "4"]
     assert s1[2].startswith("25.0 (")
     assert s1[3].startswith("75.0 (")
-    assert s1[4:] == ["30.00", "79.00"]
-    # Printed averages are of other tasks than these two.
-    assert average[4:] == ["", ""]
+    assert average[3].startswith("87.5 (")
     assert "average of the tasks" in draw_harness(report, "T")["by-length.svg"].decode()
 
 
@@ -231,9 +215,8 @@ def test_average_of_weighs_tasks_alike() -> None:
 
 def test_longbench_report_by_words() -> None:
     results = {"plain": scored("qasper", None, [1.0], words=3999) + scored("trec", None, [0.0], words=8000)}
-    report = summarize_harness(results, None)
+    report = summarize_harness(results)
     assert [(row["words"], row["share"]) for row in report["by_words"]] == [("0-4k", 1.0), ("8k+", 0.0)]
-    assert report["printed"] is None
     assert draw_harness(report, "T") == {}
 
 

@@ -104,7 +104,6 @@ def _run(
     from vllm_longmamba.evaluate.harness.reporting import (
         draw_harness,
         harness_markdown,
-        printed_figures,
         summarize_harness,
     )
     from vllm_longmamba.evaluate.harness.tasks import load_cells
@@ -137,5 +136,5 @@ def _run(
         if lengths:
             settings |= {"lengths": lengths, "seed": seed}
         report = provenance(benchmark.name, model.model, contestants, settings)
-        report |= summarize_harness(results, printed_figures(benchmark, model.model))
+        report |= summarize_harness(results)
         write_report(store, report, benchmark.title, harness_markdown, draw_harness)
