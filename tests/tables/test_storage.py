@@ -26,6 +26,7 @@ from vllm_longmamba.tables import (
 )
 
 MakeTable = Callable[..., ThresholdTable]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _assert_same(loaded: ThresholdTable, table: ThresholdTable) -> None:
@@ -184,3 +185,17 @@ def test_table_from_bytes_refuses(damage: str, make_table: MakeTable) -> None:
     damaged = {"short": content[:50], "other": b"hello, world", "tensors": content[:-8]}[damage]
     with pytest.raises(TableError, match=r"threshold table in memory: this is no safetensors file"):
         table_from_bytes(damaged)
+
+
+@pytest.mark.parametrize(
+    ("path", "digest"),
+    [
+        ("tables/shipped/passkey-mamba2-4m.safetensors", "441a35ac90bc82f2aa0403da0a85ec39"),
+        ("examples/reference-mamba1-4m/longmamba.safetensors", "53b38b784af9cdcc297a791a83396c47"),
+        ("examples/reference-mamba2-few-writes-4m/longmamba.safetensors", "7c39b7f4dd99c14dd44887ad7d277b58"),
+        ("examples/reference-zamba2-1m/longmamba.safetensors", "d8ebd9fb4ae46a3a00b8b780f36e86c1"),
+    ],
+)
+def test_the_tables_of_this_repository_stay_the_same(path: str, digest: str) -> None:
+    """A new format may write their files anew, with the thresholds that the results were measured with."""
+    assert load_table(ROOT / path).digest() == digest
