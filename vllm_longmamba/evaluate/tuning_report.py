@@ -42,9 +42,7 @@ def tuning_markdown(report: Mapping[str, Any], title: str, pictures: Iterable[st
         f"{FOUND_TOLERANCE:g} of the largest. Intervals: 95 %, Wilson for keys, bootstrap over texts for losses."
     )
     held = "On the second half of each text, by which nothing was chosen:"
-    own = [
-        [Setting(**score["setting"]).label(), *_cells(score)[3:]] for score in report["held_out"]
-    ]  # fmt: skip
+    own = [[Setting(**score["setting"]).label(), *_cells(score)[3:]] for score in report["held_out"]]
     parts = [text, held, table(["setting", *_HEADER[3:]], own), "On the first half:", table(_HEADER, rows)]
     return document(report, title, parts, pictures)
 
