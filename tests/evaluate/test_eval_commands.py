@@ -279,4 +279,4 @@ def test_tune(tmp_path: Path) -> None:
     results = results_in(tmp_path / "out")
     run(*arguments)
     assert results_in(tmp_path / "out") == results
-    assert len(list((tmp_path / "out").glob("table-*.safetensors"))) == 2
+    assert len(list((tmp_path / "out" / "tables").glob("budget*.safetensors"))) == 2

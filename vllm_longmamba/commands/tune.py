@@ -121,7 +121,7 @@ def tune(
     what: dict[str, Any] = {"texts": {book.name: book.digest for book in texts}}
     with Store(output) as store, progress_bars() as progress:
         store.check_files(FILES)
-        made = calibrations(space.budgets, calibration, contestant.description, output)
+        made = calibrations(space.budgets, calibration, contestant.description, output / "tables")
         tables = {each.budget: Path(str(each.store)) for each in made}
         arguments = settings.with_room(max(wanted) + ANSWER_TOKENS).longmamba
         config = {**arguments["additional_config"], **to_config(made)}

@@ -227,11 +227,11 @@ def calibrations(
         budgets: see `Space`.
         settings: of every calibration, but for the budget.
         description: of the model; with all settings of a calibration it tells its table from others.
-        folder: keeps the tables.
+        folder: keeps the tables; the engine makes it, so that nobody else can enter, and trusts what lies there.
     """
     digests = {path: blake3(Path(path).read_bytes()).hexdigest() for path in settings.texts}
     key = settings_key({**description, **asdict(settings), "texts": digests})
     return [
-        replace(settings, budget=budget, store=str((folder / f"table-budget{budget:g}-{key}.safetensors").absolute()))
+        replace(settings, budget=budget, store=str((folder / f"budget{budget:g}-{key}.safetensors").absolute()))
         for budget in budgets
     ]
