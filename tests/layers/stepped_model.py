@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,42 @@ class Request:
     generated: list[int] = field(default_factory=list)
     read: int = 0
     logits: list[torch.Tensor] = field(default_factory=list)
+
+
+def step_metadata(
+    lengths: Sequence[int],
+    read: Sequence[int],
+    blocks: Sequence[Sequence[int]],
+    is_prefilling: Sequence[bool],
+    prompt_lengths: Sequence[int],
+) -> Any:
+    """vLLM's `CommonAttentionMetadata` of a step, all of it on the CPU.
+
+    Args:
+        lengths: tokens of each sequence in this step.
+        read: tokens of each sequence with those of this step.
+        blocks: each sequence's row of the block table.
+        is_prefilling: whether it still reads its prompt.
+        prompt_lengths: of each sequence.
+    """
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    sequences = torch.tensor(read, dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=sequences,
+        num_reqs=len(lengths),
+        num_actual_tokens=sum(lengths),
+        max_query_len=max(lengths),
+        max_seq_len=max(read),
+        block_table_tensor=torch.tensor(blocks, dtype=torch.int32),
+        slot_mapping=torch.empty(0),
+        is_prefilling=torch.tensor(is_prefilling),
+        seq_lens_cpu_upper_bound=sequences,
+        rswa_prefix_lens=torch.tensor(prompt_lengths, dtype=torch.int32),
+    )
 
 
 class SteppedModel:
@@ -81,7 +118,6 @@ class SteppedModel:
         """
         from vllm.config import set_current_vllm_config
         from vllm.forward_context import set_forward_context
-        from vllm.v1.attention.backend import CommonAttentionMetadata
 
         requests = [*decoding, *reading]
         tokens = [request.generated[-1:] for _, request in decoding]
@@ -89,24 +125,14 @@ class SteppedModel:
             begin = request.read if part is not None else 0
             tokens.append((request.prompt + request.generated)[begin:][:part])
             request.read = begin + len(tokens[-1])
-        lengths = torch.tensor([len(one) for one in tokens], dtype=torch.int32)
-        whole = [len(request.prompt) + len(request.generated) for _, request in decoding]
-        whole += [request.read for _, request in reading]
-        sequences = torch.tensor(whole, dtype=torch.int32)
-        starts = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)])
-        common = CommonAttentionMetadata(
-            query_start_loc=starts,
-            query_start_loc_cpu=starts,
-            seq_lens=sequences,
-            num_reqs=len(requests),
-            num_actual_tokens=int(lengths.sum()),
-            max_query_len=int(lengths.max()),
-            max_seq_len=max(whole),
-            block_table_tensor=torch.tensor([[slot] for slot, _ in requests], dtype=torch.int32),
-            slot_mapping=torch.empty(0),
-            is_prefilling=torch.tensor([False] * len(decoding) + [True] * len(reading)),
-            seq_lens_cpu_upper_bound=sequences,
-            rswa_prefix_lens=torch.tensor([len(request.prompt) for _, request in requests], dtype=torch.int32),
+        read = [len(request.prompt) + len(request.generated) for _, request in decoding]
+        read += [request.read for _, request in reading]
+        common = step_metadata(
+            [len(one) for one in tokens],
+            read,
+            [[slot] for slot, _ in requests],
+            [False] * len(decoding) + [True] * len(reading),
+            [len(request.prompt) for _, request in requests],
         )
         metadata = self.builder.build(0, common)
         ids = torch.tensor([token for one in tokens for token in one])
@@ -115,7 +141,7 @@ class SteppedModel:
             set_forward_context(dict.fromkeys(self.names, metadata), self.config),
         ):
             hidden = self.model(ids, torch.arange(len(ids)))
-            logits = self.model.compute_logits(hidden[starts[1:].long() - 1])
+            logits = self.model.compute_logits(hidden[common.query_start_loc[1:].long() - 1])
         for (_, request), row in zip(requests, logits, strict=True):
             request.logits.append(row)
 

@@ -11,7 +11,7 @@ import torch
 from draft_kernels import DRAFTS, NGRAMS, run_as_on_a_gpu
 from engine.harness import write_table
 from references.reference_lm import reference_logprobs
-from stepped_model import SteppedModel
+from stepped_model import SteppedModel, step_metadata
 from tiny_models import random_token_ids, write_mamba2_original
 
 TOLERANCE = 1e-3
@@ -43,29 +43,17 @@ def run(model: SteppedModel, parts: Sequence[Part]) -> list[np.ndarray]:
     """The log-probabilities after each token of each part; decodes come first."""
     from vllm.config import set_current_vllm_config
     from vllm.forward_context import set_forward_context
-    from vllm.v1.attention.backend import CommonAttentionMetadata
 
     def of_parts(value: Callable[[Part], Any], **kind: Any) -> torch.Tensor:
         return torch.tensor([value(part) for part in parts], **kind)
 
-    lengths = of_parts(lambda part: len(part.tokens), dtype=torch.int32)
-    sequences = of_parts(lambda part: part.before + len(part.tokens), dtype=torch.int32)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)])
-    common = CommonAttentionMetadata(
-        query_start_loc=starts,
-        query_start_loc_cpu=starts,
-        seq_lens=sequences,
-        num_reqs=len(parts),
-        num_actual_tokens=int(lengths.sum()),
-        max_query_len=int(lengths.max()),
-        max_seq_len=int(sequences.max()),
-        block_table_tensor=of_parts(
-            lambda part: [1 + part.slot * (1 + DRAFTS) + i for i in range(1 + DRAFTS)], dtype=torch.int32
-        ),
-        slot_mapping=torch.empty(0),
-        is_prefilling=of_parts(lambda part: part.before < part.prompt),
-        seq_lens_cpu_upper_bound=sequences,
-        rswa_prefix_lens=of_parts(lambda part: part.prompt, dtype=torch.int32),
+    lengths = [len(part.tokens) for part in parts]
+    common = step_metadata(
+        lengths,
+        [part.before + len(part.tokens) for part in parts],
+        [[1 + part.slot * (1 + DRAFTS) + i for i in range(1 + DRAFTS)] for part in parts],
+        [part.before < part.prompt for part in parts],
+        [part.prompt for part in parts],
     )
     metadata = model.builder.build(
         0,
@@ -80,7 +68,7 @@ def run(model: SteppedModel, parts: Sequence[Part]) -> list[np.ndarray]:
     ):
         hidden = model.model(ids, torch.arange(len(ids)))
         logprobs = model.model.compute_logits(hidden).log_softmax(-1)
-    return [part.numpy() for part in logprobs.split(lengths.tolist())]
+    return [part.numpy() for part in logprobs.split(lengths)]
 
 
 def test_draft_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,17 +155,13 @@ class FilteredMixer:
 
     def _project_out(self, scanned: torch.Tensor, output: torch.Tensor) -> None:
         """Write the layer's last projection of (tokens, d_inner) to (tokens, d_model)."""
-        if self._has_plain_out_proj() and scanned.is_cuda:
-            # The same product without a copy of the result.
-            torch.mm(scanned, self.out_proj.weight.t(), out=output)
-        else:
-            output.copy_(self.out_proj(scanned)[0])
-
-    def _has_plain_out_proj(self) -> bool:
-        """Whether it is a matrix product alone: whole, unquantized, without bias and LoRA."""
         layer = self.out_proj
         is_plain = type(layer) is RowParallelLinear and isinstance(layer.quant_method, UnquantizedLinearMethod)
-        return is_plain and layer.tp_size == 1 and layer.bias is None
+        if is_plain and layer.tp_size == 1 and layer.bias is None and scanned.is_cuda:
+            # The same product without a copy of the result.
+            torch.mm(scanned, layer.weight.t(), out=output)
+        else:
+            output.copy_(layer(scanned)[0])
 
     def _convolve_prompts(self, x: torch.Tensor, metadata: Any, **filter_arguments: Any) -> torch.Tensor:
         weights = self._conv_weights()
