@@ -1,6 +1,7 @@
 """Settings of every test: offline, a small cache, the engine in the test's own process."""
 
 import os
+import sys
 
 import hypothesis
 import pytest
@@ -24,6 +25,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _vllm_reads_its_variables_again() -> None:
+    """An engine makes vLLM keep its environment variables; tests set others later in the same process."""
+    if "vllm.envs" in sys.modules:
+        sys.modules["vllm.envs"].disable_envs_cache()
 
 
 # These files take a minute and more each. They come first, so that at the end no worker waits for one of them.

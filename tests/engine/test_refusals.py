@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import vllm.envs
 from tiny_models import write_hf_twin, write_mamba2_original
 
 from vllm_longmamba.tables import ThresholdTable, save_table
@@ -278,8 +277,7 @@ def test_drafts_on_a_cpu(tiny_model: Callable[[str], Path]) -> None:
 def test_batch_invariance(
     filtered: bool, tiny_model: Callable[[str], Path], tiny_table: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # vLLM does not read its variables again once an engine has run in the process.
-    monkeypatch.setitem(vars(vllm.envs), "VLLM_BATCH_INVARIANT", True)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     given = longmamba(tiny_table("mamba2")[0]) if filtered else longmamba()
     message = refusal(tiny_model("mamba2"), **given)
     assert "--model-impl longmamba does not support VLLM_BATCH_INVARIANT=1" in message
