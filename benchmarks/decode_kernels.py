@@ -11,7 +11,6 @@ for kernels/selective_state_update_triton.py and kernels/causal_conv1d_update_tr
 import argparse
 import itertools
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from support.decode_case import SHAPES, Case, conv_module, update_module
 from support.environment import environment, environment_line
+from support.graph_timing import microseconds
 
 from vllm_longmamba.kernels import PER_DECODE_TOKEN, compile_ahead
 
@@ -57,26 +57,6 @@ def compile_all(shapes: list[str], dtypes: list[torch.dtype]) -> None:
         if future.exception() is not None:
             print(f"not compiled: {future.exception()!r}"[:300])
     compile_ahead_module._pending.clear()
-
-
-def microseconds(run: Callable[[int], object], calls: int) -> float:
-    """Of one call: the median of five replays of a graph of all of them."""
-    run(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in range(calls):
-            run(call)
-    graph.replay()
-    times = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * begin.elapsed_time(end) / calls)
-    return statistics.median(times)
 
 
 def measure(case: Case, without_pdl: bool) -> dict[str, Any]:

@@ -55,18 +55,20 @@ class Case:
         self.state = cache[:, conv_bytes:].view(state_dtype).unflatten(1, (d_inner, d_state))
         order = torch.randperm(pages, device="cuda", dtype=torch.int32) + 1
         self.slots = order.view(-1, batch)[:MOST_CALLS].contiguous()
-        projection = torch.randn(batch, d_inner + self.conv_channels + self.per_token, **bf16)
-        self.z, self.x, dt = projection.split([d_inner, self.conv_channels, self.per_token], 1)
         # Mamba-1's dt comes out of a projection of its own
-        self.dt = dt if headdim else dt.contiguous()
+        sizes = [d_inner, self.conv_channels, *([self.per_token] if headdim else [])]
+        self.projected = torch.randn(batch, sum(sizes), **bf16)
+        self.z, self.x, *dt = self.projected.split(sizes, 1)
+        self.dt = dt[0] if headdim else torch.randn(batch, d_inner, **bf16)
         self.convolved = torch.randn(batch, self.conv_channels, **bf16)
-        wide = self.convolved if headdim else torch.randn(batch, d_inner // 32 + 2 * d_state, **bf16)
+        self.low_rank = torch.randn(batch, d_inner // 32 + 2 * d_state, **bf16)
+        wide = self.convolved if headdim else self.low_rank
         self.B, self.C = wide[:, -2 * ngroups * d_state :].chunk(2, 1)
         self.A = -torch.rand(self.per_token, *([] if headdim else [d_state]), device="cuda")
         self.D, self.dt_bias = torch.ones(2, self.per_token, device="cuda")
         self.weight, self.bias = torch.randn(self.conv_channels, 4, **bf16), torch.randn(self.conv_channels, **bf16)
         self.rank = 0 if headdim else d_inner // 32
-        self.low_rank_dt = wide[:, : self.rank]
+        self.low_rank_dt = self.low_rank[:, : self.rank]
         self.dt_weight = torch.randn(d_inner, self.rank, **bf16)
         self.dt_threshold = torch.full((8, self.per_token), -1.0, device="cuda")
         self.token_rows = torch.zeros(batch, dtype=torch.int32, device="cuda")

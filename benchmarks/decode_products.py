@@ -1,0 +1,196 @@
+"""Time the layers of a model's decode step for a few tokens, its products by cuBLAS and by a kernel that reads ahead.
+
+    python benchmarks/decode_products.py [--shapes NAME ...] [--batches N ...] [--layers 48] [--out FOLDER]
+
+Needs a CUDA build of vLLM and a GPU with programmatic dependent launch (compute capability 9.0). One CUDA graph has all
+layers, with weights and states of their own, so that they come from memory. The product that reads ahead asks for its
+weight while the launch in front of it ends; in front of Mamba-2's out_proj it also takes the gated norm. Checks its
+results, and writes decode_products.json and .md: microseconds of a layer.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from support.decode_case import BYTES_PER_US, SHAPES, Case
+from support.environment import environment, environment_line
+from support.graph_timing import microseconds
+from support.small_product import Sizes, small_product, tried
+
+EPS = 1e-5
+
+
+class Layers:
+    """The layers of a model; each product by cuBLAS, or by a launch of the sizes given for it.
+
+    Args:
+        name: of a shape.
+        batch: sequences.
+        layers: how many have weights of their own.
+    """
+
+    def __init__(self, name: str, batch: int, layers: int) -> None:
+        self.case, self.batch, self.layers = Case(SHAPES[name], batch, torch.bfloat16), batch, layers
+        case, bf16 = self.case, {"dtype": torch.bfloat16, "device": "cuda"}
+        d_inner, d_model = case.shape.d_inner, case.shape.d_inner // 2
+        shapes = {"in_proj": (case.projected.shape[1], d_model), "out_proj": (d_model, d_inner)}
+        if case.rank:
+            shapes["x_proj"] = (case.low_rank.shape[1], d_inner)
+        self.weights = {
+            product: [torch.randn(shape, **bf16) / shape[1] ** 0.5 for _ in range(layers)]
+            for product, shape in shapes.items()
+        }
+        self.norm_weight = torch.ones(d_model, **bf16)
+        self.gated_norm_weight = torch.ones(d_inner, **bf16)
+        self.hidden, self.residual = torch.randn(2, batch, d_model, **bf16)
+        self.normalized = torch.empty(batch, d_inner, **bf16)
+
+    def floor(self) -> float:
+        """Microseconds a layer that weights and states take from memory."""
+        weights = sum(2 * of_layers[0].numel() for of_layers in self.weights.values())
+        return weights / BYTES_PER_US + self.case.floor() + self.case.conv_floor()
+
+    def run(self, layer: int, sizes: Mapping[str, Sizes | None]) -> None:
+        """Run one layer."""
+        from vllm import _custom_ops as ops
+
+        ops.fused_add_rms_norm(self.hidden, self.residual, self.norm_weight, EPS)
+        self._product("in_proj", layer, sizes, self.hidden, self.case.projected)
+        self.case.conv(layer)
+        if self.case.rank:
+            self._product("x_proj", layer, sizes, self.case.convolved, self.case.low_rank)
+            self.case.update_with_projection(layer)
+            self._product("out_proj", layer, sizes, self.case.out, self.hidden)
+        else:
+            self.case.update(layer)
+            self._out_proj_with_norm(layer, sizes)
+
+    def _product(
+        self, name: str, layer: int, sizes: Mapping[str, Sizes | None], x: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        weight, chosen = self.weights[name][layer], sizes.get(name)
+        if chosen is None:
+            torch.mm(x, weight.t(), out=out)
+        else:
+            small_product(x, weight, out, chosen)
+
+    def _out_proj_with_norm(self, layer: int, sizes: Mapping[str, Sizes | None]) -> None:
+        chosen = sizes.get("out_proj")
+        if chosen is None:
+            self._gated_norm()
+            torch.mm(self.normalized, self.weights["out_proj"][layer].t(), out=self.hidden)
+        else:
+            gates = {"gate": self.case.z, "norm_weight": self.gated_norm_weight, "eps": EPS}
+            small_product(self.case.out, self.weights["out_proj"][layer], self.hidden, chosen, **gates)
+
+    def _gated_norm(self) -> None:
+        from vllm.model_executor.layers.mamba.ops.layernorm_gated import _layer_norm_fwd
+
+        options = {"z": self.case.z, "out": self.normalized, "norm_before_gate": False, "is_rms_norm": True}
+        _layer_norm_fwd(self.case.out, self.gated_norm_weight, None, EPS, **options)
+
+    def compile_all(self, pool: ThreadPoolExecutor) -> None:
+        """Compile every launch that is tried, in threads."""
+        case, device = self.case, torch.cuda.current_device()
+        ends: dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
+        ends = {"in_proj": (self.hidden, case.projected, {}), "out_proj": (case.out, self.hidden, {})}
+        if case.rank:
+            ends["x_proj"] = (case.convolved, case.low_rank, {})
+        else:
+            ends["out_proj"][2].update(gate=case.z, norm_weight=self.gated_norm_weight)
+
+        def compile_one(product: str, sizes: Sizes) -> None:
+            torch.cuda.set_device(device)
+            x, out, gates = ends[product]
+            small_product(x, self.weights[product][0], out, sizes, only_compile=True, **gates)
+
+        jobs = [pool.submit(compile_one, *job) for job in itertools.product(ends, tried(self.batch))]
+        for job in jobs:
+            job.result()
+
+    def largest_error(self, product: str, sizes: Sizes) -> float:
+        """Of a product of random numbers against float32, as a share of the largest result."""
+        x, weight = torch.randn_like(self.case.out), self.weights[product][0]
+        gates: dict[str, Any] = {}
+        if product == "in_proj":
+            x = torch.randn_like(self.hidden)
+        expected = x.float()
+        if product == "out_proj" and not self.case.rank:
+            gates = {"gate": self.case.z, "norm_weight": self.gated_norm_weight, "eps": EPS}
+            expected = expected * torch.nn.functional.silu(self.case.z.float())
+            expected = expected * torch.rsqrt(expected.square().mean(-1, keepdim=True) + EPS)
+        out = torch.empty(self.batch, len(weight), dtype=x.dtype, device="cuda")
+        small_product(x, weight, out, sizes, **gates)
+        expected = expected @ weight.float().t()
+        return float((out - expected).abs().max() / expected.abs().max())
+
+
+def measure(layers: Layers) -> dict[str, Any]:
+    """Microseconds a layer: each product alone by every launch size, then the best of all together."""
+    times: dict[str, dict[str, float]] = {}
+    best: dict[str, Sizes | None] = {}
+    now = microseconds(lambda layer: layers.run(layer, {}), layers.layers)
+    for product in layers.weights:
+        found = {}
+        for sizes in tried(layers.batch):
+            if (error := layers.largest_error(product, sizes)) > 0.02:
+                raise RuntimeError(f"{product} with {sizes}: off by {error:.3f} of the largest result")
+            found[sizes] = microseconds(lambda layer, p=product, s=sizes: layers.run(layer, {p: s}), layers.layers)
+        times[product] = {str(tuple(sizes)): time for sizes, time in sorted(found.items(), key=lambda one: one[1])}
+        fastest = min(found, key=found.__getitem__)
+        best[product] = fastest if found[fastest] < now else None
+    together = microseconds(lambda layer: layers.run(layer, best), layers.layers)
+    chosen = {product: sizes and list(sizes) for product, sizes in best.items()}
+    return {"bytes": layers.floor(), "cublas": now, "together": together, "best": chosen, "alone": times}
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    lines = [
+        "# A layer of a decode step: its products by cuBLAS and by a kernel that reads ahead, microseconds",
+        "",
+        environment_line(document["environment"]),
+        "",
+        "| shape, batch | bytes | cuBLAS | in_proj | x_proj | out_proj | together |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in document["results"]:
+        alone = [
+            f"{min(r['alone'][p].values()):.2f}" if p in r["alone"] else "" for p in ("in_proj", "x_proj", "out_proj")
+        ]
+        figures = [f"{r['bytes']:.2f}", f"{r['cublas']:.2f}", *alone, f"{r['together']:.2f}"]
+        lines.append(f"| {r['shape']}, {r['batch']} | {' | '.join(figures)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["mamba2-1.3b", "mamba-1.4b"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 16])
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    document: dict[str, Any] = {"environment": environment(), "results": []}
+    with ThreadPoolExecutor(16) as pool:
+        for name, batch in itertools.product(given.shapes, given.batches):
+            layers = Layers(name, batch, given.layers)
+            layers.compile_all(pool)
+            document["results"].append({"shape": name, "batch": batch, **measure(layers)})
+            print(markdown({**document, "results": document["results"][-1:]}).splitlines()[-1], flush=True)
+            (given.out / "decode_products.json").write_text(json.dumps(document, indent=1) + "\n")
+            (given.out / "decode_products.md").write_text(markdown(document))
+            del layers
+    print(markdown(document))
+
+
+if __name__ == "__main__":
+    main()
