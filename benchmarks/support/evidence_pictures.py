@@ -7,14 +7,14 @@ from pathlib import Path
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from .evidence_tables import DEFAULT, KINDS, LENGTHS, MAIN, Evidence, short
+from .evidence_tables import DEFAULT, KINDS, LENGTHS, MAIN, Evidence, name_of, short
 
 TRAIN_LENGTH = 2048
 COLOURS = {"plain": "#b0413e", "paper": "#c9a227", DEFAULT: "#1f6f8b"}
 NAMES = {
     "plain": "plain",
     "paper": "the paper's method, C and theta searched",
-    DEFAULT: "this plugin, default settings",
+    DEFAULT: "default settings",
 }
 
 
@@ -81,7 +81,7 @@ def _length_axis(axes: Axes) -> None:
 
 def _finish(figure: pyplot.Figure, panels: object, evidence: Evidence, file: Path) -> Path:
     for axes, model in zip(panels[0], evidence.models, strict=True):  # type: ignore[index]
-        axes.set_title(model, fontsize=9)
+        axes.set_title(name_of(model), fontsize=9)
     for axes in panels[-1]:  # type: ignore[index]
         axes.set_xlabel("prompt, tokens (dotted: training length)", fontsize=7)
     figure.tight_layout(rect=(0, 0, 1, 0.93))

@@ -18,8 +18,9 @@ KINDS = {"novels": "novels", "numbers": "text full of numbers", "sentences": "re
 DEFAULT = "default"
 # What every table shows; the others stand in the table of options.
 MAIN = ("plain", "paper", DEFAULT)
-# Lengths of the summary, and what the models are called in it.
+# What the pages call the models.
 NAMES = {"ref2k-mamba1-36m": "Mamba-1, 36M", "ref2k-mamba2-36m": "Mamba-2, 36M"}
+# Lengths of the summary.
 SUMMARY = (32768, 65536)
 # Lengths at which options and rivals are compared.
 OPTIONS = (16384, 32768)
@@ -127,8 +128,8 @@ def _summary(evidence: Evidence) -> str:
         for task, cell in tasks.items():
             cells = [cell(model, method, length) for length in SUMMARY for method in MAIN]
             if all(cells[: len(MAIN)]):
-                rows.append([NAMES.get(model, model), task, *(cell or "–" for cell in cells)])
-    columns = [f"{method}, {short(length)}" for length in SUMMARY for method in ("plain", "paper", "plugin")]
+                rows.append([name_of(model), task, *(cell or "–" for cell in cells)])
+    columns = [f"{method}, {short(length)}" for length in SUMMARY for method in MAIN]
     return markdown(["model", "task", *columns], rows)
 
 
@@ -141,13 +142,19 @@ def _found(evidence: Evidence, task: str, kind: str) -> Callable[[], str]:
 
 
 def _by_length(evidence: Evidence, cell: Callable[[str, str, int], str]) -> str:
-    rows = []
-    for model in evidence.models:
-        for method in MAIN:
-            cells = [cell(model, method, length) for length in LENGTHS]
-            if any(cells):
-                rows.append([f"{model}, {_bold(method)}", *cells])
-    return markdown(["model, method", *map(short, LENGTHS)], rows)
+    """A row a model and method, a column a length at which any was measured."""
+    cells = {
+        (model, method): [cell(model, method, length) for length in LENGTHS]
+        for model in evidence.models
+        for method in MAIN
+    }
+    columns = [column for column in range(len(LENGTHS)) if any(row[column] for row in cells.values())]
+    rows = [
+        [f"{name_of(model)}, {_bold(method)}", *(row[column] for column in columns)]
+        for (model, method), row in cells.items()
+        if any(row)
+    ]
+    return markdown(["model, method", *(short(LENGTHS[column]) for column in columns)], rows)
 
 
 def _ruler_tasks(evidence: Evidence) -> str:
@@ -157,7 +164,7 @@ def _ruler_tasks(evidence: Evidence) -> str:
             for length in OPTIONS:
                 cells = [_number(evidence.ruler(model, method, length, [task]), 2) for task in RULER]
                 if any(cells):
-                    rows.append([f"{model}, {_bold(method)}", short(length), *cells])
+                    rows.append([f"{name_of(model)}, {_bold(method)}", short(length), *cells])
     return markdown(["model, method", "tokens", *RULER], rows)
 
 
@@ -174,7 +181,7 @@ def _options(evidence: Evidence) -> str:
                     cells.append(_number(share[0] if share else None, 2))
             cells += [_loss_gained(evidence, model, method, length) for length in OPTIONS]
             if any(cells):
-                rows.append([model, f"{_bold(method)}{_setting(evidence, model, method)}", *cells])
+                rows.append([name_of(model), f"{_bold(method)}{_setting(evidence, model, method)}", *cells])
     names = [f"{kind}, {short(length)}" for kind in ("novels", "numbers") for length in OPTIONS]
     return markdown(["model", "method", *names, *(f"text, {short(length)}" for length in OPTIONS)], rows)
 
@@ -212,32 +219,36 @@ def _theta(evidence: Evidence) -> str:
         figures[model, setting["theta"]][setting["table"]] = f"{share:.2f}; {loss:.3f}"
     names = sorted(set(tables), key=lambda name: float(name[1:]))
     rows = [
-        [model, f"{theta:g}", *(cells.get(name, "") for name in names)]
+        [name_of(model), f"{theta:g}", *(cells.get(name, "") for name in names)]
         for (model, theta), cells in sorted(figures.items())
     ]
     return markdown(["model", "theta", *(f"C {name[1:]} %: keys; text" for name in names)], rows)
 
 
 def _sequences(evidence: Evidence) -> str:
-    """Three groups of five calibration sequences: mean and standard deviation."""
-    rows = []
+    """Three groups of five calibration sequences: mean and standard deviation, at the lengths that all ran."""
+    rows: dict[tuple[str, str], dict[int, list[str]]] = defaultdict(dict)
     for model in evidence.models:
         for method in [name for name in evidence.methods if f"{name}, seed 1" in evidence.methods]:
             groups = [method, f"{method}, seed 1", f"{method}, seed 2"]
-            cells = []
             for length in OPTIONS:
                 shares = [evidence.share(model, group, "passkey", "novels", length) for group in groups]
-                cells.append(_spread([share[0] for share in shares if share], len(groups), 2))
                 losses = [evidence.loss(model, group, length) for group in groups]
-                cells.append(_spread([loss for loss in losses if loss is not None], len(groups), 4))
-            if any(cells):
-                rows.append([model, _bold(method), *cells])
-    names = [f"{what}, {short(length)}" for length in OPTIONS for what in ("keys", "text")]
-    return markdown(["model", "method", *names], rows)
+                if None not in shares and None not in losses:
+                    keys, text = [share[0] for share in shares if share], [loss for loss in losses if loss is not None]
+                    rows[model, method][length] = [_spread(keys, 2), _spread(text, 4)]
+    lengths = [length for length in OPTIONS if all(length in cells for cells in rows.values())]
+    names = [f"{what}, {short(length)}" for length in lengths for what in ("keys", "text")]
+    lines = [
+        [name_of(model), _bold(method), *(cell for length in lengths for cell in cells[length])]
+        for (model, method), cells in rows.items()
+        if cells
+    ]
+    return markdown(["model", "method", *names], lines)
 
 
-def _spread(figures: Sequence[float], groups: int, digits: int) -> str:
-    return f"{mean(figures):.{digits}f} ± {stdev(figures):.{digits}f}" if len(figures) == groups else ""
+def _spread(figures: Sequence[float], digits: int) -> str:
+    return f"{mean(figures):.{digits}f} ± {stdev(figures):.{digits}f}"
 
 
 def _receptive(evidence: Evidence) -> str:
@@ -246,8 +257,8 @@ def _receptive(evidence: Evidence) -> str:
     for model, record in evidence.inspected.items():
         shares = [f"{record['global'][0]} of {record['global'][1]}", f"{next(iter(record['kept'].values())):.1%}"]
         distances = [f"{length:.0f}" for method in record["distance"].values() for length in method.values()]
-        rows.append([model, *shares, *distances])
-        pictures.append(f"![Receptive fields of {model}](pictures/evidence-receptive-{model}.png)")
+        rows.append([name_of(model), *shares, *distances])
+        pictures.append(f"![Receptive fields of {name_of(model)}](pictures/evidence-receptive-{model}.png)")
     head = ["model", "global channels", "tokens kept, 16k", "plain, 2k", "plain, 16k", "default, 16k"]
     return "\n\n".join([markdown(head, rows), *pictures])
 
@@ -256,8 +267,15 @@ def _conditions(evidence: Evidence) -> str:
     rows = []
     for model in evidence.models:
         engine: Mapping[str, Any] = evidence.engines.get(model, {})
-        rows.append([model, *(str(engine.get(name, "")) for name in ("hardware", "vllm", "dtype", "step_tokens"))])
+        rows.append(
+            [name_of(model), *(str(engine.get(name, "")) for name in ("hardware", "vllm", "dtype", "step_tokens"))]
+        )
     return markdown(["model", "hardware", "vLLM", "dtype", "tokens a step"], rows)
+
+
+def name_of(model: str) -> str:
+    """What the pages call a model."""
+    return NAMES.get(model, model)
 
 
 def short(length: int) -> str:

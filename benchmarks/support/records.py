@@ -15,9 +15,8 @@ DEFAULT = "LongMamba, unclamped"
 # Methods as the records name them, and as the page does.
 METHODS = {
     "plain": "plain",
-    DEFAULT: "**LongMamba**",
+    DEFAULT: "**default**",
     "LongMamba, paper": "paper",
-    "LongMamba, closed loop": "closed loop",
     "LongMamba, unfiltered end": "unfiltered end",
     "LongMamba, twice the budget": "twice the budget",
     "decimamba": "DeciMamba",

@@ -17,7 +17,7 @@ from .records import DEFAULT, MODELS, of_models
 
 TRAIN_LENGTH = 512
 COLOURS = {"plain": "#b0413e", DEFAULT: "#1f6f8b", "LongMamba, paper": "#c9a227"}
-NAMES = {"plain": "plain", DEFAULT: "LongMamba", "LongMamba, paper": "LongMamba, the paper's settings"}
+NAMES = {"plain": "plain", DEFAULT: "default", "LongMamba, paper": "the paper's settings"}
 
 
 def draw_pictures(results: Path, folder: Path) -> Iterator[Path]:
@@ -71,7 +71,7 @@ def _length_axis(axes: Axes, title: str) -> None:
 
 
 def _depths(results: Path, file: Path) -> Path:
-    """Keys found by length and place of the key, plain above and LongMamba below."""
+    """Keys found by length and place of the key, plain above and the default below."""
     records = of_models(results, "passkey")
     figure, panels = pyplot.subplots(2, len(records), figsize=(3 * len(records), 4.4), sharey=True, squeeze=False)
     for column, (model, record) in enumerate(records.items()):
