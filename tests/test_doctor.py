@@ -15,7 +15,7 @@ from vllm_longmamba import compatibility
 from vllm_longmamba.checkpoint.table_lookup import cache_folder
 from vllm_longmamba.cli import app
 from vllm_longmamba.compatibility import IncompatibleVllmError
-from vllm_longmamba.engine.patches import Patch
+from vllm_longmamba.engine.patch import Patch
 
 Doctor = Callable[..., tuple[int, dict[str, list[str]]]]
 

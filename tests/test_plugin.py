@@ -13,7 +13,8 @@ from tiny_models import write_hf_twin, write_mamba1_original, write_mamba2_origi
 
 from vllm_longmamba import compatibility
 from vllm_longmamba.compatibility import IncompatibleVllmError
-from vllm_longmamba.engine.patches import _MARK, PATCHES, Patch, apply_patches
+from vllm_longmamba.engine.patch import MARK, Patch
+from vllm_longmamba.engine.patches import PATCHES, apply_patches
 from vllm_longmamba.plugin import register
 
 IDS = [patch.name for patch in PATCHES]
@@ -48,9 +49,9 @@ def test_register_refuses_an_old_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_apply_patches_once_and_marked(patch: Patch) -> None:
     apply_patches(in_worker=patch.in_worker)
     wrapper = patched_function(patch)
-    assert getattr(wrapper, _MARK) is True
+    assert getattr(wrapper, MARK) is True
     # One wrapper only: what it wraps is vLLM's.
-    assert not hasattr(wrapper.__wrapped__, _MARK)
+    assert not hasattr(wrapper.__wrapped__, MARK)
     assert wrapper.__wrapped__.__module__ == patch.module
     apply_patches(in_worker=patch.in_worker)
     assert patched_function(patch) is wrapper
