@@ -17,6 +17,7 @@ from vllm_longmamba.layers.prompt_filter import PromptFilter, StepRows
 from vllm_longmamba.layers.step_metadata import (
     LongMamba1Metadata,
     LongMamba1MetadataBuilder,
+    LongMamba2Backend,
     LongMamba2Metadata,
     LongMamba2MetadataBuilder,
 )
@@ -133,3 +134,8 @@ def test_draft_tokens_have_rows_of_their_own(replays: bool, filters_generated: b
         nothing = StepRows.without_prompts(np.array([4, 4, 4], np.int32))
         later = builder._decode_rows(metadata, nothing)
         assert later.tolist() == [0] * 12 if replays else later is None
+
+
+def test_draft_tokens_are_counted_on_the_host() -> None:
+    """Of vLLM's own backend, vLLM 0.33 says the opposite."""
+    assert not LongMamba2Backend.supports_device_cpu_query_lens_mismatch()

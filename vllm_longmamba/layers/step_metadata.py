@@ -208,6 +208,11 @@ class LongMamba1Backend(Mamba1AttentionBackend):  # type: ignore[misc]
 class LongMamba2Backend(Mamba2AttentionBackend):  # type: ignore[misc]
     """Names the builder for Mamba-2 layers."""
 
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """No: the rows of draft tokens are laid out on the host, and adaptive verification drops some on the device."""
+        return False
+
     @staticmethod
     def get_builder_cls() -> type[LongMamba2MetadataBuilder]:
         return LongMamba2MetadataBuilder
