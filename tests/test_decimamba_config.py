@@ -135,6 +135,8 @@ def test_wrong_options(settings: dict[str, Any], message: str, model: Path) -> N
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "does not support --kv-transfer-config",
         ),
+        ({"kv_offloading_size": 0.25}, "does not support --kv-transfer-config and --kv-offloading-size"),
+        ({"mamba_backend": "flashinfer"}, "does not support --mamba-backend flashinfer with Mamba-1 layers"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

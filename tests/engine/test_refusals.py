@@ -291,6 +291,21 @@ def test_connector_without_states(tiny_model: Callable[[str], Path], tmp_path: P
     assert "it does not have vLLM's interface SupportsHMA" in message
 
 
+def test_calibration_beside_offloading(tiny_model: Callable[[str], Path]) -> None:
+    message = refusal(tiny_model("mamba2"), **options(train_length=96), kv_offloading_size=0.25)
+    assert "the engine makes none: --kv-transfer-config or --kv-offloading-size would hand" in message
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("family", ["mamba1", "jamba"])
+def test_flashinfer_for_mamba1(
+    family: str, filtered: bool, tiny_model: Callable[[str], Path], tiny_table: Tables
+) -> None:
+    given = longmamba(tiny_table(family)[0]) if filtered else longmamba()
+    message = refusal(tiny_model(family), **given, mamba_backend="flashinfer")
+    assert "--model-impl longmamba does not support --mamba-backend flashinfer with Mamba-1 layers" in message
+
+
 def test_weights_of_a_trainer(tiny_model: Callable[[str], Path], tiny_table: Tables) -> None:
     message = refusal(
         tiny_model("mamba2"), **longmamba(tiny_table("mamba2")[0]), weight_transfer_config={"backend": "nccl"}

@@ -77,7 +77,9 @@ def calibration_obstacle(vllm_config: Any) -> str | None:
     parallel = vllm_config.parallel_config
     obstacles = {
         "a pooling model generates nothing": vllm_config.model_config.runner_type == "pooling",
-        "--kv-transfer-config would hand the calibration sequences on": vllm_config.kv_transfer_config is not None,
+        "--kv-transfer-config or --kv-offloading-size would hand the calibration sequences on": (
+            vllm_config.kv_transfer_config is not None
+        ),
         "an external launcher has an engine for each rank": (
             parallel.distributed_executor_backend == "external_launcher"
         ),

@@ -7,7 +7,7 @@ from vllm_longmamba.architectures import DECIMAMBA, stock_name
 from vllm_longmamba.checkpoint.train_length import is_state_spaces
 from vllm_longmamba.decimamba_options import KEY, DeciMambaOptions, options_from_config
 from vllm_longmamba.engine.prompt_lengths import prompt_length
-from vllm_longmamba.engine.refusals import batch_invariance, refuse
+from vllm_longmamba.engine.refusals import batch_invariance, flashinfer, refuse, resolve_connector
 
 logger = logging.getLogger("vllm.longmamba")
 
@@ -108,6 +108,7 @@ def _resolved_options(vllm_config: Any) -> DeciMambaOptions:
 
 
 def _refuse_unsupported(vllm_config: Any, cut_prompts: bool) -> None:
+    resolve_connector(vllm_config)
     scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
     most, longest = scheduler.max_num_scheduled_tokens, vllm_config.model_config.max_model_len
     one_step = "without its option cut_prompts it chooses tokens over the whole prompt, which must be one step"
@@ -126,7 +127,7 @@ def _refuse_unsupported(vllm_config: Any, cut_prompts: bool) -> None:
         ),
         (
             vllm_config.kv_transfer_config is not None,
-            "--kv-transfer-config",
+            "--kv-transfer-config and --kv-offloading-size",
             "it chooses tokens over the whole prompt, no part of which may come from another engine",
         ),
         (
@@ -140,6 +141,7 @@ def _refuse_unsupported(vllm_config: Any, cut_prompts: bool) -> None:
             "draft and prompt tokens would share a step",
         ),
         (cache.use_replayssm, "--use-replayssm", "its layers know no states but vLLM's usual ones"),
+        flashinfer(vllm_config),
         batch_invariance(),
     ]
     refuse(DECIMAMBA, obstacles)

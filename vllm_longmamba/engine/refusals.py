@@ -31,6 +31,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
     """
     from vllm.platforms import current_platform
 
+    resolve_connector(vllm_config)
     has_drafts = vllm_config.speculative_config is not None
     obstacles = [
         (
@@ -44,9 +45,22 @@ def refuse_unsupported(vllm_config: Any) -> None:
             "vLLM does not take rejected tokens out of the states there",
         ),
         *kv_transfer(vllm_config),
+        flashinfer(vllm_config),
         batch_invariance(),
     ]
     refuse(MODEL_IMPL, obstacles)
+
+
+def flashinfer(vllm_config: Any) -> Obstacle:
+    """What fails at the first decode step otherwise, with vLLM's own Mamba-1 layers as well."""
+    from vllm.config.mamba import MambaBackendEnum
+
+    is_flashinfer = vllm_config.mamba_config.backend == MambaBackendEnum.FLASHINFER
+    return (
+        is_flashinfer and is_mamba1(vllm_config.model_config.architecture),
+        "--mamba-backend flashinfer with Mamba-1 layers",
+        "FlashInfer updates states that share one decay in each head, as those of Mamba-2 do",
+    )
 
 
 def batch_invariance() -> Obstacle:
@@ -58,6 +72,14 @@ def batch_invariance() -> Obstacle:
         "VLLM_BATCH_INVARIANT=1",
         "neither its Mamba kernels nor vLLM's give results that do not depend on the batch",
     )
+
+
+def resolve_connector(vllm_config: Any) -> None:
+    """Put the connector of --kv-offloading-size into `kv_transfer_config`, in place.
+
+    vLLM itself does so after the models' hooks; a second time changes nothing.
+    """
+    vllm_config._post_init_kv_transfer_config()
 
 
 def kv_transfer(vllm_config: Any) -> list[Obstacle]:

@@ -53,6 +53,9 @@ SYMBOLS = [
     ("vllm.model_executor.model_loader.default_loader:DefaultModelLoader", "table_lookup.py"),
     ("vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.supports_hma_config", "refusals.py"),
     ("vllm.platforms:current_platform.is_cpu", "refusals.py"),
+    ("vllm.config:VllmConfig._post_init_kv_transfer_config", "refusals.py"),
+    ("vllm.config.mamba:MambaBackendEnum.FLASHINFER", "refusals.py"),
+    (f"{MAMBA2}:Mamba2AttentionBackend.supports_device_cpu_query_lens_mismatch", "step_metadata.py overrides it"),
     # Of DeciMamba.
     (f"{MIXER1.partition(':')[0]}:mamba_mixer", "decimated_mamba2.py, as the custom op of a whole layer"),
     ("vllm.model_executor.layers.mamba.mamba_mixer2:Mixer2RMSNormGated.forward_cuda", "decimated_mamba2.py"),
