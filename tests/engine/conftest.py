@@ -25,6 +25,10 @@ WRITERS = {
 }
 
 
+# Stands for the other hybrids where a test is not run with each of them; in the slow tests.
+A_HYBRID = pytest.param("granite_hybrid", marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Function: family -> folder with a tiny random checkpoint and, outside it, its table `<folder>.table`."""

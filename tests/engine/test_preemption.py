@@ -21,6 +21,7 @@ pytestmark = pytest.mark.engine
         ("mamba1", True, 0),
         ("mamba2", True, 0),
         ("mamba2", False, 60),
+        pytest.param("granite_hybrid", False, 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_request_is_filtered_as_before(

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 from tiny_models import random_token_ids
 
-from .conftest import longmamba
+from .conftest import A_HYBRID, longmamba
 from .harness import assert_exact, completion, sampling
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("family", ["mamba1", "mamba2", "zamba2"])
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "zamba2", A_HYBRID])
 def test_prefix_cache(
     family: str, engine: Callable[..., Any], tiny_model: Callable[[str], Any], tiny_table: Callable[[str], Any]
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import random_token_ids, write_mamba2_original
 
-from .conftest import longmamba
+from .conftest import A_HYBRID, longmamba
 from .harness import Engine, assert_exact
 
 pytestmark = pytest.mark.engine
@@ -27,7 +27,7 @@ def assert_filters(running: Engine, model: Path, table: Any) -> None:
         assert_exact(model, prompt, result, table)
 
 
-@pytest.mark.parametrize("family", ["mamba1", "mamba2", "zamba2"])
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "zamba2", A_HYBRID])
 def test_reload(
     family: str, engine: Callable[..., Any], tiny_model: Callable[[str], Path], tiny_table: Callable[[str], Any]
 ) -> None:

@@ -9,12 +9,12 @@ import pytest
 from references.reference_lm import reference_logprobs
 from tiny_models import random_token_ids
 
-from .conftest import longmamba
+from .conftest import A_HYBRID, longmamba
 from .harness import Filters, assert_agrees
 
 pytestmark = pytest.mark.engine
 
-FAMILIES = ["mamba1", "zamba2"]
+FAMILIES = ["mamba1", "zamba2", pytest.param("mamba2", marks=pytest.mark.slow), A_HYBRID]
 PROMPT = random_token_ids(200, seed=1)
 BEAMS, BEAM_TOKENS = 2, 3
 

@@ -9,14 +9,17 @@ import pytest
 import torch
 from tiny_models import random_token_ids
 
-from .conftest import longmamba
+from .conftest import WRITERS, longmamba
 from .harness import assert_exact
 
 SLOW = pytest.mark.slow
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("family", [pytest.param("mamba1", marks=SLOW), "mamba2", pytest.param("zamba2", marks=SLOW)])
+FAMILIES = [pytest.param(family, marks=() if family == "mamba2" else SLOW) for family in WRITERS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tensor_parallel(
     family: str,
     engine: Callable[..., Any],

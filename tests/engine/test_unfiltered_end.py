@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny_models import random_token_ids
 
-from .conftest import longmamba
+from .conftest import A_HYBRID, longmamba
 from .harness import TRAIN_LENGTH, assert_exact
 
 pytestmark = pytest.mark.engine
@@ -50,7 +50,7 @@ def test_the_cut_of_a_prompt_does_not_matter(
                 assert_the_end_matters(tiny_model(family), prompt, result, table)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, A_HYBRID])
 def test_prefix_cache(family: str, engine: Engines, tiny_model: Models, tiny_table: Tables) -> None:
     path, table = tiny_table(family)
     # vLLM keeps only the state at a prompt's last block, which lies in the end, unless told to keep all.
