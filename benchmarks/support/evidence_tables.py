@@ -142,19 +142,13 @@ def _found(evidence: Evidence, task: str, kind: str) -> Callable[[], str]:
 
 
 def _by_length(evidence: Evidence, cell: Callable[[str, str, int], str]) -> str:
-    """A row a model and method, a column a length at which any was measured."""
-    cells = {
-        (model, method): [cell(model, method, length) for length in LENGTHS]
-        for model in evidence.models
-        for method in MAIN
-    }
-    columns = [column for column in range(len(LENGTHS)) if any(row[column] for row in cells.values())]
-    rows = [
-        [f"{name_of(model)}, {_bold(method)}", *(row[column] for column in columns)]
-        for (model, method), row in cells.items()
-        if any(row)
-    ]
-    return markdown(["model, method", *(short(LENGTHS[column]) for column in columns)], rows)
+    rows = []
+    for model in evidence.models:
+        for method in MAIN:
+            cells = [cell(model, method, length) for length in LENGTHS]
+            if any(cells):
+                rows.append([f"{name_of(model)}, {_bold(method)}", *cells])
+    return _without_empty_columns(["model, method", *map(short, LENGTHS)], rows)
 
 
 def _ruler_tasks(evidence: Evidence) -> str:
@@ -226,29 +220,30 @@ def _theta(evidence: Evidence) -> str:
 
 
 def _sequences(evidence: Evidence) -> str:
-    """Three groups of five calibration sequences: mean and standard deviation, at the lengths that all ran."""
-    rows: dict[tuple[str, str], dict[int, list[str]]] = defaultdict(dict)
+    """Three groups of five calibration sequences: mean and standard deviation."""
+    rows = []
     for model in evidence.models:
         for method in [name for name in evidence.methods if f"{name}, seed 1" in evidence.methods]:
             groups = [method, f"{method}, seed 1", f"{method}, seed 2"]
+            cells = []
             for length in OPTIONS:
                 shares = [evidence.share(model, group, "passkey", "novels", length) for group in groups]
+                cells.append(_spread([share[0] for share in shares if share], len(groups), 2))
                 losses = [evidence.loss(model, group, length) for group in groups]
-                if None not in shares and None not in losses:
-                    keys, text = [share[0] for share in shares if share], [loss for loss in losses if loss is not None]
-                    rows[model, method][length] = [_spread(keys, 2), _spread(text, 4)]
-    lengths = [length for length in OPTIONS if all(length in cells for cells in rows.values())]
-    names = [f"{what}, {short(length)}" for length in lengths for what in ("keys", "text")]
-    lines = [
-        [name_of(model), _bold(method), *(cell for length in lengths for cell in cells[length])]
-        for (model, method), cells in rows.items()
-        if cells
-    ]
-    return markdown(["model", "method", *names], lines)
+                cells.append(_spread([loss for loss in losses if loss is not None], len(groups), 4))
+            if any(cells):
+                rows.append([name_of(model), _bold(method), *cells])
+    names = [f"{what}, {short(length)}" for length in OPTIONS for what in ("keys", "text")]
+    return _without_empty_columns(["model", "method", *names], rows)
 
 
-def _spread(figures: Sequence[float], digits: int) -> str:
-    return f"{mean(figures):.{digits}f} ± {stdev(figures):.{digits}f}"
+def _without_empty_columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    kept = [column for column in range(len(head)) if any(row[column] for row in rows)]
+    return markdown([head[column] for column in kept], [[row[column] for column in kept] for row in rows])
+
+
+def _spread(figures: Sequence[float], groups: int, digits: int) -> str:
+    return f"{mean(figures):.{digits}f} ± {stdev(figures):.{digits}f}" if len(figures) == groups else ""
 
 
 def _receptive(evidence: Evidence) -> str:
