@@ -1,7 +1,6 @@
 """From the text of a document to its row: fitting, the prompts it takes, and map-reduce.
 
-`Answerer.steps` asks for nothing itself: it yields prompts and is sent their answers, so that the same lines serve
-an engine, a server, and the passes of Ray.
+`Answerer.steps` asks for nothing itself: it yields prompts, and is sent their answers by the loop of the job.
 """
 
 from collections.abc import Generator
@@ -34,6 +33,9 @@ class Backend(Protocol):
             RecordError: this prompt cannot be answered.
             JobStoppedError: no prompt can be answered any more.
         """
+
+    async def close(self) -> None:
+        """End the engine, or the connection to others."""
 
 
 class Answerer:
@@ -112,19 +114,15 @@ class Answerer:
 
 
 def advance(steps: Steps, completions: list[Completion] | None) -> list[Prompt]:
-    """The next prompts of a document; none when its row is filled.
+    """The next prompts of a document, given the answers to the last; none when its row is filled.
 
     Raises:
-        RecordError: this document cannot be answered, whatever a tokenizer or a template makes of it.
+        RecordError: this document cannot be answered.
     """
     try:
-        return next(steps) if completions is None else steps.send(completions)
+        return steps.send(completions)  # type: ignore[arg-type]
     except StopIteration:
         return []
-    except RecordError:
-        raise
-    except Exception as error:
-        raise RecordError("preparation", f"{type(error).__name__}: {error}") from None
 
 
 def make_answerer(settings: JobSettings, tokenizer: Any, length: int | None) -> Answerer:

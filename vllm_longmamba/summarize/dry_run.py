@@ -8,6 +8,8 @@ from contextlib import AsyncExitStack, closing, nullcontext
 from rich.console import Console
 from rich.progress import track
 
+from vllm_longmamba.summarize.answering import make_answerer
+from vllm_longmamba.summarize.engine import tokenizer_and_length
 from vllm_longmamba.summarize.inputs import Inputs
 from vllm_longmamba.summarize.job import Starting, admitted_records, start_backend
 from vllm_longmamba.summarize.progress import Progress, listed, say
@@ -39,7 +41,11 @@ async def _dry_run(settings: JobSettings, console: Console, starting: Starting) 
         stack.callback(Watchdog().stop)
         store = stack.enter_context(closing(Store(settings.output, overwrite=settings.overwrite)))
         inputs = Inputs(settings.inputs, exclude=store.files())
-        _, answerer = await start_backend(stack, settings, console, starting, engine=False)
+        if settings.base_url is not None:
+            _, answerer = await start_backend(stack, settings, console, starting)
+        else:
+            with starting():
+                answerer = make_answerer(settings, *tokenizer_and_length(settings.engine))
         extractor = TextExtractor(settings.encoding, settings.max_bytes, settings.timeout_s)
         stack.callback(extractor.close)
         admitted = admitted_records(settings, inputs, store, progress)

@@ -75,7 +75,7 @@ class Store:
             raise ValueError(f"--output {output}: must end with {', '.join(WRITERS)}")
         self.output = output
         self.path = output.with_name(output.name + ".db")
-        self._exporting = threading.Lock()
+        self._admitting, self._exporting = threading.Lock(), threading.Lock()
         with ExitStack() as stack, _disk(self.path):
             if settings is not None:
                 self._rows = self._open(stack, settings, overwrite, retry_errors)
@@ -100,7 +100,7 @@ class Store:
             content. CLASHING: this run has met the id with another content.
         """
         key = blake3(record_id.encode()).digest(16)
-        with _disk(self.path):
+        with self._admitting, _disk(self.path):
             met = self._rows.execute("SELECT hash FROM met WHERE key = ?", (key,)).fetchone()
             if met is not None:
                 return Verdict.REPEATED if met == (content_hash,) else Verdict.CLASHING
@@ -153,7 +153,9 @@ class Store:
 
     def close(self) -> None:
         """Give everything free."""
-        self._resources.close()
+        # A thread that reads records may have been abandoned.
+        with self._admitting:
+            self._resources.close()
 
     def _open(
         self, stack: ExitStack, settings: dict[str, Any], overwrite: bool, retry_errors: bool
