@@ -87,7 +87,7 @@ def test_too_long(tokenizer: Any) -> None:
 @pytest.mark.parametrize("drop", ["end", "middle"])
 @pytest.mark.parametrize("limit", [40, 333])
 def test_truncated(tokenizer: Any, text: str, drop: str, limit: int) -> None:
-    prompt, dropped = truncated(maker(tokenizer), text, limit, drop=drop)
+    prompt, dropped = truncated(maker(tokenizer), text, limit, drop)
     kept = prompt.text.removesuffix("\n\nQ:")
     tokens = len(prompt.token_ids or [])
     assert limit - 12 <= tokens <= limit
@@ -121,7 +121,7 @@ def test_sections_without_a_border(tokenizer: Any) -> None:
 def test_nothing_fits(tokenizer: Any) -> None:
     grows = "{{ document }}{{ 'x' * document | length }}{{ instruction }}"
     with pytest.raises(RecordError, match="too long: "):
-        truncated(maker(tokenizer, template=grows + "{{ 'y' * 50 if document else '' }}"), TEXT, 30, drop="end")
+        truncated(maker(tokenizer, template=grows + "{{ 'y' * 50 if document else '' }}"), TEXT, 30, "end")
 
 
 def test_spans(tokenizer: Any) -> None:

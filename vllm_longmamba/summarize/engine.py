@@ -38,7 +38,7 @@ class EngineBackend:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         quiet = {"enable_log_requests": False, "disable_log_stats": True}
-        with interrupts_held_back():
+        with _interrupts_held_back():
             # As large steps and batches as `LLM` takes; the default for a server is a half or an eighth.
             self._engine: Any = AsyncLLM.from_engine_args(
                 AsyncEngineArgs(**(quiet | arguments)), usage_context=UsageContext.LLM_CLASS
@@ -92,7 +92,7 @@ def tokenizer_and_length(arguments: dict[str, Any]) -> tuple[Any, int | None]:
 
 
 @contextlib.contextmanager
-def interrupts_held_back() -> Iterator[None]:
+def _interrupts_held_back() -> Iterator[None]:
     """Ctrl-C reaches every process of the terminal; those started here never see it, and finish what they run."""
     # It would be started among the others, and lets interrupts through again when it is.
     resource_tracker.ensure_running()

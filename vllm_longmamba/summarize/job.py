@@ -103,7 +103,7 @@ def admitted_records(settings: JobSettings, inputs: Inputs, store: Store, progre
             record = replace(record, id=f"{record.id} ({record.where})", content=b"", error=error)
             verdict = store.admit(record.id, content_hash)
         if verdict is Verdict.NEW:
-            yield Admitted(record, Row(record.id, content_hash), next(numbers))
+            yield Admitted(record, Row(record.id, hash=content_hash), next(numbers))
         else:
             progress.skipped(record.weight, repeated=verdict is not Verdict.DONE)
 

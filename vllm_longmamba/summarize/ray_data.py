@@ -9,17 +9,18 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from concurrent.futures import Future
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vllm_longmamba.summarize.engine import interrupts_held_back, kept_full, tokenizer_and_length
+from vllm_longmamba.summarize.engine import kept_full, tokenizer_and_length
 from vllm_longmamba.summarize.prompts import Prompt
 from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError
 from vllm_longmamba.summarize.settings import JobSettings
 
 _DEFAULT_MAX_NUM_SEQS = 256
+_END_TIMEOUT_S = 10.0
 # A stage around the engines needs next to nothing.
 _SMALL = {"num_cpus": 0.01}
 # Variables of the driver that decide how an engine runs; never a secret, which Ray would log.
@@ -43,10 +44,12 @@ class RayBackend:
             self._each = math.ceil(settings.concurrency / settings.replicas)
         self.concurrency = settings.concurrency or self._each * settings.replicas
         self._numbers = itertools.count()
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        # What becomes a row of the dataset, by the number of its prompt.
+        self._waiting: dict[int, Future[dict[str, Any]]] = {}
         self._failure: JobStoppedError | None = None
-        # From this process to the first stage of the dataset.
+        # From this process to the first stage of the dataset; None ends it.
         self._prompts: Any = None
+        self._reading = threading.Thread(target=self._read_answers, name="ray-answers", daemon=True)
 
     def connect(self) -> None:
         """Reach or start the cluster, and start the engines there.
@@ -55,22 +58,21 @@ class RayBackend:
             JobStoppedError: the cluster cannot be reached.
         """
         self._prompts = _connected(self._settings)
-        loop = asyncio.get_running_loop()
-        threading.Thread(target=self._read_answers, args=(loop,), name="ray-answers", daemon=True).start()
+        self._reading.start()
 
     async def complete(self, prompt: Prompt) -> Completion:
         """Answer one prompt; see `Backend`."""
         import pyarrow as pa
 
-        if self._failure is not None:
-            raise self._failure
         parameters = self._settings.sampling.parameters()
-        number, future = next(self._numbers), asyncio.get_running_loop().create_future()
+        number, future = next(self._numbers), Future[dict[str, Any]]()
         self._waiting[number] = future
         request = {"number": number, "tokenized_prompt": prompt.token_ids, "sampling_params": parameters}
         try:
+            if self._failure is not None:
+                raise self._failure
             await self._prompts.put_async(pa.Table.from_pylist([request]))
-            row = await future
+            row = await asyncio.wrap_future(future)
         finally:
             del self._waiting[number]
         if row["__inference_error__"]:
@@ -84,30 +86,26 @@ class RayBackend:
         """End the engines, and a cluster that was started for them."""
         import ray
 
+        if self._prompts is not None and self._failure is None:
+            # Without an end of its dataset Ray would say that it failed.
+            await self._prompts.put_async(None)
+            await asyncio.to_thread(self._reading.join, _END_TIMEOUT_S)
         ray.shutdown()
 
-    def _read_answers(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Hand each answer to who waits for it; runs in a thread of its own until the dataset ends."""
-        failure: object = "the dataset ended"
+    def _read_answers(self) -> None:
+        """Hand each answer to who waits for it; in a thread of its own, until the dataset ends."""
         try:
             for row in self._answers():
-                loop.call_soon_threadsafe(self._receive, row)
+                future = self._waiting.get(row["number"])
+                # Who waited may have given up.
+                if future is not None and future.set_running_or_notify_cancel():
+                    future.set_result(row)
+            raise RuntimeError("the dataset ended")
         except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
-        # The loop may be over.
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(self._fail, JobStoppedError(f"Ray: {failure}"))
-
-    def _receive(self, row: dict[str, Any]) -> None:
-        future = self._waiting.get(row["number"])
-        if future is not None and not future.done():
-            future.set_result(row)
-
-    def _fail(self, failure: JobStoppedError) -> None:
-        self._failure = failure
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(failure)
+            self._failure = JobStoppedError(f"Ray: {type(error).__name__}: {error}")
+        for future in list(self._waiting.values()):
+            if future.set_running_or_notify_cancel():
+                future.set_exception(self._failure)
 
     def _answers(self) -> Iterator[dict[str, Any]]:
         """Rows of the dataset, as they come."""
@@ -118,8 +116,7 @@ class RayBackend:
 
         # Ray sends a function that stands in another one as a whole: workers need not have what this module imports.
         def take(_: Any) -> Iterator[Any]:
-            while True:
-                yield prompts.get()
+            yield from iter(prompts.get, None)
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -186,7 +183,7 @@ def _connected(settings: JobSettings) -> Any:
         # Ray lets workers run behind everything else on a machine; these are all that the cluster is for.
         more["_system_config"] = {"worker_niceness": 0}
     passed = [name for name in os.environ if name.startswith(_PASSED_VARIABLES) and not name.endswith(_SECRETS)]
-    with tempfile.TemporaryDirectory(prefix="longmamba-ray-") as staging, interrupts_held_back():
+    with tempfile.TemporaryDirectory(prefix="longmamba-ray-") as staging:
         environment = {
             "py_modules": plugin_modules(Path(staging)),
             "env_vars": {name: os.environ[name] for name in passed},

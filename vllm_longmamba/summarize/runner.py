@@ -5,14 +5,13 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 from pebble import concurrent
 
-from vllm_longmamba.summarize.answering import Answerer, Backend, advance
+from vllm_longmamba.summarize.answering import Answerer, Backend
 from vllm_longmamba.summarize.progress import Progress
 from vllm_longmamba.summarize.prompts import Prompt
 from vllm_longmamba.summarize.records import Admitted, Completion, DiskFullError, JobStoppedError, RecordError
@@ -52,8 +51,6 @@ class Runner:
         self._asked: asyncio.PriorityQueue[tuple[int, int, Prompt, asyncio.Future[Completion]]]
         self._asked = asyncio.PriorityQueue()
         self._order = itertools.count()
-        # One thread: fast tokenizers refuse to be used by two at a time.
-        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         # Told whenever there may be room for another document.
         self._room = asyncio.Condition()
         self._bytes = self.under_way = 0
@@ -93,7 +90,6 @@ class Runner:
             for task in helpers:
                 task.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
-            self._preparing.shutdown(wait=False, cancel_futures=True)
             self._extractor.close()
             self._progress.counts["dropped"] = self.under_way
 
@@ -130,13 +126,11 @@ class Runner:
 
     async def _fill(self, admitted: Admitted) -> str | None:
         """Fill the row of a document; why it cannot be filled."""
-        completions: list[Completion] | None = None
         try:
-            steps = self._answerer.steps(await self._extractor.text(admitted.record), admitted.row)
+            text = [await self._extractor.text(admitted.record)]
             admitted.record = replace(admitted.record, content=b"")
-            loop = asyncio.get_running_loop()
-            while prompts := await loop.run_in_executor(self._preparing, advance, steps, completions):
-                completions = await self._completions(prompts, admitted.number)
+            # Nothing here keeps the text.
+            await self._answerer.fill(admitted.row, text.pop(), partial(self._completions, admitted.number))
         except RecordError as failure:
             return str(failure)
         except JobStoppedError:
@@ -145,7 +139,7 @@ class Runner:
             return f"failed: {type(failure).__name__}: {failure}"
         return None
 
-    async def _completions(self, prompts: list[Prompt], number: int) -> list[Completion]:
+    async def _completions(self, number: int, prompts: list[Prompt]) -> list[Completion]:
         """Answers in the order of the prompts. Sections of an earlier document go before those of later ones."""
         asked: list[asyncio.Future[Completion]] = [asyncio.Future() for _ in prompts]
         for prompt, future in zip(prompts, asked, strict=True):

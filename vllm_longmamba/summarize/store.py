@@ -8,6 +8,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ class Store:
         Raises:
             DiskFullError: no room; nothing was written.
         """
-        text = json.dumps(row.to_dict(), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace").decode()
+        text = json.dumps(asdict(row), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace").decode()
         values = row.id, row.hash, row.error is not None, text
         with _disk(self.path):
             self._rows.execute("INSERT OR REPLACE INTO rows (id, hash, failed, row) VALUES (?, ?, ?, ?)", values)
