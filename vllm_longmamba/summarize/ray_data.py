@@ -9,7 +9,8 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -94,17 +95,17 @@ class RayBackend:
 
     def _read_answers(self) -> None:
         """Hand each answer to who waits for it; in a thread of its own, until the dataset ends."""
+        # Who waits may give up at any moment.
+        given_up = suppress(KeyError, InvalidStateError)
         try:
             for row in self._answers():
-                future = self._waiting.get(row["number"])
-                # Who waited may have given up.
-                if future is not None and future.set_running_or_notify_cancel():
-                    future.set_result(row)
+                with given_up:
+                    self._waiting[row["number"]].set_result(row)
             raise RuntimeError("the dataset ended")
         except Exception as error:
             self._failure = JobStoppedError(f"Ray: {type(error).__name__}: {error}")
         for future in list(self._waiting.values()):
-            if future.set_running_or_notify_cancel():
+            with given_up:
                 future.set_exception(self._failure)
 
     def _answers(self) -> Iterator[dict[str, Any]]:
