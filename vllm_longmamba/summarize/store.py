@@ -79,13 +79,16 @@ class Store:
         self._admitting, self._exporting = threading.Lock(), threading.Lock()
         with ExitStack() as stack, _disk(self.path):
             if settings is not None:
-                self._rows = self._open(stack, settings, overwrite, retry_errors)
+                self._lock(stack)
+                self._rows = self._connect(stack, "rw")
             elif self.path.exists() and self.path.stat().st_size and not overwrite:
                 self._rows = self._connect(stack, "ro")
             else:
                 self._rows = stack.enter_context(closing(sqlite3.connect("", isolation_level=None)))
             if not self._is_begun():
                 self._rows.executescript(_SCHEMA)
+            if settings is not None:
+                self._begin(settings, overwrite, retry_errors)
             self._rows.executescript(_MET)
             self._resources = stack.pop_all()
 
@@ -158,11 +161,13 @@ class Store:
         with self._admitting:
             self._resources.close()
 
-    def _open(
-        self, stack: ExitStack, settings: dict[str, Any], overwrite: bool, retry_errors: bool
-    ) -> sqlite3.Connection:
-        if not self.path.exists():
-            self._refuse_foreign()
+    def _lock(self, stack: ExitStack) -> None:
+        """Take the store, which is made if there is none, for this job alone."""
+        if os.path.lexists(self.output) and not self.path.exists():
+            raise ValueError(
+                f"{self.output} was not written by a job of `longmamba summarize` ({self.path.name} is not beside it); "
+                "choose another output, or move it away"
+            )
         self.output.parent.mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context(self.path.open("ab"))
         try:
@@ -171,25 +176,22 @@ class Store:
             raise ValueError(
                 f"{self.output} is being written by another job; wait for it, or choose another output"
             ) from None
-        self._rows = rows = self._connect(stack, "rw")
-        if not self._is_begun():
-            self._refuse_foreign()
-            rows.executescript(_SCHEMA)
-        self._check_output(rows)
-        rows.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
-        if not overwrite and self.count(failed=False):
-            before = _get(rows, "settings", {})
-            changed = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
-            if changed:
-                told = [f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in sorted(changed)]
-                raise ValueError(
-                    f"{self.output} was begun with other settings ({'; '.join(told)}); resume with the settings it "
-                    "was begun with, choose another output, or begin anew with --overwrite"
-                )
+
+    def _begin(self, settings: dict[str, Any], overwrite: bool, retry_errors: bool) -> None:
+        """Check what is there, and forget the rows that are to be answered anew."""
+        self._check_output(self._rows)
+        self._rows.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
+        before = _get(self._rows, "settings", {})
+        changed = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
+        if changed and self.count(failed=False) and not overwrite:
+            told = [f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in sorted(changed)]
+            raise ValueError(
+                f"{self.output} was begun with other settings ({'; '.join(told)}); resume with the settings it "
+                "was begun with, choose another output, or begin anew with --overwrite"
+            )
         if overwrite or retry_errors:
-            rows.execute(f"DELETE FROM rows {'' if overwrite else 'WHERE failed'}")
-        _set(rows, "settings", settings)
-        return rows
+            self._rows.execute(f"DELETE FROM rows {'' if overwrite else 'WHERE failed'}")
+        _set(self._rows, "settings", settings)
 
     def _connect(self, stack: ExitStack, mode: str) -> sqlite3.Connection:
         address = f"{self.path.absolute().as_uri()}?mode={mode}"
@@ -210,14 +212,6 @@ class Store:
                 f"{self.path} is no store of `longmamba summarize`; move it away, or choose another output"
             )
         return bool(tables)
-
-    def _refuse_foreign(self) -> None:
-        """Refuse an output without a store."""
-        if os.path.lexists(self.output):
-            raise ValueError(
-                f"{self.output} was not written by a job of `longmamba summarize` ({self.path.name} is not beside it); "
-                "choose another output, or move it away"
-            )
 
     def _check_output(self, connection: sqlite3.Connection) -> None:
         """Refuse to replace what this store has not written."""
