@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from vllm_longmamba.summarize.fitting import room_of, sections, truncated
-from vllm_longmamba.summarize.prompts import Prompt, PromptMaker, has_chat_template
+from vllm_longmamba.summarize.prompts import Prompt, PromptMaker
 from vllm_longmamba.summarize.records import Completion, RecordError, Row
 from vllm_longmamba.summarize.settings import Fit, JobSettings
 
@@ -128,7 +128,7 @@ def make_answerer(settings: JobSettings, tokenizer: Any, length: int | None) -> 
         ValueError: the settings do not suit the backend, or the template is wrong.
     """
     # Without a tokenizer, chat is what every OpenAI-compatible server has.
-    has_template = tokenizer is None or has_chat_template(tokenizer)
+    has_template = tokenizer is None or bool(getattr(tokenizer, "chat_template", None))
     chat = has_template if settings.prompt_kind == "auto" else settings.prompt_kind == "chat"
     if chat and not has_template:
         if settings.base_url is None:

@@ -92,8 +92,3 @@ class PromptMaker:
             return self._template.render(document=document, instruction=self._instruction)
         except Exception as error:
             raise RecordError("template", f"{type(error).__name__}: {error}") from None
-
-
-def has_chat_template(tokenizer: Any) -> bool:
-    """Whether a tokenizer comes with a chat template."""
-    return bool(getattr(tokenizer, "chat_template", None))

@@ -127,10 +127,8 @@ class Runner:
     async def _fill(self, admitted: Admitted) -> str | None:
         """Fill the row of a document; why it cannot be filled."""
         try:
-            text = [await self._extractor.text(admitted.record)]
-            admitted.record = replace(admitted.record, content=b"")
-            # Nothing here keeps the text.
-            await self._answerer.fill(admitted.row, text.pop(), partial(self._completions, admitted.number))
+            ask = partial(self._completions, admitted.number)
+            await self._answerer.fill(admitted.row, await self._text(admitted), ask)
         except RecordError as failure:
             return str(failure)
         except JobStoppedError:
@@ -138,6 +136,12 @@ class Runner:
         except Exception as failure:
             return f"failed: {type(failure).__name__}: {failure}"
         return None
+
+    async def _text(self, admitted: Admitted) -> str:
+        """The document of a record, which keeps nothing of it."""
+        text = await self._extractor.text(admitted.record)
+        admitted.record = replace(admitted.record, content=b"")
+        return text
 
     async def _completions(self, number: int, prompts: list[Prompt]) -> list[Completion]:
         """Answers in the order of the prompts. Sections of an earlier document go before those of later ones."""
