@@ -1,5 +1,6 @@
 """From a document to its row, with a model that counts."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -19,20 +20,17 @@ class Model:
         self.length = length
         self.prompts: list[str] = []
 
-    def completion(self, prompt: Prompt) -> Completion:
-        self.prompts.append(prompt.text)
-        return Completion(prompt.text[: self.length], len(prompt.text), self.length, "length")
+    async def ask(self, prompts: list[Prompt]) -> list[Completion]:
+        texts = [prompt.text for prompt in prompts]
+        self.prompts += texts
+        return [Completion(text[: self.length], len(text), self.length, "length") for text in texts]
 
 
 def answer(document: str, fit: Fit, tokenizer: Any, model: Model, limit: int | None = 100) -> Row:
-    row = Row("id", "hash")
-    steps = Answerer(PromptMaker(False, "Q:", None, tokenizer), fit, MAX_TOKENS, limit).steps(document, row)
-    prompts = next(steps)
-    try:
-        while True:
-            prompts = steps.send([model.completion(prompt) for prompt in prompts])
-    except StopIteration:
-        return row
+    row = Row("id")
+    answerer = Answerer(PromptMaker(False, "Q:", None, tokenizer), fit, MAX_TOKENS, limit)
+    asyncio.run(answerer.fill(row, document, model.ask))
+    return row
 
 
 @pytest.mark.parametrize("mode", ["error", "truncate", "map-reduce"])

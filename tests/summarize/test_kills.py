@@ -230,7 +230,6 @@ def test_kills_among_bad_inputs(tmp_path: Path, output: str) -> None:
 class InstantBackend:
     """Answers without a server."""
 
-    chat = False
     tokenizer = None
     max_model_len = None
     concurrency = 32

@@ -27,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def a_row(**more: object) -> Row:
-    return Row("a", "hash", prompt_tokens=900, output_tokens=100, **more)  # type: ignore[arg-type]
+    return Row("a", prompt_tokens=900, output_tokens=100, **more)  # type: ignore[arg-type]
 
 
 def test_state(clock: Clock) -> None:

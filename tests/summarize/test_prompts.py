@@ -1,14 +1,16 @@
 """Prompts, and what is done with documents that are too long for one."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vllm_longmamba.summarize.answering import Answerer
+from vllm_longmamba.summarize.answering import Answerer, make_answerer
 from vllm_longmamba.summarize.fitting import room_of, sections, truncated
-from vllm_longmamba.summarize.prompts import Prompt, PromptMaker, has_chat_template
+from vllm_longmamba.summarize.prompts import Prompt, PromptMaker
 from vllm_longmamba.summarize.records import RecordError
-from vllm_longmamba.summarize.settings import Fit
+from vllm_longmamba.summarize.settings import Fit, JobSettings
 
 TEXT = "First paragraph, one sentence. And another one!\n\nSecond paragraph; it is longer than the first. " * 20
 
@@ -25,14 +27,17 @@ def test_base_prompts(tokenizer: Any) -> None:
     assert (prompt.text, prompt.token_ids) == ("A text.\n\nWho?", None)
 
 
-def test_chat_prompts(tokenizer: Any) -> None:
-    assert not has_chat_template(tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
-    try:
-        assert has_chat_template(tokenizer)
-        prompt = PromptMaker(True, None, None, tokenizer).prompt("A text.")
-    finally:
-        tokenizer.chat_template = None
+def test_chat_prompts(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the tokenizer has a chat template and nobody says otherwise."""
+    settings = JobSettings(inputs=["in"], output=Path("out.jsonl"), model="m")
+    assert not make_answerer(settings, tokenizer, None).maker.chat
+    with pytest.raises(ValueError, match="--prompt chat: the tokenizer of m has no chat template"):
+        make_answerer(replace(settings, prompt_kind="chat"), tokenizer, None)
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    assert not make_answerer(replace(settings, prompt_kind="base"), tokenizer, None).maker.chat
+    prompt = make_answerer(settings, tokenizer, None).maker.prompt("A text.")
+    assert prompt.chat
     assert prompt.content == "A text.\n\nSummarize the document above."
     assert prompt.text == f"[user]{prompt.content}[assistant]"
     assert prompt.token_ids == list(prompt.text.encode())
@@ -87,7 +92,7 @@ def test_too_long(tokenizer: Any) -> None:
 @pytest.mark.parametrize("drop", ["end", "middle"])
 @pytest.mark.parametrize("limit", [40, 333])
 def test_truncated(tokenizer: Any, text: str, drop: str, limit: int) -> None:
-    prompt, dropped = truncated(maker(tokenizer), text, limit, drop=drop)
+    prompt, dropped = truncated(maker(tokenizer), text, limit, drop)
     kept = prompt.text.removesuffix("\n\nQ:")
     tokens = len(prompt.token_ids or [])
     assert limit - 12 <= tokens <= limit
@@ -121,7 +126,7 @@ def test_sections_without_a_border(tokenizer: Any) -> None:
 def test_nothing_fits(tokenizer: Any) -> None:
     grows = "{{ document }}{{ 'x' * document | length }}{{ instruction }}"
     with pytest.raises(RecordError, match="too long: "):
-        truncated(maker(tokenizer, template=grows + "{{ 'y' * 50 if document else '' }}"), TEXT, 30, drop="end")
+        truncated(maker(tokenizer, template=grows + "{{ 'y' * 50 if document else '' }}"), TEXT, 30, "end")
 
 
 def test_spans(tokenizer: Any) -> None:

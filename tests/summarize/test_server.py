@@ -23,10 +23,6 @@ from .stub_server import MODEL, ODD_ANSWERS, StubServer, answer
 SILENT = Console(file=io.StringIO())
 
 
-def prompt(text: str) -> Prompt:
-    return Prompt(text, text, None)
-
-
 def settings(url: str, **options: Any) -> JobSettings:
     more: dict[str, Any] = {"sampling": Sampling(max_tokens=5)} | options
     return JobSettings(inputs=("in",), output=Path("out.jsonl"), base_url=url, **more)
@@ -37,9 +33,8 @@ async def ask(server: StubServer, *texts: str, chat: bool = False, **options: An
     backend = ServerBackend(settings(server.url, **options))
     try:
         await backend.connect(SILENT)
-        backend.chat = chat
         for text in texts:
-            completion = await backend.complete(prompt(text))
+            completion = await backend.complete(Prompt(text, text, None, chat))
         return completion
     finally:
         await backend.close()

@@ -224,7 +224,7 @@ def test_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
         reading, writing = os.pipe()
         os.write(writing, b'{"id": "a", "text": "one"}\n{"text": "two"}\n')
         os.close(writing)
-        monkeypatch.setattr("vllm_longmamba.summarize.sources.open_stdin", lambda descriptor=reading: descriptor)
         files = [InputFile("-", file_format, None, 0)]
-        assert [record.id for record in read_records(files, settings)] == expected
-        os.close(reading)
+        with open(reading) as stdin:
+            monkeypatch.setattr("sys.stdin", stdin)
+            assert [record.id for record in read_records(files, settings)] == expected

@@ -25,7 +25,7 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def row(record_id: str, summary: str = "s", content_hash: str = "h", error: str | None = None) -> Row:
-    return Row(record_id, content_hash, summary, error=error)
+    return Row(record_id, summary, error=error, hash=content_hash)
 
 
 def write(output: Path, *rows: Row, **more: Any) -> None:
@@ -220,7 +220,7 @@ store = Store(Path(sys.argv[1]), {"max_tokens": 5})
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 for number in range(1000):
     try:
-        store.put(Row(str(number), "h", "x" * 1000))
+        store.put(Row(str(number), "x" * 1000))
     except DiskFullError as error:
         print(number, error)
         break

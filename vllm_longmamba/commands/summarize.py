@@ -1,5 +1,6 @@
 """The `longmamba summarize` command."""
 
+import asyncio
 from dataclasses import replace
 from functools import partial
 from typing import Annotated
@@ -26,7 +27,7 @@ def summarize(
     ] = False,
 ) -> None:
     """Summarize many long documents, or do with each what --instruction says. Resumable at any moment."""
-    from vllm_longmamba.summarize.dry_run import dry_run as run_dry
+    from vllm_longmamba.summarize.dry_run import dry_run as count
     from vllm_longmamba.summarize.job import run_job
 
     settings = replace(
@@ -39,6 +40,6 @@ def summarize(
     )
     console, starting = Console(stderr=True), partial(explained_start, engine.verbose)
     if dry_run:
-        run_dry(settings, console, starting)
+        asyncio.run(count(settings, console, starting))
     else:
         raise typer.Exit(run_job(settings, console, starting))

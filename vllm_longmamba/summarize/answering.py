@@ -1,21 +1,21 @@
-"""From the text of a document to its row: fitting, the prompts it takes, and map-reduce.
+"""From the text of a document to its row: fitting, the prompts it takes, and map-reduce."""
 
-`Answerer.steps` asks for nothing itself: it yields prompts and is sent their answers, so that the same lines serve
-an engine, a server, and the passes of Ray.
-"""
-
-from collections.abc import Generator
-from typing import Any, Protocol
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 from vllm_longmamba.summarize.fitting import room_of, sections, truncated
-from vllm_longmamba.summarize.prompts import Prompt, PromptMaker, has_chat_template
+from vllm_longmamba.summarize.prompts import Prompt, PromptMaker
 from vllm_longmamba.summarize.records import Completion, RecordError, Row
 from vllm_longmamba.summarize.settings import Fit, JobSettings
 
 # A level of map-reduce must shrink the text, or the levels never end.
 _MIN_ROOM_IN_ANSWERS = 2
 
-Steps = Generator[list[Prompt], list[Completion], None]
+# Has prompts answered.
+Ask = Callable[[list[Prompt]], Awaitable[list[Completion]]]
+T = TypeVar("T")
 
 
 class Backend(Protocol):
@@ -35,6 +35,9 @@ class Backend(Protocol):
             JobStoppedError: no prompt can be answered any more.
         """
 
+    async def close(self) -> None:
+        """End the engine, or the connection to others."""
+
 
 class Answerer:
     """Knows which prompts a document takes; `limit` is how many tokens each may have, None where nobody can tell.
@@ -46,6 +49,8 @@ class Answerer:
     def __init__(self, maker: PromptMaker, fit: Fit, max_tokens: int, limit: int | None) -> None:
         self.maker, self.limit = maker, limit
         self._fit, self._max_tokens = fit, max_tokens
+        # One: fast tokenizers refuse to be used by two threads at a time.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         if fit.mode != "error" and not getattr(maker.tokenizer, "is_fast", False):
             raise ValueError(
                 f"--fit {fit.mode} needs a fast tokenizer of the model; name a folder that has one with --tokenizer"
@@ -65,37 +70,34 @@ class Answerer:
         """Whether a prompt has no more tokens than it may have; True where nobody can tell."""
         return self.limit is None or prompt.tokens <= self.limit
 
-    def steps(self, document: str, row: Row) -> Steps:
-        """Fill the row of a document.
-
-        Yields:
-            Prompts to answer; their completions must be sent in return.
+    async def fill(self, row: Row, document: str, ask: Ask) -> None:
+        """Fill the row of a document with the answers to its prompts.
 
         Raises:
             RecordError: this document cannot be answered.
         """
-        prompt = self.maker.prompt(document)
+        prompt = await self._prepared(self.maker.prompt, document)
         if self.limit is not None and not self.fits(prompt):
             if self._fit.mode == "error":
                 fitting = f"{self.limit} fit beside {self._max_tokens} of answer; --fit truncate or map-reduce"
                 raise RecordError("too long", f"{prompt.tokens} tokens of prompt, and {fitting}")
             if self._fit.mode == "truncate":
-                prompt, row.dropped_tokens = truncated(self.maker, document, self.limit, drop=self._fit.drop)
+                cut = self._prepared(truncated, self.maker, document, self.limit, self._fit.drop)
+                prompt, row.dropped_tokens = await cut
             else:
-                prompt = yield from self._reduced(document, self.limit, row)
-        # They would stay in memory until the answer is there.
-        asked = [prompt]
-        del document, prompt
-        (answer,) = yield asked
+                prompt = await self._reduced(row, document, self.limit, ask)
+        # It would stay in memory until the answer is there.
+        del document
+        (answer,) = await ask([prompt])
         row.count([answer])
         row.summary, row.finish_reason = answer.text, answer.finish_reason
 
-    def _reduced(self, text: str, limit: int, row: Row) -> Generator[list[Prompt], list[Completion], Prompt]:
+    async def _reduced(self, row: Row, text: str, limit: int, ask: Ask) -> Prompt:
         """Ask about sections, then about their answers together, and so on until these fit in one prompt."""
         row.steps = []
         level, maker = 1, self.maker
         while True:
-            answers = yield [maker.prompt(section) for section in sections(maker, text, limit)]
+            answers = await ask(await self._prepared(_section_prompts, maker, text, limit))
             row.count(answers)
             for number, answer in enumerate(answers, 1):
                 counts = {"prompt_tokens": answer.prompt_tokens, "output_tokens": answer.output_tokens}
@@ -107,24 +109,16 @@ class Answerer:
                 raise RecordError("map-reduce", f"level {level} did not make the text shorter; lower --max-tokens")
             text, level = shorter, level + 1
             maker = self.maker.with_instruction(self._fit.reduce_instruction)
-            if self.fits(prompt := maker.prompt(text)):
+            prompt = await self._prepared(maker.prompt, text)
+            if self.fits(prompt):
                 return prompt
 
+    async def _prepared(self, prepare: Callable[..., T], *given: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, prepare, *given)
 
-def advance(steps: Steps, completions: list[Completion] | None) -> list[Prompt]:
-    """The next prompts of a document; none when its row is filled.
 
-    Raises:
-        RecordError: this document cannot be answered, whatever a tokenizer or a template makes of it.
-    """
-    try:
-        return next(steps) if completions is None else steps.send(completions)
-    except StopIteration:
-        return []
-    except RecordError:
-        raise
-    except Exception as error:
-        raise RecordError("preparation", f"{type(error).__name__}: {error}") from None
+def _section_prompts(maker: PromptMaker, text: str, limit: int) -> list[Prompt]:
+    return [maker.prompt(section) for section in sections(maker, text, limit)]
 
 
 def make_answerer(settings: JobSettings, tokenizer: Any, length: int | None) -> Answerer:
@@ -134,7 +128,7 @@ def make_answerer(settings: JobSettings, tokenizer: Any, length: int | None) -> 
         ValueError: the settings do not suit the backend, or the template is wrong.
     """
     # Without a tokenizer, chat is what every OpenAI-compatible server has.
-    has_template = tokenizer is None or has_chat_template(tokenizer)
+    has_template = tokenizer is None or bool(getattr(tokenizer, "chat_template", None))
     chat = has_template if settings.prompt_kind == "auto" else settings.prompt_kind == "chat"
     if chat and not has_template:
         if settings.base_url is None:

@@ -28,7 +28,7 @@ def room_of(maker: PromptMaker, limit: int) -> int:
     return room
 
 
-def truncated(maker: PromptMaker, document: str, limit: int, *, drop: str) -> tuple[Prompt, int]:
+def truncated(maker: PromptMaker, document: str, limit: int, drop: str) -> tuple[Prompt, int]:
     """Cut tokens out of a document until its prompt fits; the prompt, and how many tokens of the document it lacks.
 
     Raises:

@@ -62,16 +62,15 @@ async def _run(settings: JobSettings, progress: Progress, starting: Starting) ->
         # Nobody knows which part of the bytes the first records are.
         progress.total_bytes = inputs.total_bytes if settings.limit is None else 0
         admitted = admitted_records(settings, inputs, store, progress)
-        complete, failure = True, None
+        complete = True
         # Where nothing is left to do, no engine is started for it.
         if (first := next(admitted, None)) is not None:
-            async with AsyncExitStack() as stack:
-                runner = await _start(stack, settings, chain([first], admitted), store, progress, starting)
-                complete, failure = await _watched(runner, progress), runner.failure
-        if not isinstance(failure, DiskFullError):
-            store.export()
-        if failure is not None:
-            raise failure
+            try:
+                complete = await _answer(settings, chain([first], admitted), store, progress, starting)
+            except JobStoppedError:
+                store.export()
+                raise
+        store.export()
         if not complete:
             return EXIT_INTERRUPTED, _interrupted(settings)
         text = f"complete: {settings.output}"
@@ -104,83 +103,73 @@ def admitted_records(settings: JobSettings, inputs: Inputs, store: Store, progre
             record = replace(record, id=f"{record.id} ({record.where})", content=b"", error=error)
             verdict = store.admit(record.id, content_hash)
         if verdict is Verdict.NEW:
-            yield Admitted(record, Row(record.id, content_hash), next(numbers))
+            yield Admitted(record, Row(record.id, hash=content_hash), next(numbers))
         else:
             progress.skipped(record.weight, repeated=verdict is not Verdict.DONE)
 
 
 async def start_backend(
-    stack: AsyncExitStack, settings: JobSettings, console: Console, starting: Starting, *, engine: bool
-) -> tuple[Backend | None, Answerer]:
-    """Reach the server, or start an engine here if there is to be one; who answers prompts, and who knows them.
+    stack: AsyncExitStack, settings: JobSettings, console: Console, starting: Starting
+) -> tuple[Backend, Answerer]:
+    """Reach the server or the cluster, or start an engine here; who answers prompts, and who knows them.
 
     Raises:
         ValueError: vLLM refuses the arguments, or the settings do not suit the model.
-        JobStoppedError: the server cannot be reached.
+        JobStoppedError: the server or the cluster cannot be reached.
     """
+    backend: Backend
     if settings.base_url is not None:
         from vllm_longmamba.summarize.server import ServerBackend
 
-        server = ServerBackend(settings)
+        backend = server = ServerBackend(settings)
         stack.push_async_callback(server.close)
         await server.connect(console)
-        answerer = make_answerer(settings, server.tokenizer, server.max_model_len)
-        server.chat = answerer.maker.chat
-        return server, answerer
-    from vllm_longmamba.summarize.engine import EngineBackend, tokenizer_and_length
+    elif settings.ray_address is not None:
+        from vllm_longmamba.summarize.ray_data import RayBackend
 
-    if not engine:
+        say(console, f"starting {settings.replicas} engines on Ray ({settings.ray_address})")
         with starting():
-            return None, make_answerer(settings, *tokenizer_and_length(settings.engine))
-    say(console, f"starting the engine with {settings.model}")
-    with starting():
-        backend = EngineBackend(settings.engine, settings.sampling, settings.concurrency)
-    stack.push_async_callback(backend.close)
+            backend = ray = RayBackend(settings)
+        stack.push_async_callback(ray.close)
+        ray.connect()
+    else:
+        from vllm_longmamba.summarize.engine import EngineBackend
+
+        say(console, f"starting the engine with {settings.model}")
+        with starting():
+            backend = EngineBackend(settings.engine, settings.sampling, settings.concurrency)
+        stack.push_async_callback(backend.close)
     return backend, make_answerer(settings, backend.tokenizer, backend.max_model_len)
 
 
-async def _start(
-    stack: AsyncExitStack,
-    settings: JobSettings,
-    admitted: Iterator[Admitted],
-    store: Store,
-    progress: Progress,
-    starting: Starting,
-) -> Runner:
-    """Start what answers, and the watchdog over it; the loop, ready to run."""
-    watchdog = Watchdog()
-    on_ray = settings.ray_address is not None
-    if not on_ray:
-        # On Ray it waits for the end of this process, and ends what Ray leaves of a cluster on this machine.
-        stack.callback(watchdog.stop)
-    extractor = TextExtractor(settings.encoding, settings.max_bytes, settings.timeout_s)
-    backend, answerer = await start_backend(stack, settings, progress.console, starting, engine=not on_ray)
-    if backend is not None:
-        return Runner(admitted, answerer, extractor, backend, store, progress)
-    from vllm_longmamba.summarize.ray_data import RayRunner
+async def _answer(
+    settings: JobSettings, admitted: Iterator[Admitted], store: Store, progress: Progress, starting: Starting
+) -> bool:
+    """Start what answers, and the watchdog over it, and answer the records; whether all of them have a row now.
 
-    say(progress.console, f"starting {settings.replicas} engines on Ray ({settings.ray_address})")
-    return RayRunner(admitted, answerer, extractor, settings, store, progress)
+    The first interrupt lets what is under way finish, the second drops it.
+    """
+    async with AsyncExitStack() as stack:
+        watchdog = Watchdog()
+        if settings.ray_address is None:
+            # On Ray it waits for the end of this process, and ends what Ray leaves of a cluster on this machine.
+            stack.callback(watchdog.stop)
+        extractor = TextExtractor(settings.encoding, settings.max_bytes, settings.timeout_s)
+        backend, answerer = await start_backend(stack, settings, progress.console, starting)
+        runner = Runner(admitted, answerer, extractor, backend, store, progress)
+        interrupts = count(1)
 
+        def interrupt() -> None:
+            if next(interrupts) == 1:
+                say(progress.console, f"finishing {runner.under_way} documents; once more drops them")
+                runner.stop()
+            else:
+                runner.abort()
 
-async def _watched(runner: Runner, progress: Progress) -> bool:
-    """Run the loop; the first interrupt lets it finish what is under way, the second ends it."""
-    interrupts = count(1)
-
-    def interrupt() -> None:
-        if next(interrupts) == 1:
-            say(progress.console, f"finishing {runner.under_way} documents; once more drops them")
-            runner.stop()
-        else:
-            runner.abort()
-
-    loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
-    for number in signals:
-        loop.add_signal_handler(number, interrupt)
-    progress.begin()
-    try:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, interrupt)
+            stack.callback(loop.remove_signal_handler, number)
+        progress.begin()
+        stack.callback(progress.end)
         return await runner.run()
-    finally:
-        progress.end()
-        for number in signals:
-            loop.remove_signal_handler(number)

@@ -20,11 +20,13 @@ class Prompt:
         text: the whole prompt, a chat template applied where there is one.
         content: the message of the user: the same without a chat template.
         token_ids: tokens of `text`; None where no tokenizer is at hand.
+        chat: whether a server gets `content` as a message, and not `text`.
     """
 
     text: str
     content: str
     token_ids: list[int] | None
+    chat: bool = False
 
     @property
     def tokens(self) -> int:
@@ -67,12 +69,12 @@ class PromptMaker:
         """
         text = content = self._render(document)
         if self.tokenizer is None:
-            return Prompt(text, content, None)
+            return Prompt(text, content, None, self.chat)
         if self.chat:
             messages = [{"role": "user", "content": content}]
             text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         # A chat template writes its special tokens itself.
-        return Prompt(text, content, list(self.tokenizer.encode(text, add_special_tokens=not self.chat)))
+        return Prompt(text, content, list(self.tokenizer.encode(text, add_special_tokens=not self.chat)), self.chat)
 
     def with_instruction(self, instruction: str | None) -> "PromptMaker":
         """The same prompts with another instruction, where one is given."""
@@ -90,8 +92,3 @@ class PromptMaker:
             return self._template.render(document=document, instruction=self._instruction)
         except Exception as error:
             raise RecordError("template", f"{type(error).__name__}: {error}") from None
-
-
-def has_chat_template(tokenizer: Any) -> bool:
-    """Whether a tokenizer comes with a chat template."""
-    return bool(getattr(tokenizer, "chat_template", None))

@@ -1,164 +1,123 @@
-"""Many engines on a Ray cluster, by Ray Data and its vLLM processor (`ray.data.llm`): read, build_processor, write.
-
-This process reads and tokenizes all documents into the cluster's object store, one dataset takes them through the
-engines, and each row is written as it comes back. Map-reduce takes a pass, a dataset of its own, for each level.
-"""
+"""Many engines on a Ray cluster: one dataset, from a queue of prompts through Ray Data's vLLM processor to answers."""
 
 import asyncio
+import itertools
 import logging
 import math
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vllm_longmamba.summarize.answering import Answerer, Steps, advance
-from vllm_longmamba.summarize.engine import kept_full
-from vllm_longmamba.summarize.progress import Progress
-from vllm_longmamba.summarize.records import Admitted, Completion, DiskFullError, JobStoppedError, RecordError
-from vllm_longmamba.summarize.runner import Runner
+from vllm_longmamba.summarize.engine import kept_full, tokenizer_and_length
+from vllm_longmamba.summarize.prompts import Prompt
+from vllm_longmamba.summarize.records import Completion, JobStoppedError, RecordError
 from vllm_longmamba.summarize.settings import JobSettings
-from vllm_longmamba.summarize.store import Store
-from vllm_longmamba.summarize.texts import TextExtractor
 
 _DEFAULT_MAX_NUM_SEQS = 256
-_BLOCK_PROMPTS = 64
+_END_TIMEOUT_S = 10.0
+# A stage around the engines needs next to nothing.
+_SMALL = {"num_cpus": 0.01}
 # Variables of the driver that decide how an engine runs; never a secret, which Ray would log.
 _PASSED_VARIABLES = ("VLLM_", "HF_", "OMP_", "NUMBA_", "TRITON_")
 _SECRETS = ("TOKEN", "KEY")
 
 
-@dataclass
-class _Document:
-    admitted: Admitted
-    steps: Steps
-    # To its present prompts.
-    answers: list[Completion | None] = field(default_factory=list)
+class RayBackend:
+    """The engines of a cluster; `connect` must come first.
 
+    Raises:
+        ValueError: vLLM refuses the arguments.
+    """
 
-class RayRunner(Runner):
-    """Runs a job over records on a cluster."""
-
-    def __init__(
-        self,
-        admitted: Iterator[Admitted],
-        answerer: Answerer,
-        extractor: TextExtractor,
-        settings: JobSettings,
-        store: Store,
-        progress: Progress,
-    ) -> None:
-        super().__init__(admitted, answerer, extractor, None, store, progress)
+    def __init__(self, settings: JobSettings) -> None:
         self._settings = settings
-        self._waiting: dict[int, _Document] = {}
-        self._prompts: list[dict[str, Any]] = []
-        self._blocks: list[Any] = []
+        self.tokenizer, self.max_model_len = tokenizer_and_length(settings.engine)
+        # Prompts in each engine.
+        self._each = kept_full(int(settings.engine.get("max_num_seqs") or _DEFAULT_MAX_NUM_SEQS))
+        if settings.concurrency:
+            self._each = math.ceil(settings.concurrency / settings.replicas)
+        self.concurrency = settings.concurrency or self._each * settings.replicas
+        self._numbers = itertools.count()
+        # What becomes a row of the dataset, by the number of its prompt.
+        self._waiting: dict[int, Future[dict[str, Any]]] = {}
+        self._failure: JobStoppedError | None = None
+        # From this process to the first stage of the dataset; None ends it.
+        self._prompts: Any = None
+        self._reading = threading.Thread(target=self._read_answers, name="ray-answers", daemon=True)
 
-    def stop(self) -> None:
-        """End after the next row."""
-        self._stopped = True
+    def connect(self) -> None:
+        """Reach or start the cluster, and start the engines there.
 
-    def abort(self) -> None:
-        """End at once."""
+        Raises:
+            JobStoppedError: the cluster cannot be reached.
+        """
+        self._prompts = _connected(self._settings)
+        self._reading.start()
+
+    async def complete(self, prompt: Prompt) -> Completion:
+        """Answer one prompt; see `Backend`."""
+        import pyarrow as pa
+
+        parameters = self._settings.sampling.parameters()
+        number, future = next(self._numbers), Future[dict[str, Any]]()
+        self._waiting[number] = future
+        request = {"number": number, "tokenized_prompt": prompt.token_ids, "sampling_params": parameters}
+        try:
+            if self._failure is not None:
+                raise self._failure
+            await self._prompts.put_async(pa.Table.from_pylist([request]))
+            row = await asyncio.wrap_future(future)
+        finally:
+            del self._waiting[number]
+        if row["__inference_error__"]:
+            raise RecordError("refused", row["__inference_error__"])
+        tokens = row["generated_tokens"]
+        # The processor does not hand the reason on.
+        is_cut = len(tokens) >= parameters["max_tokens"] and tokens[-1] != self.tokenizer.eos_token_id
+        return Completion(row["generated_text"], row["num_input_tokens"], len(tokens), "length" if is_cut else "stop")
+
+    async def close(self) -> None:
+        """End the engines, and a cluster that was started for them."""
         import ray
 
-        self.stop()
+        if self._prompts is not None and self._failure is None:
+            # Without an end of its dataset Ray would say that it failed.
+            await self._prompts.put_async(None)
+            await asyncio.to_thread(self._reading.join, _END_TIMEOUT_S)
         ray.shutdown()
 
-    async def run(self) -> bool:
-        """Answer the records; whether all of them have a row now."""
-        import ray
-
+    def _read_answers(self) -> None:
+        """Hand each answer to who waits for it; in a thread of its own, until the dataset ends."""
+        # Who waits may give up at any moment.
+        given_up = suppress(KeyError, InvalidStateError)
         try:
-            with tempfile.TemporaryDirectory(prefix="longmamba-ray-") as staging:
-                environment = {"py_modules": plugin_modules(Path(staging)), "env_vars": _passed_variables()}
-                _connect(self._settings, environment)
-                await self._answer_in_passes(environment)
-        except (JobStoppedError, DiskFullError) as error:
-            self.failure = error
+            for row in self._answers():
+                with given_up:
+                    self._waiting[row["number"]].set_result(row)
+            raise RuntimeError("the dataset ended")
         except Exception as error:
-            if not self._stopped:
-                self.failure = JobStoppedError(f"Ray: {type(error).__name__}: {error}")
-        finally:
-            ray.shutdown()
-            self._extractor.close()
-            self._progress.counts["dropped"] = self.under_way
-        return self.failure is None and not self._stopped
+            self._failure = JobStoppedError(f"Ray: {type(error).__name__}: {error}")
+        for future in list(self._waiting.values()):
+            with given_up:
+                future.set_exception(self._failure)
 
-    async def _answer_in_passes(self, environment: dict[str, Any]) -> None:
-        while not self._stopped and (admitted := await asyncio.to_thread(next, self._admitted, None)):
-            try:
-                text = await self._extractor.text(admitted.record)
-            except RecordError as error:
-                self.finish(admitted, str(error))
-                continue
-            self._waiting[admitted.number] = _Document(admitted, self._answerer.steps(text, admitted.row))
-            await asyncio.to_thread(self._advance, admitted.number, None)
-        while not self._stopped and (self._prompts or self._blocks):
-            await asyncio.to_thread(self._pass, environment)
-
-    def _pass(self, environment: dict[str, Any]) -> None:
-        self._put_block()
-        blocks, self._blocks = self._blocks, []
-        for row in self._answered(blocks, environment):
-            if self._stopped:
-                return
-            if row["document"] in self._waiting:
-                self._receive(row)
-
-    def _advance(self, number: int, completions: list[Completion] | None) -> None:
-        """Put the next prompts of a document into the next pass, or write its row."""
-        document, error, prompts = self._waiting[number], None, []
-        try:
-            prompts = advance(document.steps, completions)
-        except RecordError as failure:
-            error = str(failure)
-        document.answers = [None] * len(prompts)
-        for index, prompt in enumerate(prompts):
-            request = {"document": number, "prompt": index, "tokenized_prompt": prompt.token_ids}
-            self._prompts.append(request | {"sampling_params": self._settings.sampling.parameters()})
-            if len(self._prompts) == _BLOCK_PROMPTS:
-                self._put_block()
-        if not prompts:
-            self._end(number, error)
-        self.under_way = len(self._waiting)
-
-    def _receive(self, row: dict[str, Any]) -> None:
-        number = row["document"]
-        if row["__inference_error__"]:
-            self._end(number, f"refused: {row['__inference_error__']}")
-            return
-        tokens = list(row["generated_tokens"])
-        # The processor does not hand the reason on.
-        end = self._answerer.maker.tokenizer.eos_token_id
-        cut = len(tokens) >= self._settings.sampling.max_tokens and tokens[-1] != end
-        answers = self._waiting[number].answers
-        answers[row["prompt"]] = Completion(
-            row["generated_text"], row["num_input_tokens"], len(tokens), "length" if cut else "stop"
-        )
-        whole = [answer for answer in answers if answer is not None]
-        if len(whole) == len(answers):
-            self._advance(number, whole)
-
-    def _end(self, number: int, error: str | None) -> None:
-        self.finish(self._waiting.pop(number).admitted, error)
-        self.under_way = len(self._waiting)
-
-    def _put_block(self) -> None:
-        import pyarrow as pa
-        import ray
-
-        if self._prompts:
-            self._blocks.append(ray.put(pa.Table.from_pylist(self._prompts)))
-            self._prompts = []
-
-    def _answered(self, blocks: list[Any], environment: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _answers(self) -> Iterator[dict[str, Any]]:
+        """Rows of the dataset, as they come."""
         import ray
         from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+        prompts = self._prompts
+
+        # Ray sends a function that stands in another one as a whole: workers need not have what this module imports.
+        def take(_: Any) -> Iterator[Any]:
+            yield from iter(prompts.get, None)
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -167,34 +126,32 @@ class RayRunner(Runner):
         context.target_max_block_size = 1
         engine, replicas = dict(self._settings.engine), self._settings.replicas
         model = engine.pop("model")
-        each = kept_full(int(engine.get("max_num_seqs") or _DEFAULT_MAX_NUM_SEQS))
-        if self._settings.concurrency:
-            each = math.ceil(self._settings.concurrency / replicas)
         device = "GPU" if ray.cluster_resources().get("GPU") else "CPU"  # type: ignore[no-untyped-call]
         config = vLLMEngineProcessorConfig(
             # As an absolute path, which workers can find too if they share the file system.
             model_source=str(Path(model).resolve()) if Path(model).is_dir() else model,
             engine_kwargs=engine,
-            runtime_env=environment,
             concurrency=(replicas, replicas),
             batch_size=1,
-            **dict.fromkeys(("max_concurrent_batches", "max_tasks_in_flight_per_actor", "max_pending_requests"), each),
+            max_concurrent_batches=self._each,
+            max_tasks_in_flight_per_actor=self._each,
+            max_pending_requests=self._each,
             should_continue_on_error=True,
             log_engine_metrics=False,
-            **{f"{stage}_stage": {"enabled": False} for stage in ("chat_template", "tokenize", "detokenize")},
+            chat_template_stage={"enabled": False},
+            tokenize_stage={"enabled": False},
+            detokenize_stage={"enabled": False},
             placement_group_config={"bundle_per_worker": {"CPU": 1.0, device: 1.0}},
         )
-        small = {"num_cpus": 0.01}
-        processor = build_processor(config, preprocess_map_kwargs=small, postprocess_map_kwargs=small)
+        processor = build_processor(config, preprocess_map_kwargs=_SMALL, postprocess_map_kwargs=_SMALL)
+        source = ray.data.range(1).map_batches(take, batch_format="pyarrow", **_SMALL)
         # Not iter_rows: it keeps a row back until the next one has come.
-        batches = processor(ray.data.from_arrow_refs(blocks)).iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=0
-        )
-        return (row for batch in batches for row in batch.to_pylist())
+        for batch in processor(source).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from batch.to_pylist()
 
 
 def plugin_modules(folder: Path) -> list[str]:
-    """Copy the plugin into a folder that must stay, in a form that Ray sends to workers without it.
+    """Copy the plugin into a folder, in a form that Ray sends to workers without it.
 
     Returns:
         Entries for `py_modules` of a runtime environment: the package, and its metadata, through which vLLM finds it.
@@ -215,8 +172,10 @@ def plugin_modules(folder: Path) -> list[str]:
     return [str(package), str(information)]
 
 
-def _connect(settings: JobSettings, environment: dict[str, Any]) -> None:
+def _connected(settings: JobSettings) -> Any:
+    """Reach or start the cluster, and give its workers the plugin; a queue there for the prompts."""
     import ray
+    from ray.util.queue import Queue
 
     more: dict[str, Any] = {}
     if settings.ray_address == "local":
@@ -224,12 +183,14 @@ def _connect(settings: JobSettings, environment: dict[str, Any]) -> None:
         more = {"num_cpus": max(os.cpu_count() or 1, settings.replicas + 3), "include_dashboard": False}
         # Ray lets workers run behind everything else on a machine; these are all that the cluster is for.
         more["_system_config"] = {"worker_niceness": 0}
-    try:
-        ray.init(address=settings.ray_address, runtime_env=environment, log_to_driver=False, **more)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise JobStoppedError(f"--ray {settings.ray_address}: {error}") from None
-
-
-def _passed_variables() -> dict[str, str]:
     passed = [name for name in os.environ if name.startswith(_PASSED_VARIABLES) and not name.endswith(_SECRETS)]
-    return {name: os.environ[name] for name in passed}
+    with tempfile.TemporaryDirectory(prefix="longmamba-ray-") as staging:
+        environment = {
+            "py_modules": plugin_modules(Path(staging)),
+            "env_vars": {name: os.environ[name] for name in passed},
+        }
+        try:
+            ray.init(address=settings.ray_address, runtime_env=environment, log_to_driver=False, **more)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise JobStoppedError(f"--ray {settings.ray_address}: {error}") from None
+    return Queue(actor_options={"num_cpus": 0})

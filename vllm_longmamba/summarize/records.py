@@ -1,13 +1,8 @@
 """What goes through a job: records of the input, completions of the model, rows of the output, and what goes wrong."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
-
-COLUMNS = (
-    *("id", "summary", "prompt_tokens", "output_tokens", "finish_reason", "seconds"),
-    *("error", "dropped_tokens", "steps", "hash"),
-)
 
 
 class RecordError(Exception):
@@ -68,7 +63,6 @@ class Row:
     """One row of the output: docs/summarize.md says what its columns hold."""
 
     id: str
-    hash: str
     summary: str | None = None
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -77,15 +71,15 @@ class Row:
     error: str | None = None
     dropped_tokens: int = 0
     steps: list[dict[str, Any]] | None = None
+    hash: str = ""
 
     def count(self, completions: list[Completion]) -> None:
         """Add the tokens of answers."""
         self.prompt_tokens += sum(completion.prompt_tokens for completion in completions)
         self.output_tokens += sum(completion.output_tokens for completion in completions)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The row as it is written."""
-        return {name: getattr(self, name) for name in COLUMNS}
+
+COLUMNS = tuple(column.name for column in fields(Row))
 
 
 @dataclass

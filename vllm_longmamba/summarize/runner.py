@@ -3,15 +3,15 @@
 import asyncio
 import itertools
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
-from vllm_longmamba.summarize.answering import Answerer, Backend, advance
+from pebble import concurrent
+
+from vllm_longmamba.summarize.answering import Answerer, Backend
 from vllm_longmamba.summarize.progress import Progress
 from vllm_longmamba.summarize.prompts import Prompt
 from vllm_longmamba.summarize.records import Admitted, Completion, DiskFullError, JobStoppedError, RecordError
@@ -26,13 +26,15 @@ _SYNC_SECONDS = 1.0
 # The output is written anew as often, or more seldom if that takes long.
 _EXPORT_SECONDS, _EXPORT_SHARE = 10.0, 0.05
 
+# In a daemon thread, which may be abandoned while it waits for standard input.
+_next_in_thread = concurrent.thread(next)
+
 
 class Runner:
     """Runs a job over records.
 
     Attributes:
         under_way: documents that are being answered.
-        failure: what ended the job early.
     """
 
     def __init__(
@@ -40,30 +42,22 @@ class Runner:
         admitted: Iterator[Admitted],
         answerer: Answerer,
         extractor: TextExtractor,
-        backend: Backend | None,
+        backend: Backend,
         store: Store,
         progress: Progress,
     ) -> None:
         self._admitted, self._answerer, self._extractor = admitted, answerer, extractor
-        self._backend: Any = backend
-        self._store, self._progress = store, progress
+        self._backend, self._store, self._progress = backend, store, progress
         self._asked: asyncio.PriorityQueue[tuple[int, int, Prompt, asyncio.Future[Completion]]]
         self._asked = asyncio.PriorityQueue()
         self._order = itertools.count()
-        # One thread: fast tokenizers refuse to be used by two at a time.
-        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
-        # Set when there may be room for another document, or none is wanted any more.
-        self._changed = asyncio.Event()
-        self._stopped = False
+        # Told whenever there may be room for another document.
+        self._room = asyncio.Condition()
         self._bytes = self.under_way = 0
-        self.failure: JobStoppedError | DiskFullError | None = None
 
     def stop(self) -> None:
         """Take no further records; `run` ends when those under way are answered."""
-        self._stopped = True
-        self._changed.set()
-        if not self._read.done():
-            self._read.set_result(False)
+        self._reading.cancel()
 
     def abort(self) -> None:
         """Drop the records under way as well."""
@@ -73,101 +67,68 @@ class Runner:
         """Answer the records.
 
         Returns:
-            Whether all of them have a row now. If not, `failure` says why, or `stop` was called.
+            Whether all of them have a row now; False after `stop` or `abort`.
+
+        Raises:
+            JobStoppedError: nothing more can be answered.
+            DiskFullError: nothing more can be written.
         """
-        # Its result: whether all records were read.
-        self._read: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._running = asyncio.create_task(self._answer_all())
         helpers = [asyncio.create_task(self._ask()) for _ in range(self._backend.concurrency)]
         helpers.append(asyncio.create_task(self._keep_current()))
         try:
             return await self._running
-        except ExceptionGroup as group:
-            error = group.exceptions[0]
-            if not isinstance(error, JobStoppedError | DiskFullError):
-                error = JobStoppedError(f"{type(error).__name__}: {error}")
-            self.failure = error
         except asyncio.CancelledError:
             # By `abort`.
-            pass
+            return False
+        except ExceptionGroup as group:
+            error = group.exceptions[0]
+            if isinstance(error, JobStoppedError | DiskFullError):
+                raise error from None
+            raise JobStoppedError(f"{type(error).__name__}: {error}") from error
         finally:
-            self.stop()
             for task in helpers:
                 task.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
-            self._preparing.shutdown(wait=False, cancel_futures=True)
             self._extractor.close()
             self._progress.counts["dropped"] = self.under_way
-        return False
-
-    def finish(self, admitted: Admitted, error: str | None) -> None:
-        """Write the row of a record."""
-        admitted.row.error, admitted.row.seconds = error, round(time.monotonic() - admitted.started, 3)
-        self._store.put(admitted.row)
-        self._progress.answered(admitted.row, admitted.record.weight)
 
     async def _answer_all(self) -> bool:
-        async with asyncio.TaskGroup() as self._documents:
-            # A thread that may be abandoned while it waits for standard input.
-            threading.Thread(target=self._read_records, args=(asyncio.get_running_loop(),), daemon=True).start()
-            return await self._read
+        async with asyncio.TaskGroup() as documents:
+            self._reading = documents.create_task(self._read(documents))
+        return not self._reading.cancelled()
 
-    def _read_records(self, loop: asyncio.AbstractEventLoop) -> None:
-        def end(error: BaseException | None) -> None:
-            if self._read.done():
-                return
-            if error is None:
-                self._read.set_result(True)
-            else:
-                self._read.set_exception(error)
-
-        last: BaseException | None = None
-        try:
-            for admitted in self._admitted:
-                if not asyncio.run_coroutine_threadsafe(self._begin(admitted), loop).result():
-                    return
-        except BaseException as error:
-            last = error
-        # The loop may be over.
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(end, last)
-
-    async def _begin(self, admitted: Admitted) -> bool:
-        """Start on a document when there is room for it; whether it was wanted."""
-        size = sys.getsizeof(admitted.record.content)
-        while not self._stopped and not self._has_room(size):
-            self._changed.clear()
-            await self._changed.wait()
-        if not self._stopped:
+    async def _read(self, documents: asyncio.TaskGroup) -> None:
+        """Begin documents, each when there is room for it."""
+        while (admitted := await asyncio.wrap_future(_next_in_thread(self._admitted, None))) is not None:
+            size = sys.getsizeof(admitted.record.content)
+            async with self._room:
+                await self._room.wait_for(partial(self._has_room, size))
             self._bytes += size
             self.under_way += 1
-            self._documents.create_task(self._answer(admitted, size))
-        return not self._stopped
+            documents.create_task(self._answer(admitted, size))
 
     def _has_room(self, size: int) -> bool:
         is_light = self._bytes == 0 or self._bytes + size <= _BYTES_UNDER_WAY
         return is_light and self.under_way < self._backend.concurrency + _AHEAD
 
     async def _answer(self, admitted: Admitted, size: int) -> None:
-        try:
-            self.finish(admitted, await self._fill(admitted))
-        except Exception:
-            # Nothing more can be answered, or written.
-            self.stop()
-            raise
+        """Write the row of a document."""
+        row = admitted.row
+        row.error = await self._fill(admitted)
+        row.seconds = round(time.monotonic() - admitted.started, 3)
+        self._store.put(row)
+        self._progress.answered(row, admitted.record.weight)
         self._bytes -= size
         self.under_way -= 1
-        self._changed.set()
+        async with self._room:
+            self._room.notify()
 
     async def _fill(self, admitted: Admitted) -> str | None:
         """Fill the row of a document; why it cannot be filled."""
-        completions: list[Completion] | None = None
         try:
-            steps = self._answerer.steps(await self._extractor.text(admitted.record), admitted.row)
-            admitted.record = replace(admitted.record, content=b"")
-            loop = asyncio.get_running_loop()
-            while prompts := await loop.run_in_executor(self._preparing, advance, steps, completions):
-                completions = await self._completions(prompts, admitted.number)
+            ask = partial(self._completions, admitted.number)
+            await self._answerer.fill(admitted.row, await self._text(admitted), ask)
         except RecordError as failure:
             return str(failure)
         except JobStoppedError:
@@ -176,7 +137,13 @@ class Runner:
             return f"failed: {type(failure).__name__}: {failure}"
         return None
 
-    async def _completions(self, prompts: list[Prompt], number: int) -> list[Completion]:
+    async def _text(self, admitted: Admitted) -> str:
+        """The document of a record, which keeps nothing of it."""
+        text = await self._extractor.text(admitted.record)
+        admitted.record = replace(admitted.record, content=b"")
+        return text
+
+    async def _completions(self, number: int, prompts: list[Prompt]) -> list[Completion]:
         """Answers in the order of the prompts. Sections of an earlier document go before those of later ones."""
         asked: list[asyncio.Future[Completion]] = [asyncio.Future() for _ in prompts]
         for prompt, future in zip(prompts, asked, strict=True):
@@ -192,9 +159,15 @@ class Runner:
         while True:
             _, _, prompt, future = await self._asked.get()
             if not future.done():
-                said: Any = (await asyncio.gather(self._backend.complete(prompt), return_exceptions=True))[0]
-                if not future.done():
-                    (future.set_result if isinstance(said, Completion) else future.set_exception)(said)
+                try:
+                    completion = await self._backend.complete(prompt)
+                except Exception as error:
+                    # Who asked may have given up meanwhile.
+                    if not future.done():
+                        future.set_exception(error)
+                else:
+                    if not future.done():
+                        future.set_result(completion)
             # No prompt stays in memory while this waits for the next.
             del prompt, future
 

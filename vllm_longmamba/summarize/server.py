@@ -33,9 +33,6 @@ _REFUSED = (401, 402, 403, 404)
 _MAX_ERROR_BYTES = 64 * 1024
 # Of an answer: so much, and more for each token that was asked for.
 _BASE_BYTES, _BYTES_A_TOKEN = 2**20, 64
-# Who answers this, answers.
-_PROBE = Prompt("Hello", "Hello", None)
-
 
 Said = TypeVar("Said", bound=BaseModel)
 
@@ -80,8 +77,6 @@ class ServerBackend:
         self.tokenizer: Any = None
         self.max_model_len: int | None = None
         self.concurrency = settings.concurrency or _CONCURRENCY
-        # Whether prompts go as messages.
-        self.chat = False
         # As it is shown: without a password.
         self._address = str(url.with_user(None).with_query(None).with_fragment(None))
         self._url, self._settings, self._model = url, settings, settings.model
@@ -129,7 +124,7 @@ class ServerBackend:
         try:
             answer = await self._patiently(self._request, prompt, self._settings.sampling.max_tokens)
         except _NoAnswerError as error:
-            if self._last_answer > (error.since or started) or await self._answers():
+            if self._last_answer > (error.since or started) or await self._answers(prompt.chat):
                 raise RecordError(error.kind, str(error)) from None
             raise JobStoppedError(f"{self._address} answers nothing any more: {error}") from None
         self._last_answer = time.monotonic()
@@ -141,18 +136,18 @@ class ServerBackend:
         """Close the connections."""
         await self._session.close()
 
-    async def _answers(self) -> bool:
+    async def _answers(self, chat: bool) -> bool:
         """Whether the server answers a short prompt now."""
         try:
-            await self._request(_PROBE, 1)
+            await self._request(Prompt("Hello", "Hello", None, chat), 1)
         except (RecordError, _NoAnswerError):
             return False
         return True
 
     async def _request(self, prompt: Prompt, max_tokens: int) -> Answer:
         body = {"model": self._model, **self._settings.sampling.parameters(), "max_tokens": max_tokens}
-        body |= {"messages": [{"role": "user", "content": prompt.content}]} if self.chat else {"prompt": prompt.text}
-        path = "chat/completions" if self.chat else "completions"
+        body |= {"messages": [{"role": "user", "content": prompt.content}]} if prompt.chat else {"prompt": prompt.text}
+        path = "chat/completions" if prompt.chat else "completions"
         return await self._ask("POST", path, body, Answer, _BASE_BYTES + _BYTES_A_TOKEN * max_tokens)
 
     async def _ask(self, method: str, path: str, body: Any, kind: type[Said], limit: int = _BASE_BYTES) -> Said:

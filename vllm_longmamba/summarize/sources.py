@@ -132,7 +132,7 @@ def _open(file: InputFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The decompressed stream, and the file below it, whose position is the progress."""
     # Without O_NONBLOCK, opening a named pipe waits for its other end.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
-    descriptor = open_stdin() if file.path == STDIN else os.open(file.path, flags)
+    descriptor = sys.stdin.fileno() if file.path == STDIN else os.open(file.path, flags)
     with open(descriptor, "rb", closefd=file.path != STDIN) as raw:
         if file.path != STDIN and not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError("not a regular file but a pipe, a socket or a device")
@@ -143,11 +143,6 @@ def _open(file: InputFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
         # Unlike the gzip and zstandard modules, it reports a truncated file in both formats.
         yield io.BufferedReader(pa.CompressedInputStream(raw, file.compression)), raw
-
-
-def open_stdin() -> int:
-    """File descriptor of the bytes of standard input."""
-    return sys.stdin.fileno()
 
 
 def _failed(record_id: str, where: str, error: Exception, weight: float, content: bytes = b"") -> Record:

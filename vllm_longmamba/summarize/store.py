@@ -8,6 +8,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -75,16 +76,19 @@ class Store:
             raise ValueError(f"--output {output}: must end with {', '.join(WRITERS)}")
         self.output = output
         self.path = output.with_name(output.name + ".db")
-        self._exporting = threading.Lock()
+        self._admitting, self._exporting = threading.Lock(), threading.Lock()
         with ExitStack() as stack, _disk(self.path):
             if settings is not None:
-                self._rows = self._open(stack, settings, overwrite, retry_errors)
+                self._lock(stack)
+                self._rows = self._connect(stack, "rw")
             elif self.path.exists() and self.path.stat().st_size and not overwrite:
                 self._rows = self._connect(stack, "ro")
             else:
                 self._rows = stack.enter_context(closing(sqlite3.connect("", isolation_level=None)))
             if not self._is_begun():
                 self._rows.executescript(_SCHEMA)
+            if settings is not None:
+                self._begin(settings, overwrite, retry_errors)
             self._rows.executescript(_MET)
             self._resources = stack.pop_all()
 
@@ -100,7 +104,7 @@ class Store:
             content. CLASHING: this run has met the id with another content.
         """
         key = blake3(record_id.encode()).digest(16)
-        with _disk(self.path):
+        with self._admitting, _disk(self.path):
             met = self._rows.execute("SELECT hash FROM met WHERE key = ?", (key,)).fetchone()
             if met is not None:
                 return Verdict.REPEATED if met == (content_hash,) else Verdict.CLASHING
@@ -114,7 +118,7 @@ class Store:
         Raises:
             DiskFullError: no room; nothing was written.
         """
-        text = json.dumps(row.to_dict(), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace").decode()
+        text = json.dumps(asdict(row), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace").decode()
         values = row.id, row.hash, row.error is not None, text
         with _disk(self.path):
             self._rows.execute("INSERT OR REPLACE INTO rows (id, hash, failed, row) VALUES (?, ?, ?, ?)", values)
@@ -153,13 +157,17 @@ class Store:
 
     def close(self) -> None:
         """Give everything free."""
-        self._resources.close()
+        # A thread that reads records may have been abandoned.
+        with self._admitting:
+            self._resources.close()
 
-    def _open(
-        self, stack: ExitStack, settings: dict[str, Any], overwrite: bool, retry_errors: bool
-    ) -> sqlite3.Connection:
-        if not self.path.exists():
-            self._refuse_foreign()
+    def _lock(self, stack: ExitStack) -> None:
+        """Take the store, which is made if there is none, for this job alone."""
+        if os.path.lexists(self.output) and not self.path.exists():
+            raise ValueError(
+                f"{self.output} was not written by a job of `longmamba summarize` ({self.path.name} is not beside it); "
+                "choose another output, or move it away"
+            )
         self.output.parent.mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context(self.path.open("ab"))
         try:
@@ -168,25 +176,22 @@ class Store:
             raise ValueError(
                 f"{self.output} is being written by another job; wait for it, or choose another output"
             ) from None
-        self._rows = rows = self._connect(stack, "rw")
-        if not self._is_begun():
-            self._refuse_foreign()
-            rows.executescript(_SCHEMA)
-        self._check_output(rows)
-        rows.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
-        if not overwrite and self.count(failed=False):
-            before = _get(rows, "settings", {})
-            changed = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
-            if changed:
-                told = [f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in sorted(changed)]
-                raise ValueError(
-                    f"{self.output} was begun with other settings ({'; '.join(told)}); resume with the settings it "
-                    "was begun with, choose another output, or begin anew with --overwrite"
-                )
+
+    def _begin(self, settings: dict[str, Any], overwrite: bool, retry_errors: bool) -> None:
+        """Check what is there, and forget the rows that are to be answered anew."""
+        self._check_output(self._rows)
+        self._rows.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
+        before = _get(self._rows, "settings", {})
+        changed = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
+        if changed and self.count(failed=False) and not overwrite:
+            told = [f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in sorted(changed)]
+            raise ValueError(
+                f"{self.output} was begun with other settings ({'; '.join(told)}); resume with the settings it "
+                "was begun with, choose another output, or begin anew with --overwrite"
+            )
         if overwrite or retry_errors:
-            rows.execute(f"DELETE FROM rows {'' if overwrite else 'WHERE failed'}")
-        _set(rows, "settings", settings)
-        return rows
+            self._rows.execute(f"DELETE FROM rows {'' if overwrite else 'WHERE failed'}")
+        _set(self._rows, "settings", settings)
 
     def _connect(self, stack: ExitStack, mode: str) -> sqlite3.Connection:
         address = f"{self.path.absolute().as_uri()}?mode={mode}"
@@ -207,14 +212,6 @@ class Store:
                 f"{self.path} is no store of `longmamba summarize`; move it away, or choose another output"
             )
         return bool(tables)
-
-    def _refuse_foreign(self) -> None:
-        """Refuse an output without a store."""
-        if os.path.lexists(self.output):
-            raise ValueError(
-                f"{self.output} was not written by a job of `longmamba summarize` ({self.path.name} is not beside it); "
-                "choose another output, or move it away"
-            )
 
     def _check_output(self, connection: sqlite3.Connection) -> None:
         """Refuse to replace what this store has not written."""
