@@ -84,17 +84,6 @@ def test_tied_head_that_vllm_does_not_tie(engine: Callable[..., Any], tmp_path: 
         assert_exact(folder, prompt, completion, None)
 
 
-@pytest.mark.parametrize(
-    "family", ["mamba1", "mamba2", "falcon_mamba", "zamba2", "jamba", "granite_hybrid", "falcon_h1", "nemotron_h"]
-)
-def test_whole_checkpoint_of_every_family(
-    family: str, engine: Callable[..., Any], tiny_model: Callable[[str], Path]
-) -> None:
-    """The check that no weight is missing knows tied heads, shared blocks and experts."""
-    (completion,) = engine(family, **longmamba()).generate([PROMPTS[0]])
-    assert_exact(tiny_model(family), PROMPTS[0], completion, None)
-
-
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.mamba.A_log", "model.layers.2.mamba.D"])
 def test_checkpoint_without_one_weight(name: str, engine: Callable[..., Any], tmp_path: Path) -> None:
     folder = write_jamba(tmp_path / "model")
