@@ -33,23 +33,30 @@ def _vllm_reads_its_variables_again() -> None:
         sys.modules["vllm.envs"].disable_envs_cache()
 
 
-# These files take a minute and more each. They come first, so that at the end no worker waits for one of them.
-LONGEST = [
+# These files come first. The long ones, so that at the end no worker waits for one of them; and those that mostly wait
+# for timers and other processes, so that they leave the cores to engines that start meanwhile.
+FIRST = [
     "tests/engine/test_defaults.py",
-    "tests/summarize/test_engine.py",
-    "tests/engine/test_calibrate_servers.py",
-    "tests/test_server.py",
-    "tests/engine/test_tensor_parallel.py",
+    "tests/engine/test_decimamba_defaults.py",
+    "tests/summarize/test_kills.py",
+    "tests/summarize/test_server.py",
+    "tests/summarize/test_watchdog.py",
     "tests/engine/test_calibrate_at_start.py",
     "tests/evaluate/test_eval_commands.py",
+    "tests/engine/test_calibrate_servers.py",
+    "tests/test_server.py",
+    "tests/engine/test_decimamba.py",
+    "tests/engine/test_tensor_parallel.py",
+    "tests/engine/test_exactness.py",
     "tests/engine/test_passkey.py",
+    "tests/summarize/test_engine.py",
     "tests/kernels/test_interpreter.py",
 ]
 
 
 def _place(item: pytest.Item) -> int:
     file = item.nodeid.split("::")[0]
-    return LONGEST.index(file) if file in LONGEST else len(LONGEST) + (item.get_closest_marker("engine") is None)
+    return FIRST.index(file) if file in FIRST else len(FIRST) + (item.get_closest_marker("engine") is None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
