@@ -52,8 +52,9 @@ def twin(
     return completions
 
 
-@pytest.mark.parametrize("table_beside", [False, True], ids=["table-by-option", "table-beside"])
-@pytest.mark.parametrize("safetensors", [False, True], ids=["bin", "safetensors"])
+@pytest.mark.parametrize(
+    ("safetensors", "table_beside"), [(False, False), (True, True)], ids=["bin, option", "safetensors, table beside"]
+)
 @pytest.mark.parametrize("family", WRITERS)
 def test_original_checkpoint_is_its_twin(
     family: str,
