@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -31,6 +32,24 @@ def _vllm_reads_its_variables_again() -> None:
     """An engine makes vLLM keep its environment variables; tests set others later in the same process."""
     if "vllm.envs" in sys.modules:
         sys.modules["vllm.envs"].disable_envs_cache()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _vllm_inspects_models_here(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For each architecture that its cache does not know, vLLM starts a process, which imports it: 10 s of a core.
+
+    That keeps CUDA out of the asking process, which is no matter on a CPU.
+    """
+    import torch
+
+    if torch.cuda.is_available() or not any(item.get_closest_marker("engine") for item in request.session.items):
+        yield
+        return
+    from vllm.model_executor.models import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+        yield
 
 
 # These files come first. The long ones, so that at the end no worker waits for one of them; and those that mostly wait

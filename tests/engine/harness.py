@@ -219,6 +219,11 @@ def ask_default_engines(
     Returns:
         Name -> for each prompt [token, log-probability] of the likeliest next tokens, or the error of a failed engine.
     """
+    from vllm.engine.arg_utils import EngineArgs
+
+    for model in models.values():
+        # vLLM's cache then knows the architecture (see tests/conftest.py).
+        EngineArgs(str(model), **arguments).create_model_config()
     (folder / "prompts.json").write_text(json.dumps(prompts))
     command = [sys.executable, str(Path(__file__).with_name("default_engines.py")), str(folder / "out.json")]
     command += [str(folder / "prompts.json"), json.dumps(arguments), *map(str, models.values())]
