@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -19,10 +20,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 # Tensor-parallel workers are children of that process, which may have used the GPU already.
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
-# make test runs several workers: each has one core, and one thread of each library.
+# make test runs several workers: each has one thread of each library, on whichever core is free.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    core = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % (os.cpu_count() or 1)
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
@@ -34,23 +34,48 @@ def _vllm_reads_its_variables_again() -> None:
         sys.modules["vllm.envs"].disable_envs_cache()
 
 
-# These files take a minute and more each. They come first, so that at the end no worker waits for one of them.
-LONGEST = [
+@pytest.fixture(scope="session", autouse=True)
+def _vllm_inspects_models_here(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For each architecture that its cache does not know, vLLM starts a process, which imports it: 10 s of a core.
+
+    That keeps CUDA out of the asking process, which is no matter on a CPU.
+    """
+    import torch
+
+    if torch.cuda.is_available() or not any(item.get_closest_marker("engine") for item in request.session.items):
+        yield
+        return
+    from vllm.model_executor.models import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+        yield
+
+
+# These files come first. The long ones, so that at the end no worker waits for one of them; and those that mostly wait
+# for timers and other processes, so that they leave the cores to engines that start meanwhile.
+FIRST = [
     "tests/engine/test_defaults.py",
-    "tests/summarize/test_engine.py",
-    "tests/engine/test_calibrate_servers.py",
-    "tests/test_server.py",
-    "tests/engine/test_tensor_parallel.py",
+    "tests/engine/test_decimamba_defaults.py",
+    "tests/summarize/test_kills.py",
+    "tests/summarize/test_server.py",
+    "tests/summarize/test_watchdog.py",
     "tests/engine/test_calibrate_at_start.py",
     "tests/evaluate/test_eval_commands.py",
+    "tests/engine/test_calibrate_servers.py",
+    "tests/test_server.py",
+    "tests/engine/test_decimamba.py",
+    "tests/engine/test_tensor_parallel.py",
+    "tests/engine/test_exactness.py",
     "tests/engine/test_passkey.py",
+    "tests/summarize/test_engine.py",
     "tests/kernels/test_interpreter.py",
 ]
 
 
 def _place(item: pytest.Item) -> int:
     file = item.nodeid.split("::")[0]
-    return LONGEST.index(file) if file in LONGEST else len(LONGEST) + (item.get_closest_marker("engine") is None)
+    return FIRST.index(file) if file in FIRST else len(FIRST) + (item.get_closest_marker("engine") is None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

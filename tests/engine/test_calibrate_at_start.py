@@ -172,7 +172,12 @@ def test_cache_that_takes_nothing_then_one_that_does(
     np.testing.assert_array_equal(first.logprobs, second.logprobs)
 
 
-@pytest.mark.parametrize("arguments", [{"dtype": "float32", "enforce_eager": True}, {"dtype": "bfloat16"}], ids=str)
+# In every run, tables of both that are made in eager engines are compared with the reference.
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param({"dtype": "float32", "enforce_eager": True}, marks=SLOW), {"dtype": "bfloat16"}],
+    ids=str,
+)
 def test_the_command_makes_the_same_table(
     arguments: dict[str, Any], cache: Path, start: Callable[..., Engine], tiny_model: Callable[[str], Path]
 ) -> None:
@@ -210,7 +215,7 @@ def test_tensor_parallel_ranks_make_the_same_table(
     one = load_table(stored(cache))
     stored(cache).unlink()
     # Without this, vLLM wants a NUMA node for each rank.
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     prompt = random_token_ids(333, seed=7)
     (result,) = start(model, tensor_parallel_size=2).generate([prompt])
     two = load_table(stored(cache))
@@ -222,16 +227,15 @@ def test_tensor_parallel_ranks_make_the_same_table(
 
 
 def test_example_model_with_a_table_of_its_own(cache: Path, start: Callable[..., Engine]) -> None:
-    """As good as the shipped table, which test_passkey.py asks the same questions."""
+    """As good as the shipped table."""
     from vllm import SamplingParams
 
     passkey = load_example("passkey")
     engine = start(EXAMPLES / "passkey-mamba2-4m", 512, skip_tokenizer_init=False, max_model_len=8192)
     assert load_table(stored(cache)).metadata.train_length == 512
     depths = [(number + 0.5) / 12 for number in range(12)]
-    for length, least in ((2048, 11), (4096, 11)):
-        tasks = passkey.passkey_tasks(passkey.read_haystack(), [length], depths, seed=1)
-        sampling = SamplingParams(temperature=0.0, max_tokens=passkey.KEY_DIGITS)
-        outputs = engine.llm.generate([task.prompt for task in tasks], sampling, use_tqdm=False)
-        answers = [output.outputs[0].text for output in outputs]
-        assert sum(task.is_answered_by(answer) for task, answer in zip(tasks, answers, strict=True)) >= least
+    tasks = passkey.passkey_tasks(passkey.read_haystack(), [2048], depths, seed=1)
+    sampling = SamplingParams(temperature=0.0, max_tokens=passkey.KEY_DIGITS)
+    outputs = engine.llm.generate([task.prompt for task in tasks], sampling, use_tqdm=False)
+    answers = [output.outputs[0].text for output in outputs]
+    assert sum(task.is_answered_by(answer) for task, answer in zip(tasks, answers, strict=True)) >= 11

@@ -23,6 +23,7 @@ OTHER_FAMILIES = ["falcon_mamba", "jamba", "granite_hybrid", "falcon_h1", "nemot
 def test_filter_off_is_the_plain_model(
     family: str, engine: Callable[..., Any], tiny_model: Callable[[str], Path]
 ) -> None:
+    """It starts at all: the check that no weight is missing knows tied heads, shared blocks and experts."""
     prompts = [random_token_ids(length, seed=length) for length in (1, 37, 300)]
     for prompt, result in zip(prompts, engine(family, **longmamba()).generate(prompts), strict=True):
         assert_exact(tiny_model(family), prompt, result, None)

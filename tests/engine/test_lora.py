@@ -43,7 +43,10 @@ def write_adapter(model: Path, folder: Path) -> tuple[Path, Path]:
     return adapter, merged
 
 
-@pytest.mark.parametrize("family", ["jamba", "granite_hybrid", "falcon_h1", "nemotron_h"])
+# Granite's layers are Mamba-2 and attention, as Nemotron-H's are.
+@pytest.mark.parametrize(
+    "family", ["jamba", pytest.param("granite_hybrid", marks=pytest.mark.slow), "falcon_h1", "nemotron_h"]
+)
 def test_adapter(family: str, engine: Callable[..., Any], tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     from vllm.lora.request import LoRARequest
 

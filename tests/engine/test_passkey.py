@@ -17,8 +17,8 @@ def _found(engine: Callable[..., Any], length: int, **engine_args: Any) -> float
     from vllm import SamplingParams
 
     passkey = load_example("passkey")
-    # Of seeds 0, 1 and 2, 35 of 36 keys are found at 2048 and at 4096 tokens: the model misreads a digit of about one
-    # key in fifty at its training length.
+    # Of seeds 0, 1 and 2, 35 of 36 keys are found at 4096 tokens: the model misreads a digit of about one key in fifty
+    # at its training length.
     tasks = passkey.passkey_tasks(passkey.read_haystack(), [length], DEPTHS, seed=1)
     running = engine(EXAMPLES / "passkey-mamba2-4m", skip_tokenizer_init=False, max_model_len=8192, **engine_args)
     sampling = SamplingParams(temperature=0.0, max_tokens=passkey.KEY_DIGITS)
@@ -30,7 +30,6 @@ def _found(engine: Callable[..., Any], length: int, **engine_args: Any) -> float
 def test_longmamba_finds_keys_at_8_times_the_training_length(engine: Callable[..., Any]) -> None:
     # No option: the shipped table is found by the fingerprint of the weights.
     arguments = {"model_impl": "longmamba"}
-    assert _found(engine, 2048, **arguments) >= 0.9
     assert _found(engine, 4096, **arguments) >= 0.9
 
 

@@ -15,6 +15,8 @@ from .harness import Filters, assert_agrees
 pytestmark = pytest.mark.engine
 
 FAMILIES = ["mamba1", "zamba2", pytest.param("mamba2", marks=pytest.mark.slow), A_HYBRID]
+# All tests of a family follow each other, on one engine.
+by_family = pytest.mark.parametrize("family", FAMILIES, scope="module")
 PROMPT = random_token_ids(200, seed=1)
 BEAMS, BEAM_TOKENS = 2, 3
 
@@ -42,7 +44,7 @@ def ask(
     return start
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@by_family
 def test_prompt_logprobs(family: str, ask: Callable[..., Any]) -> None:
     from vllm import SamplingParams
 
@@ -57,7 +59,7 @@ def test_prompt_logprobs(family: str, ask: Callable[..., Any]) -> None:
     assert_agrees(np.array(given), expected, filters)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@by_family
 def test_beam_search(family: str, ask: Callable[..., Any]) -> None:
     """vLLM sends each beam as a prompt, so all of its tokens but the last were filtered."""
     from vllm.sampling_params import BeamSearchParams
@@ -83,7 +85,7 @@ def beam_logprobs(beam: Any) -> list[float]:
     return [entries[token].logprob for token, entries in zip(beam.tokens[-BEAM_TOKENS:], beam.logprobs, strict=True)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@by_family
 def test_structured_output(family: str, ask: Callable[..., Any]) -> None:
     """Of the answers that are allowed, the one that the filtered model thinks likeliest at its first character."""
     from vllm import SamplingParams

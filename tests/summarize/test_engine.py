@@ -19,7 +19,8 @@ def test_kept_full(running: int, requests: int) -> None:
     assert kept_full(running) == requests
 
 
-@pytest.mark.parametrize("verbose", [False, True])
+# That a traceback is shown on request, test_engine_errors.py tests in every run, without an engine.
+@pytest.mark.parametrize("verbose", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_engine_that_does_not_start(tmp_path: Path, verbose: bool) -> None:
     """One line with the cause and the remedy, from a process of the engine's own; its traceback on request."""
     (tmp_path / "in").mkdir()
