@@ -199,14 +199,14 @@ def test_report_by_task_and_average() -> None:
         if line.startswith(("| S1", "| average"))
     ]
     assert s1[:2] == ["S1", "4"]
-    assert s1[2].startswith("25.0 (")
-    assert s1[3].startswith("75.0 (")
-    assert average[3].startswith("87.5 (")
+    assert s1[2].startswith("25.0% (")
+    assert s1[3].startswith("75.0% (")
+    assert average[3].startswith("87.5% (")
     assert "average of the tasks" in draw_harness(report, "T")["by-length.svg"].decode()
 
 
 def test_average_of_weighs_tasks_alike() -> None:
-    average = average_of({"few": [1.0], "many": [0.0, 1.0] * 50})
+    average = average_of([("few", 1.0), *[("many", 0.0), ("many", 1.0)] * 50])
     assert (average["tasks"], average["share"]) == (2, 0.75)
     # Only "many" varies: half of its mean's 0.5 +- 1.96 * 0.05.
     assert average["low"] == pytest.approx(0.70, abs=0.01)

@@ -12,7 +12,7 @@ from rich.markdown import Markdown
 
 from vllm_longmamba.evaluate.markdown import perplexity_markdown, questions_markdown
 from vllm_longmamba.evaluate.needles import passkey_questions
-from vllm_longmamba.evaluate.perplexity import Loss, Window
+from vllm_longmamba.evaluate.perplexity import Window
 from vllm_longmamba.evaluate.pictures import draw_perplexity, draw_questions
 from vllm_longmamba.evaluate.report import (
     FILES,
@@ -45,7 +45,7 @@ def passkey_report() -> dict[str, Any]:
 def perplexity_report() -> dict[str, Any]:
     losses = {
         method: [
-            (Window(book, length, end), Loss(100.0 * factor * (1 + book_number), 100, 400))
+            (Window(book, length, end), {"nats": 100.0 * factor * (1 + book_number), "tokens": 100, "bytes": 400})
             for length in (512, 1024)
             for book_number, book in enumerate(["a", "b"])
             for end in (1024, 2048)

@@ -176,7 +176,5 @@ def _part(
 
     questions = list(passkey_questions(lengths, middles(depths), [0]))
     haystack = [token for book in books.values() for token in book]
-    encoder.prompt(max(questions, key=lambda one: one.length), haystack)
-    encoder.prompt(min(questions, key=lambda one: one.length), haystack)
-    sizes = {book: len(encoder.prefix) + len(tokens) for book, tokens in books.items()}
-    return Part(name, books, questions, list(windows(sizes, lengths, number)))
+    encoder.check_room(questions, haystack)
+    return Part(name, books, questions, list(windows(encoder.sizes(books), lengths, number)))

@@ -1,20 +1,22 @@
-"""Runs the tasks through vLLM's offline engine."""
+"""A model in vLLM's offline engine, as the tasks need it: first a contestant, and a runner while it is started."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_longmamba import __version__, decimamba_options
 from vllm_longmamba.architectures import DECIMAMBA, MODEL_IMPL, uses_longmamba
 from vllm_longmamba.compatibility import installed_vllm_version
-from vllm_longmamba.evaluate.runner import Key, Starting
 from vllm_longmamba.evaluate.scoring import forced_scoring, forcing_arguments, greedy, tail_scoring
 from vllm_longmamba.evaluate.statistics import Floats
 from vllm_longmamba.evaluate.texts import Encoder
 from vllm_longmamba.options import options_from_config
 
+Key = TypeVar("Key")
+# Wraps the start of an engine.
+Starting = Callable[[], AbstractContextManager[None]]
 # vLLM's `worker_extension_cls` where the filter is to be changed while the engine runs.
 FILTER_EXTENSION = "vllm_longmamba.evaluate.engine.FilterWorkerExtension"
 # Prompts handed to the engine at a time, as a multiple of those it runs at once.
@@ -23,7 +25,7 @@ _DEFAULTS = {"max_num_seqs": 32, "enable_prefix_caching": False}
 
 
 class EngineContestant:
-    """A model in vLLM, with LongMamba or plain.
+    """A model in vLLM, with LongMamba or plain, not yet started.
 
     Args:
         arguments: of vLLM's `LLM`; the options of LongMamba are in their `additional_config`.
@@ -33,7 +35,7 @@ class EngineContestant:
 
     Attributes:
         model_impl: what the engine is started with.
-        description: weights, table and options, data type and versions.
+        description: everything that determines its output, as plain values: weights, table, options, versions.
         encoder: the model's tokenizer.
 
     Raises:
@@ -53,10 +55,15 @@ class EngineContestant:
                 f"{self._arguments['model_impl']!r}; leave it out"
             )
         with starting():
-            config = _engine_config(self._arguments)
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.tokenizers import cached_tokenizer_from_config
+            from vllm.usage.usage_lib import UsageContext
+
+            # As vLLM's `LLM` will make it.
+            config = EngineArgs(**self._arguments).create_engine_config(UsageContext.LLM_CLASS)
         self._check(config)
         self._arguments |= self._further_arguments(config)
-        self.encoder = Encoder(_tokenizer(config), config.model_config.tokenizer)
+        self.encoder = Encoder(cached_tokenizer_from_config(config.model_config), config.model_config.tokenizer)
         self.description = self._describe(config)
 
     def _check(self, config: Any) -> None:
@@ -150,7 +157,7 @@ class DeciMambaContestant(EngineContestant):
 
 
 class EngineRunner:
-    """A started engine.
+    """A started engine. Jobs are taken from an iterable as they are needed; results come in any order.
 
     Attributes:
         llm: vLLM's `LLM`.
@@ -174,32 +181,40 @@ class EngineRunner:
         self.llm.collective_rpc("longmamba_set_filter", args=(str(table), min_retention, unfiltered_end))
 
     def complete(self, jobs: Iterable[tuple[Key, list[int], int]]) -> Iterator[tuple[Key, str]]:
-        """See `Runner`."""
+        """Continue prompts greedily.
 
-        def requests() -> Iterator[tuple[Key, list[int], Any]]:
-            for key, tokens, max_tokens in jobs:
-                yield key, tokens, greedy(max_tokens)
+        Args:
+            jobs: for each prompt a key, its tokens, and how many to generate at most.
 
-        for key, output in self._stream(requests()):
+        Returns:
+            The key and the text generated.
+        """
+        requests = ((key, tokens, greedy(max_tokens)) for key, tokens, max_tokens in jobs)
+        for key, output in self._stream(requests):
             yield key, self._encoder.decode(list(output.outputs[0].token_ids))
 
     def tail_logprobs(self, jobs: Iterable[tuple[Key, list[int]]], scored: int) -> Iterator[tuple[Key, Floats]]:
-        """See `Runner`. Logits of at most a chunk of the prompt exist at a time.
+        """Score the last tokens of prompts, which count as prompt tokens themselves.
 
-        vLLM's model runner V2 computes them for the scored tokens only. V1, which runs on CPUs, has no such request:
-        there `prompt_logprobs` computes them for every token of the prompt, chunk by chunk (max_num_batched_tokens).
+        Logits of at most a chunk of the prompt exist at a time. vLLM's model runner V2 computes them for the scored
+        tokens only. V1, which runs on CPUs, has no such request: there `prompt_logprobs` computes them for every token
+        of the prompt, chunk by chunk (max_num_batched_tokens).
 
         DeciMamba has none of the tokens that it drops. There the scored tokens are no prompt tokens, but generated ones
         that are forced, one a step. Its authors never drop the tokens that they score either, which is the same.
+
+        Args:
+            jobs: for each prompt a key and its tokens, more than `scored`.
+            scored: tokens to score.
+
+        Returns:
+            The key and (scored,) log-probabilities of the last tokens, each given all tokens before it.
         """
         config = self.llm.llm_engine.vllm_config
         ask, read = tail_scoring(config) if uses_longmamba(config.model_config) else forced_scoring(config)
 
-        def requests() -> Iterator[tuple[Key, list[int], Any]]:
-            for key, tokens in jobs:
-                yield key, *ask(tokens, scored)
-
-        for key, output in self._stream(requests()):
+        requests = ((key, *ask(tokens, scored)) for key, tokens in jobs)
+        for key, output in self._stream(requests):
             yield key, read(output, scored)
 
     def _stream(self, requests: Iterator[tuple[Key, list[int], Any]]) -> Iterator[tuple[Key, Any]]:
@@ -210,35 +225,16 @@ class EngineRunner:
         room = _AHEAD * engine.vllm_config.scheduler_config.max_num_seqs
         waiting: dict[str, Key] = {}
         names = count()
-        more = True
-        while more or waiting:
-            while more and len(waiting) < room:
-                request = next(requests, None)
-                if request is None:
-                    more = False
-                    break
-                key, tokens, sampling = request
+        while True:
+            for key, tokens, sampling in islice(requests, room - len(waiting)):
                 name = str(next(names))
                 engine.add_request(name, tokens_input(tokens), sampling)
                 waiting[name] = key
-            if waiting:
-                for output in engine.step():
-                    if output.finished:
-                        yield waiting.pop(output.request_id), output
-
-
-def _engine_config(arguments: dict[str, Any]) -> Any:
-    """vLLM's configuration as its `LLM` will make it, without an engine."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.usage.usage_lib import UsageContext
-
-    return EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
-
-
-def _tokenizer(config: Any) -> Any:
-    from vllm.tokenizers import cached_tokenizer_from_config
-
-    return cached_tokenizer_from_config(config.model_config)
+            if not waiting:
+                return
+            for output in engine.step():
+                if output.finished:
+                    yield waiting.pop(output.request_id), output
 
 
 class FilterWorkerExtension:

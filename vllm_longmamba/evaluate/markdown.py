@@ -18,35 +18,51 @@ def questions_markdown(report: Mapping[str, Any], title: str, pictures: Iterable
         title: of the document.
         pictures: file names of pictures beside it.
     """
-    methods = list(report["methods"])
-    rows = [
-        [str(length), str(next(iter(row.values()))["questions"]), *(interval(row[one], "share") for one in methods)]
-        for length, row in _by_length(report["by_length"])
-    ]
-    shares = table(["prompt (tokens)", "questions", *(LABELS[method] for method in methods)], rows)
     text = "Share of the numbers found, with 95 % confidence intervals (Wilson)."
+    rows = sorted(report["by_length"], key=lambda row: int(row["length"]))
+    shares = table(["prompt (tokens)", "questions", *labels(report)], share_lines(rows, "length", "questions"))
     return document(report, title, [text, shares], pictures)
 
 
 def perplexity_markdown(report: Mapping[str, Any], title: str, pictures: Iterable[str]) -> str:
     """The report of a perplexity run; arguments as above."""
-    first, *others = report["methods"]
+    first_label, *other_labels = labels(report)
     header = ["window (tokens)", "books", "windows"]
-    for method in report["methods"]:
-        header += [f"{LABELS[method]}: nats/token", "perplexity", "bits/byte"]
-    header += [f"{LABELS[method]} − {LABELS[first]} (nats/token)" for method in others]
+    for label in labels(report):
+        header += [f"{label}: nats/token", "perplexity", "bits/byte"]
+    header += [f"{label} − {first_label} (nats/token)" for label in other_labels]
     lines = []
-    for length, row in _by_length(report["by_length"]):
-        cells = [str(length), str(row[first]["books"]), str(row[first]["windows"])]
-        for own in (row[method] for method in report["methods"]):
-            cells += [interval(own, "loss", ".3f"), f"{own['perplexity']:.2f}", f"{own['bits_per_byte']:.3f}"]
-        cells += [interval(row[method]["difference"], "loss", "+.3f") for method in others]
-        lines.append(cells)
+    for length, (first, *others) in side_by_side(report["by_length"], "length").items():
+        cells = [str(length), str(first["books"]), str(first["windows"])]
+        for row in (first, *others):
+            cells += [interval(row, "loss", ".3f"), f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.3f}"]
+        lines.append([*cells, *(interval(row["difference"], "loss", "+.3f") for row in others)])
     text = (
         f"Loss of the last {report['settings']['scored_tokens']} tokens of each window. Intervals: 95 %, bootstrap "
         "over books (over windows where there is one book only); differences are taken window by window."
     )
     return document(report, title, [text, table(header, lines)], pictures)
+
+
+def labels(report: Mapping[str, Any]) -> list[str]:
+    """The methods' names as readers know them."""
+    return [LABELS[method] for method in report["methods"]]
+
+
+def side_by_side(rows: Iterable[Mapping[str, Any]], name: str) -> dict[Any, list[Mapping[str, Any]]]:
+    """Values of a column -> the rows that have it: one a method, in the methods' order."""
+    found: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row[name], []).append(row)
+    return found
+
+
+def share_lines(rows: Iterable[Mapping[str, Any]], name: str, count: str, form: str = ".2f") -> list[list[str]]:
+    """Lines of a table: a value of the column `name`, the first method's `count`, and the share of each method."""
+    return [
+        [str(value), str(found[0][count]), *(interval(row, "share", form) for row in found)]
+        for value, found in side_by_side(rows, name).items()
+    ]
 
 
 def document(report: Mapping[str, Any], title: str, parts: Iterable[str], pictures: Iterable[str] = ()) -> str:
@@ -80,13 +96,6 @@ def code(text: str) -> str:
     longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
     fence = "`" * (longest + 1)
     return f"{fence} {text} {fence}" if longest else f"{fence}{text}{fence}"
-
-
-def _by_length(rows: Iterable[Mapping[str, Any]]) -> list[tuple[int, dict[str, Mapping[str, Any]]]]:
-    lengths: dict[int, dict[str, Mapping[str, Any]]] = {}
-    for row in rows:
-        lengths.setdefault(row["length"], {})[row["method"]] = row
-    return sorted(lengths.items())
 
 
 def _values(values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The methods that are compared. A new one is an entry of `METHODS` and a `Contestant` to go with it."""
+"""The methods that are compared. A new one is an entry of `METHODS`."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -7,8 +7,7 @@ from typing import Any
 
 from vllm_longmamba import decimamba_options
 from vllm_longmamba.architectures import DECIMAMBA
-from vllm_longmamba.evaluate.engine import DeciMambaContestant, EngineContestant
-from vllm_longmamba.evaluate.runner import Contestant, Starting
+from vllm_longmamba.evaluate.engine import DeciMambaContestant, EngineContestant, Starting
 
 
 @dataclass(frozen=True)
@@ -37,21 +36,21 @@ class ModelSettings:
         return replace(self, plain=room | dict(self.plain), longmamba=room | dict(self.longmamba))
 
 
-def _plain(settings: ModelSettings) -> Contestant:
+def _plain(settings: ModelSettings) -> EngineContestant:
     return EngineContestant(settings.plain, filters=False, starting=settings.starting)
 
 
-def _longmamba(settings: ModelSettings) -> Contestant:
+def _longmamba(settings: ModelSettings) -> EngineContestant:
     return EngineContestant(settings.longmamba, starting=settings.starting)
 
 
-def _decimamba(settings: ModelSettings) -> Contestant:
+def _decimamba(settings: ModelSettings) -> EngineContestant:
     own = {decimamba_options.KEY: settings.decimamba} if settings.decimamba else {}
     changes = {"model_impl": DECIMAMBA, "additional_config": settings.plain.get("additional_config", {}) | own}
     return DeciMambaContestant({**settings.plain, **changes}, starting=settings.starting)
 
 
-METHODS: dict[str, Callable[[ModelSettings], Contestant]] = {
+METHODS: dict[str, Callable[[ModelSettings], EngineContestant]] = {
     "plain": _plain,
     "longmamba": _longmamba,
     "decimamba": _decimamba,

@@ -6,7 +6,7 @@ Texts are hidden in and cut as sequences of anything: tokens here, characters in
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 KEY_DIGITS = 5
 PASSKEY_NEEDLE = "\nThe pass key is {number}. Remember it.\n"
@@ -62,6 +62,11 @@ class Question:
     seed: int
     needles: tuple[Needle, ...]
     start: float
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from the other questions of a run."""
+        return {"task": self.task, "length": self.length, "depth": self.depth, "seed": self.seed}
 
     @property
     def asked(self) -> Needle:

@@ -9,7 +9,7 @@ from typing import Any
 from blake3 import blake3
 
 from vllm_longmamba.calibration.settings import CalibrationSettings
-from vllm_longmamba.evaluate.comparison import Answers, Losses, Progress, Run
+from vllm_longmamba.evaluate.comparison import Progress, Results, Run, ask, score
 from vllm_longmamba.evaluate.engine import EngineRunner
 from vllm_longmamba.evaluate.needles import Question
 from vllm_longmamba.evaluate.perplexity import SCORED_TOKENS, Window
@@ -155,7 +155,7 @@ class Scorer:
             difference=difference(losses, self._results(PLAIN, part)[1]),
         )
 
-    def _results(self, setting: Setting, part: Part) -> tuple[Answers, Losses]:
+    def _results(self, setting: Setting, part: Part) -> tuple[Results, Results]:
         path = self.tables[setting.budget]
         known = {**self.settings, "part": part.name, "thresholds": in_force(load_table(path), setting)}
         run = Run(self.store, "tune", settings_key(known))
@@ -163,9 +163,10 @@ class Scorer:
             self.runner.set_filter(path, setting.min_retention, setting.unfiltered_end)
             advance = self.progress(setting.label(), todo)
             haystack = [token for book in part.books.values() for token in book]
-            run.ask(self.runner, self.encoder, part.questions, haystack, advance)
-            run.score(self.runner, self.encoder, part.windows, part.books, SCORED_TOKENS, advance)
-        return run.answers(part.questions), run.losses(part.windows)
+            questions, windows = run.missing(part.questions), run.missing(part.windows)
+            run.add(ask(self.runner, self.encoder, questions, haystack), advance)
+            run.add(score(self.runner, self.encoder, windows, part.books, SCORED_TOKENS), advance)
+        return run.results(part.questions), run.results(part.windows)
 
 
 def in_force(table: ThresholdTable, setting: Setting) -> str:

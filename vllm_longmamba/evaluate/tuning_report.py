@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vllm_longmamba.evaluate.markdown import document, interval, table
-from vllm_longmamba.evaluate.pictures import COLOURS, Pictures, as_files, figure_with_panels
+from vllm_longmamba.evaluate.pictures import COLOURS, Pictures, as_files, new_figure, share_axis
 from vllm_longmamba.evaluate.tuning import FOUND_TOLERANCE, Score, Setting
 
 _HEADER = ["budget", "theta", "unfiltered end", "global channels", "keys found", "nats/token", "difference to plain"]
@@ -49,19 +49,17 @@ def tuning_markdown(report: Mapping[str, Any], title: str, pictures: Iterable[st
 
 def draw_tuning(report: Mapping[str, Any], title: str) -> Pictures:
     """Keys found against the loss of every setting; arguments as of `draw_questions`."""
-    with figure_with_panels(6.5, 4.0) as (figure, [axes]):
-        kinds = [(report["tried"], "tried"), ([report["plain"]], "plain"), ([report["best"]], report["label"])]
-        for (scores, label), colour in zip(kinds, (COLOURS[1], COLOURS[0], COLOURS[2]), strict=True):
-            losses = [score["loss"]["loss"] for score in scores]
-            axes.scatter(losses, [score["found"]["share"] for score in scores], color=colour, label=label)
-        axes.set_ylim(-0.03, 1.03)
-        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-        axes.set_xlabel("nats per token")
-        axes.set_ylabel("keys found")
-        axes.set_title(title, loc="left", parse_math=False)
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-        return as_files(figure, "tuning")
+    figure, [axes] = new_figure(6.5, 4.0, title)
+    kinds = [(report["tried"], "tried"), ([report["plain"]], "plain"), ([report["best"]], report["label"])]
+    for (scores, label), colour in zip(kinds, (COLOURS[1], COLOURS[0], COLOURS[2]), strict=True):
+        losses = [score["loss"]["loss"] for score in scores]
+        axes.scatter(losses, [score["found"]["share"] for score in scores], color=colour, label=label)
+    share_axis(axes)
+    axes.set_xlabel("nats per token")
+    axes.set_ylabel("keys found")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return as_files(figure, "tuning")
 
 
 def _cells(score: Mapping[str, Any]) -> list[str]:

@@ -10,8 +10,8 @@ from lm_eval import evaluate
 from lm_eval.api.model import LM
 
 from vllm_longmamba.compatibility import errors_only
+from vllm_longmamba.evaluate.engine import EngineContestant, EngineRunner
 from vllm_longmamba.evaluate.harness.tasks import Cell
-from vllm_longmamba.evaluate.runner import Contestant, Runner
 from vllm_longmamba.evaluate.store import Store, settings_key
 
 Scored = tuple[Cell, dict[str, Any]]
@@ -31,7 +31,7 @@ class StoredLM(LM):  # type: ignore[misc]
     def __init__(
         self,
         method: str,
-        contestant: Contestant,
+        contestant: EngineContestant,
         store: Store,
         begin: Callable[[str, int], Callable[[], None]],
         engine: ExitStack,
@@ -40,7 +40,7 @@ class StoredLM(LM):  # type: ignore[misc]
         self._method, self._contestant, self._store, self._begin = method, contestant, store, begin
         self._key = settings_key(contestant.description)
         self._engine = engine
-        self._runner: Runner | None = None
+        self._runner: EngineRunner | None = None
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """See `lm_eval.api.model.LM`. Prompts are never cut: vLLM refuses one that is too long."""
@@ -72,7 +72,7 @@ class StoredLM(LM):  # type: ignore[misc]
 
 
 def run_cells(
-    contestants: Mapping[str, Contestant],
+    contestants: Mapping[str, EngineContestant],
     cells: Sequence[Cell],
     limit: int | None,
     store: Store,
