@@ -8,7 +8,6 @@ import pytest
 from contestants import HalfBlind
 
 from vllm_longmamba.evaluate.comparison import Comparison
-from vllm_longmamba.evaluate.methods import METHODS, parse_methods
 from vllm_longmamba.evaluate.needles import passkey_questions
 from vllm_longmamba.evaluate.perplexity import windows
 from vllm_longmamba.evaluate.store import Store
@@ -83,11 +82,3 @@ def test_score(tmp_path: Path) -> None:
     again = HalfBlind("plain")
     assert score(again) == losses
     assert again.starts == 0
-
-
-def test_parse_methods() -> None:
-    assert parse_methods("longmamba, plain") == ["longmamba", "plain"]
-    with pytest.raises(ValueError, match=f"unknown are magic; known are {', '.join(METHODS)}"):
-        parse_methods("plain,magic")
-    with pytest.raises(ValueError, match="named once"):
-        parse_methods("plain,plain")

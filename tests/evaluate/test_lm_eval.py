@@ -16,6 +16,7 @@ from example_modules import EXAMPLES
 from typer.testing import CliRunner
 
 from vllm_longmamba.cli import app
+from vllm_longmamba.evaluate.comparison import Run
 from vllm_longmamba.evaluate.engine import EngineContestant
 from vllm_longmamba.evaluate.harness import tasks
 from vllm_longmamba.evaluate.harness.benchmarks import LONGBENCH_E, RULER, Benchmark
@@ -27,7 +28,7 @@ from vllm_longmamba.evaluate.harness.reporting import (
     summarize_harness,
 )
 from vllm_longmamba.evaluate.harness.tasks import longbench_overrides
-from vllm_longmamba.evaluate.store import FILE_NAME, Store
+from vllm_longmamba.evaluate.store import FILE_NAME, Store, settings_key
 from vllm_longmamba.evaluate.texts import Encoder
 
 MODEL = str(EXAMPLES / "passkey-mamba2-4m")
@@ -82,7 +83,7 @@ def test_chosen_tasks() -> None:
     assert RULER.chosen("niah_single_1, MK3") == ["S1", "MK3"]
     with pytest.raises(ValueError, match="unknown are qasper; known are S1"):
         RULER.chosen("S1,qasper")
-    with pytest.raises(ValueError, match="may be named once"):
+    with pytest.raises(ValueError, match="may be given once"):
         RULER.chosen("S1,niah_single_1")
 
 
@@ -152,7 +153,8 @@ def request(prompt: str, until: Any = ()) -> SimpleNamespace:
 
 def answers_of(parrot: Parrot, folder: Path, requests: list[SimpleNamespace]) -> list[str]:
     with Store(folder) as store, ExitStack() as engine:
-        lm = StoredLM("plain", parrot, store, lambda *_: lambda: None, engine)
+        run = Run(store, "plain", settings_key(parrot.description))
+        lm = StoredLM(parrot, run, lambda *_: lambda: None, engine)
         return lm.generate_until(requests)
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments, with_engine_options
+from vllm_longmamba.evaluate.terminal import read_numbers
 
 messages = Console(stderr=True)
 
@@ -50,7 +51,7 @@ def inspect(
         Console(),
         text=text,
         output=output,
-        lengths=_numbers(lengths) if lengths else None,
+        lengths=read_numbers("--lengths", lengths, int) if lengths else None,
         channels=channel or [],
         table_path=engine.table,
         min_retention=engine.min_retention,
@@ -60,13 +61,6 @@ def inspect(
     )
     for file in files:
         messages.print(f"wrote {file}", markup=False, soft_wrap=True)
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--lengths must be numbers such as 4096,8192, got {text!r}") from None
 
 
 def _progress_bar(passes: list[Any]) -> Iterable[Any]:

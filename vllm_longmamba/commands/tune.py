@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN
+from vllm_longmamba.commands.engine_errors import explained_start
 from vllm_longmamba.commands.engine_options import EngineOptions, with_engine_options
-from vllm_longmamba.commands.evaluate import Depths, Model, Output, Windows, model_settings
-from vllm_longmamba.evaluate.terminal import console, numbers, progress_bars, real_numbers
+from vllm_longmamba.commands.evaluate import Depths, Model, Output, Windows, method_arguments
+from vllm_longmamba.evaluate.terminal import console, progress_bars, read_numbers
 
 if TYPE_CHECKING:
     from vllm_longmamba.evaluate.texts import Encoder
@@ -95,21 +96,28 @@ def tune(
     from vllm_longmamba.options import KEY
     from vllm_longmamba.tables import load_table, save_table
 
-    space = Space(real_numbers(budgets), real_numbers(thetas), numbers(unfiltered_ends), trials)
-    settings = model_settings(model, engine, worker_extension_cls=FILTER_EXTENSION)
-    given = settings.longmamba["additional_config"][KEY]
+    space = Space(
+        read_numbers("--budgets", budgets, float),
+        read_numbers("--thetas", thetas, float),
+        read_numbers("--unfiltered-ends", unfiltered_ends, int),
+        trials,
+    )
+    plain = method_arguments("plain", model, engine)
+    arguments = method_arguments("longmamba", model, engine, worker_extension_cls=FILTER_EXTENSION)
+    given = arguments["additional_config"][KEY]
     if named := [name for name in _SEARCHED if name in given]:
         raise ValueError(f"--engine-args: additional_config names {named[0]}, which this command searches")
     calibration = CalibrationSettings(
         train_length=engine.train_length, max_length=max_length, texts=tuple(map(str, calibration_text or ()))
     )
     _check_replaceable(table or Path(model) / FILE_NAME)
-    trained = find_train_length(model, calibration, dict(settings.plain))
-    wanted = numbers(lengths) if lengths else [factor * trained for factor in _MULTIPLES]
+    trained = find_train_length(model, calibration, dict(plain))
+    wanted = read_numbers("--lengths", lengths, int) if lengths else [factor * trained for factor in _MULTIPLES]
     calibration = replace(calibration, train_length=trained)
     if not calibration.can_filter(max(wanted)):
         raise ValueError(f"--lengths: prompts of {max(wanted)} tokens are not filtered; give longer ones")
-    contestant = EngineContestant(settings.plain, filters=False, starting=settings.starting)
+    starting = partial(explained_start, engine.verbose)
+    contestant = EngineContestant(plain, "plain", starting)
     encoder, texts = contestant.encoder, read_books(text)
     books = {book.name: encoder.encode(book.text) for book in texts}
     # Before the calibrations: too little text is said at once.
@@ -123,9 +131,8 @@ def tune(
         store.check_files(FILES)
         made = calibrations(space.budgets, calibration, contestant.description, output / "tables")
         tables = {each.budget: Path(str(each.store)) for each in made}
-        arguments = settings.with_room(max(wanted) + ANSWER_TOKENS).longmamba
-        config = {**arguments["additional_config"], **to_config(made)}
-        filtering = EngineContestant({**arguments, "additional_config": config}, starting=settings.starting)
+        arguments["additional_config"] |= to_config(made)
+        filtering = EngineContestant({"max_model_len": max(wanted) + ANSWER_TOKENS, **arguments}, starting=starting)
         with filtering.start() as runner:
             scorer = Scorer(runner, encoder, tables, {**contestant.description, **what}, store, progress)
             scores = search(partial(scorer.score, part=first), space)

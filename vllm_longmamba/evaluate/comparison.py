@@ -64,13 +64,15 @@ class Run:
         store: takes the results.
         name: of the method.
         key: of the model's description and the task's settings.
+
+    What is measured, a question or a window, has an `identity` within the run.
     """
 
     store: Store
     name: str
     key: str
 
-    def _identity(self, of: Question | Window) -> dict[str, Any]:
+    def _identity(self, of: Any) -> dict[str, Any]:
         return {"method": self.name, "settings": self.key, **of.identity}
 
     def missing(self, all_of_them: Iterable[Any]) -> list[Any]:
@@ -103,6 +105,10 @@ class Comparison:
     settings: Mapping[str, Any]
     store: Store
     progress: Progress
+
+    def run(self, method: str) -> Run:
+        """The results of a method."""
+        return Run(self.store, method, settings_key({**self.contestants[method].description, **self.settings}))
 
     def ask(self, questions: Sequence[Question], haystack: Iterable[Book]) -> dict[str, Results]:
         """Ask every contestant all questions.
@@ -147,7 +153,7 @@ class Comparison:
     def _measure(self, task: Task) -> dict[str, Results]:
         results = {}
         for method, contestant in self.contestants.items():
-            run = Run(self.store, method, settings_key({**contestant.description, **self.settings}))
+            run = self.run(method)
             wanted, measure = task(contestant.encoder)
             if todo := run.missing(wanted):
                 with contestant.start() as runner:

@@ -17,6 +17,8 @@ from vllm_longmamba.options import options_from_config
 Key = TypeVar("Key")
 # Wraps the start of an engine.
 Starting = Callable[[], AbstractContextManager[None]]
+# The methods that are compared, and their names in reports.
+LABELS = {"plain": "plain", "longmamba": "LongMamba", "decimamba": "DeciMamba"}
 # vLLM's `worker_extension_cls` where the filter is to be changed while the engine runs.
 FILTER_EXTENSION = "vllm_longmamba.evaluate.engine.FilterWorkerExtension"
 # Prompts handed to the engine at a time, as a multiple of those it runs at once.
@@ -25,16 +27,15 @@ _DEFAULTS = {"max_num_seqs": 32, "enable_prefix_caching": False}
 
 
 class EngineContestant:
-    """A model in vLLM, with LongMamba or plain, not yet started.
+    """A model in vLLM and a method, not yet started.
 
     Args:
-        arguments: of vLLM's `LLM`; the options of LongMamba are in their `additional_config`.
-        filters: False for the plain model; an engine that would filter is then refused. True for LongMamba, whose
-            engine may yet run without the filter, where all prompts are too short for it.
+        arguments: of vLLM's `LLM`; the options of LongMamba or DeciMamba are in their `additional_config`.
+        method: one of `LABELS`. For "plain", an engine that would filter is refused. That of "longmamba" may yet run
+            without the filter, where all prompts are too short for it.
         starting: wraps what vLLM does at the start.
 
     Attributes:
-        model_impl: what the engine is started with.
         description: everything that determines its output, as plain values: weights, table, options, versions.
         encoder: the model's tokenizer.
 
@@ -43,15 +44,15 @@ class EngineContestant:
             that do not fit the method.
     """
 
-    model_impl = MODEL_IMPL
-
-    def __init__(self, arguments: Mapping[str, Any], filters: bool = True, starting: Starting = nullcontext) -> None:
-        self._arguments = {**_DEFAULTS, "model_impl": self.model_impl, **arguments}
-        self._filters = filters
-        self._starting = starting
-        if self._arguments["model_impl"] != self.model_impl:
+    def __init__(
+        self, arguments: Mapping[str, Any], method: str = "longmamba", starting: Starting = nullcontext
+    ) -> None:
+        model_impl = DECIMAMBA if method == "decimamba" else MODEL_IMPL
+        self._arguments = {**_DEFAULTS, "model_impl": model_impl, **arguments}
+        self._method, self._starting = method, starting
+        if self._arguments["model_impl"] != model_impl:
             raise ValueError(
-                f"evaluation: model_impl must be {self.model_impl!r} for this method, but is "
+                f"evaluation: model_impl must be {model_impl!r} for this method, but is "
                 f"{self._arguments['model_impl']!r}; leave it out"
             )
         with starting():
@@ -62,21 +63,19 @@ class EngineContestant:
             # As vLLM's `LLM` will make it.
             config = EngineArgs(**self._arguments).create_engine_config(UsageContext.LLM_CLASS)
         self._check(config)
-        self._arguments |= self._further_arguments(config)
+        if method == "decimamba":
+            # A text is scored in forced decode steps, see `EngineRunner.tail_logprobs`.
+            self._arguments |= forcing_arguments(config, self._arguments.get("logits_processors"))
         self.encoder = Encoder(cached_tokenizer_from_config(config.model_config), config.model_config.tokenizer)
         self.description = self._describe(config)
 
     def _check(self, config: Any) -> None:
         """Refuse an engine that is not what the report will call it, whatever led there."""
-        if options_from_config(config.additional_config).filter and not self._filters:
+        if self._method == "plain" and options_from_config(config.additional_config).filter:
             raise ValueError(
                 "evaluation: the plain model runs without the filter, but its engine runs with it; leave filter out of "
                 "additional_config"
             )
-
-    def _further_arguments(self, config: Any) -> dict[str, Any]:
-        """Arguments that the tasks need beside the user's, now that vLLM has decided what it runs them with."""
-        return {}
 
     def _describe(self, config: Any) -> dict[str, Any]:
         from vllm_longmamba.checkpoint.table_lookup import locate_weights
@@ -90,9 +89,12 @@ class EngineContestant:
         }
         if config.cache_config.mamba_ssm_cache_dtype != "auto":
             description["state_dtype"] = config.cache_config.mamba_ssm_cache_dtype
-        return description | self._describe_method(config)
+        if self._method == "decimamba":
+            own = decimamba_options.options_from_config(config.additional_config)
+            return description | {"decimamba": own.to_dict()}
+        return description | self._describe_filter(config)
 
-    def _describe_method(self, config: Any) -> dict[str, Any]:
+    def _describe_filter(self, config: Any) -> dict[str, Any]:
         from vllm_longmamba.calibration.settings import from_config
         from vllm_longmamba.tables import load_table
 
@@ -138,22 +140,6 @@ class EngineContestant:
             yield EngineRunner(llm, self.encoder)
         finally:
             llm.llm_engine.engine_core.shutdown()
-
-
-class DeciMambaContestant(EngineContestant):
-    """A model in vLLM with DeciMamba, whose options are in the arguments' `additional_config`."""
-
-    model_impl = DECIMAMBA
-
-    def _check(self, config: Any) -> None:
-        """Its own configuration hook refuses whatever is wrong."""
-
-    def _further_arguments(self, config: Any) -> dict[str, Any]:
-        """A text is scored in forced decode steps, see `EngineRunner.tail_logprobs`."""
-        return forcing_arguments(config, self._arguments.get("logits_processors"))
-
-    def _describe_method(self, config: Any) -> dict[str, Any]:
-        return {"decimamba": decimamba_options.options_from_config(config.additional_config).to_dict()}
 
 
 class EngineRunner:

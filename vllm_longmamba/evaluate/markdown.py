@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vllm_longmamba.evaluate.methods import LABELS
+from vllm_longmamba.evaluate.engine import LABELS
 
 # Characters of digests of tables, texts and weights.
 _DIGESTS = (32, 64)

@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_longmamba.evaluate.methods import LABELS
+from vllm_longmamba.evaluate.engine import LABELS
 
 # File name -> content.
 Pictures = dict[str, bytes]
