@@ -9,13 +9,13 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments, with_engine_options
+from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments, with_options
 from vllm_longmamba.evaluate.terminal import read_numbers
 
 messages = Console(stderr=True)
 
 
-@with_engine_options(without=("max_model_len", "tensor_parallel_size"))
+@with_options(without=("max_model_len", "tensor_parallel_size"), engine=EngineOptions)
 def inspect(
     model_or_table: Annotated[
         str, typer.Argument(help="A table (.safetensors file), or a model: a name or folder, as for vllm serve.")
@@ -42,8 +42,7 @@ def inspect(
     from vllm_longmamba.commands.engine_errors import explained_start
     from vllm_longmamba.evaluate.pictures import as_files
     from vllm_longmamba.inspect import pictures
-    from vllm_longmamba.inspect.channels import choose_channels, parse_channel
-    from vllm_longmamba.inspect.measure import SET_HERE, measure
+    from vllm_longmamba.inspect.measure import SET_HERE, choose_channels, measure, parse_channel
     from vllm_longmamba.inspect.summary import default_lengths, layer_table, measured_table, provenance
     from vllm_longmamba.tables import load_table
 

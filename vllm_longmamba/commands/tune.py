@@ -12,7 +12,7 @@ import typer
 
 from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN
 from vllm_longmamba.commands.engine_errors import explained_start
-from vllm_longmamba.commands.engine_options import EngineOptions, with_engine_options
+from vllm_longmamba.commands.engine_options import EngineOptions, with_options
 from vllm_longmamba.commands.evaluate import Depths, Model, Output, Windows, method_arguments
 from vllm_longmamba.evaluate.terminal import console, progress_bars, read_numbers
 
@@ -26,7 +26,7 @@ _MULTIPLES = (8, 16)
 _SEARCHED = ("table", "min_retention", "unfiltered_end")
 
 
-@with_engine_options(without=("table", "min_retention"))
+@with_options(without=("table", "min_retention"), engine=EngineOptions)
 def tune(
     model: Model,
     text: Annotated[
