@@ -90,7 +90,8 @@ def test_questions_markdown() -> None:
     assert "| prompt (tokens) | questions | plain | LongMamba |" in text
     assert "| 1024 | 6 | 0.00 (0.00 to 0.39) | 0.50 (0.19 to 0.81) |" in text
     assert "![heat-map.png](heat-map.png)\n\n## Conditions" in text
-    assert "- LongMamba: filter True, train_length 512, table 000000000000\n" in text
+    conditions = text.partition("```json\n")[2].removesuffix("\n```\n")
+    assert json.loads(conditions) == HEAD
 
 
 def test_perplexity_markdown() -> None:
@@ -106,7 +107,7 @@ def test_names_that_are_not_ours_are_text() -> None:
     text = questions_markdown(report, "Passkey: a[bold]*b*_c_|`d`", [])
     shown = io.StringIO()
     Console(file=shown, width=200).print(Markdown(text))
-    for name in ("Passkey: a[bold]*b*_c_|`d`", "Model: a[bold]*b*_c_|`d`", "eval `x` [/red]", "book_*one*[/]"):
+    for name in ("Passkey: a[bold]*b*_c_|`d`", '"model": "a[bold]*b*_c_|`d`"', "eval `x` [/red]", "book_*one*[/]"):
         assert name in shown.getvalue()
 
 

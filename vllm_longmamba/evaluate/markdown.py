@@ -1,13 +1,11 @@
 """Reports as Markdown."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vllm_longmamba.evaluate.engine import LABELS
-
-# Characters of digests of tables, texts and weights.
-_DIGESTS = (32, 64)
 
 
 def questions_markdown(report: Mapping[str, Any], title: str, pictures: Iterable[str]) -> str:
@@ -67,12 +65,12 @@ def share_lines(rows: Iterable[Mapping[str, Any]], name: str, count: str, form: 
 
 def document(report: Mapping[str, Any], title: str, parts: Iterable[str], pictures: Iterable[str] = ()) -> str:
     """A report: title, parts, pictures, and what was run, where and with what."""
-    lines = [f"- Model: {escaped(report['model'])}", f"- Command: {code(report['command'])}"]
-    lines.append(f"- Hardware: {report['hardware']}")
-    lines += [f"- {LABELS.get(name, name)}: {_values(values)}" for name, values in report["methods"].items()]
-    lines.append(f"- Settings: {_values(report['settings'])}")
+    # No name of a model is Markdown.
+    title = re.sub(r"([\\`*_\[\]<>|#~!])", r"\\\1", " ".join(title.split()))
     images = [f"![{name}]({name})" for name in pictures if name.endswith(".png")]
-    return "\n\n".join([f"# {escaped(title)}", *parts, *images, "## Conditions", "\n".join(lines)]) + "\n"
+    conditions = {name: report[name] for name in ("model", "command", "hardware", "methods", "settings")}
+    block = f"```json\n{json.dumps(conditions, indent=1, ensure_ascii=False)}\n```"
+    return "\n\n".join([f"# {title}", *parts, *images, "## Conditions", block]) + "\n"
 
 
 def interval(row: Mapping[str, Any], name: str, form: str = ".2f") -> str:
@@ -84,31 +82,3 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, all columns aligned to the right."""
     lines = [header, ["---:"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def escaped(name: str) -> str:
-    """A name that is not ours, as text: nothing in it is Markdown."""
-    return re.sub(r"([\\`*_\[\]<>|#~!])", r"\\\1", " ".join(name.split()))
-
-
-def code(text: str) -> str:
-    """Text in code's type, whatever ticks it has."""
-    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
-    fence = "`" * (longest + 1)
-    return f"{fence} {text} {fence}" if longest else f"{fence}{text}{fence}"
-
-
-def _values(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {_value(value)}" for name, value in values.items() if value is not None)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{escaped(name)} ({_value(part)})" for name, part in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_value, value))
-    if isinstance(value, str) and len(value) in _DIGESTS:
-        # The JSON file has all of it.
-        return value[:12]
-    # A sentence with its line breaks.
-    return code(repr(value)) if isinstance(value, str) and "\n" in value else escaped(str(value))

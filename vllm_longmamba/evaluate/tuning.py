@@ -55,7 +55,7 @@ PLAIN = Setting(1.0, 1.0, 0)
 DEFAULT = Setting(1.0, DEFAULT_MIN_RETENTION[UNCLAMPED], 0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Space:
     """The settings to be searched, in which the default always is.
 
@@ -84,8 +84,8 @@ class Space:
                 f"--thetas must be the smallest and the largest, between 0 and 1, with the default "
                 f"{DEFAULT.min_retention:g} between them, got {', '.join(map(str, self.thetas))}"
             )
-        object.__setattr__(self, "budgets", tuple(dict.fromkeys([DEFAULT.budget, *self.budgets])))
-        object.__setattr__(self, "unfiltered_ends", tuple(dict.fromkeys([0, *self.unfiltered_ends])))
+        self.budgets = tuple(dict.fromkeys([DEFAULT.budget, *self.budgets]))
+        self.unfiltered_ends = tuple(dict.fromkeys([0, *self.unfiltered_ends]))
 
 
 @dataclass(frozen=True)

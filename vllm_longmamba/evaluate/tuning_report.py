@@ -8,7 +8,7 @@ from vllm_longmamba.evaluate.markdown import document, interval, table
 from vllm_longmamba.evaluate.pictures import COLOURS, Pictures, as_files, new_figure, share_axis
 from vllm_longmamba.evaluate.tuning import FOUND_TOLERANCE, Score, Setting
 
-_HEADER = ["budget", "theta", "unfiltered end", "global channels", "keys found", "nats/token", "difference to plain"]
+_HEADER = ["setting", "global channels", "keys found", "nats/token", "difference to plain"]
 
 
 def summarize_tuning(scores: Sequence[Score], best: Score, held_out: Sequence[Score]) -> dict[str, Any]:
@@ -31,19 +31,13 @@ def summarize_tuning(scores: Sequence[Score], best: Score, held_out: Sequence[Sc
 
 def tuning_markdown(report: Mapping[str, Any], title: str, pictures: Iterable[str] = ()) -> str:
     """The report as Markdown; arguments as of `questions_markdown`."""
-    best = report["best"]["setting"]
-    rows = [["plain", "", "", *_cells(report["plain"])[3:]]]
-    for score in report["tried"]:
-        mark = "**" if score["setting"] == best else ""
-        cells = _cells(score)
-        rows.append([*(f"{mark}{cell}{mark}" for cell in cells[:3]), *cells[3:]])
     text = (
         f"Best: {report['label']}. It has the smallest loss of the settings whose share of keys found is within "
         f"{FOUND_TOLERANCE:g} of the largest. Intervals: 95 %, Wilson for keys, bootstrap over texts for losses."
     )
     held = "On the second half of each text, by which nothing was chosen:"
-    own = [[Setting(**score["setting"]).label(), *_cells(score)[3:]] for score in report["held_out"]]
-    parts = [text, held, table(["setting", *_HEADER[3:]], own), "On the first half:", table(_HEADER, rows)]
+    tried = [report["plain"], *report["tried"]]
+    parts = [text, held, _table(report["held_out"]), "On the first half:", _table(tried)]
     return document(report, title, parts, pictures)
 
 
@@ -62,14 +56,15 @@ def draw_tuning(report: Mapping[str, Any], title: str) -> Pictures:
     return as_files(figure, "tuning")
 
 
-def _cells(score: Mapping[str, Any]) -> list[str]:
-    setting = score["setting"]
-    return [
-        f"{setting['budget']:g}",
-        f"{setting['min_retention']:.3g}",
-        str(setting["unfiltered_end"]),
-        str(score["global_channels"]),
-        interval(score["found"], "share"),
-        interval(score["loss"], "loss", ".3f"),
-        interval(score["difference"], "loss", "+.3f"),
+def _table(scores: Iterable[Mapping[str, Any]]) -> str:
+    lines = [
+        [
+            Setting(**score["setting"]).label(),
+            str(score["global_channels"]),
+            interval(score["found"], "share"),
+            interval(score["loss"], "loss", ".3f"),
+            interval(score["difference"], "loss", "+.3f"),
+        ]
+        for score in scores
     ]
+    return table(_HEADER, lines)
