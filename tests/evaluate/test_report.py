@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.markdown import Markdown
 
-from vllm_longmamba.evaluate.markdown import perplexity_markdown, questions_markdown
+from vllm_longmamba.evaluate.markdown import document, perplexity_markdown, questions_markdown
 from vllm_longmamba.evaluate.needles import passkey_questions
 from vllm_longmamba.evaluate.perplexity import Window
 from vllm_longmamba.evaluate.pictures import draw_perplexity, draw_questions
@@ -85,7 +85,8 @@ def test_summarize_perplexity() -> None:
 
 
 def test_questions_markdown() -> None:
-    text = questions_markdown(passkey_report(), "Passkey", ["heat-map.png", "heat-map.svg"])
+    report = passkey_report()
+    text = document(report, "Passkey", questions_markdown(report), ["heat-map.png", "heat-map.svg"])
     assert text.startswith("# Passkey\n")
     assert "| prompt (tokens) | questions | plain | LongMamba |" in text
     assert "| 1024 | 6 | 0.00 (0.00 to 0.39) | 0.50 (0.19 to 0.81) |" in text
@@ -95,7 +96,7 @@ def test_questions_markdown() -> None:
 
 
 def test_perplexity_markdown() -> None:
-    text = perplexity_markdown(perplexity_report(), "Perplexity", [])
+    text = perplexity_markdown(perplexity_report())[-1]
     expected = "| 512 | 2 | 4 | 1.500 (1.000 to 2.000) | 4.48 | 0.541 | 0.750 (0.500 to 1.000) | 2.12 | 0.271 |"
     assert f"{expected} -0.750 (-1.000 to -0.500) |" in text
 
@@ -104,7 +105,7 @@ def test_names_that_are_not_ours_are_text() -> None:
     """In the report, and where it is shown on the terminal."""
     report = {**passkey_report(), "model": "a[bold]*b*_c_|`d`", "command": "eval `x` [/red]"}
     report["settings"] = {"texts": {"book_*one*[/]": "0" * 32}}
-    text = questions_markdown(report, "Passkey: a[bold]*b*_c_|`d`", [])
+    text = document(report, "Passkey: a[bold]*b*_c_|`d`", questions_markdown(report), [])
     shown = io.StringIO()
     Console(file=shown, width=200).print(Markdown(text))
     for name in ("Passkey: a[bold]*b*_c_|`d`", '"model": "a[bold]*b*_c_|`d`"', "eval `x` [/red]", "book_*one*[/]"):

@@ -8,22 +8,16 @@ from typing import Any
 from vllm_longmamba.evaluate.engine import LABELS
 
 
-def questions_markdown(report: Mapping[str, Any], title: str, pictures: Iterable[str]) -> str:
-    """The report of a passkey or needles run.
-
-    Args:
-        report: as written to JSON.
-        title: of the document.
-        pictures: file names of pictures beside it.
-    """
+def questions_markdown(report: Mapping[str, Any]) -> list[str]:
+    """The paragraphs and tables of a passkey or needles run; the report is as written to JSON."""
     text = "Share of the numbers found, with 95 % confidence intervals (Wilson)."
     rows = sorted(report["by_length"], key=lambda row: int(row["length"]))
     shares = table(["prompt (tokens)", "questions", *labels(report)], share_lines(rows, "length", "questions"))
-    return document(report, title, [text, shares], pictures)
+    return [text, shares]
 
 
-def perplexity_markdown(report: Mapping[str, Any], title: str, pictures: Iterable[str]) -> str:
-    """The report of a perplexity run; arguments as above."""
+def perplexity_markdown(report: Mapping[str, Any]) -> list[str]:
+    """Those of a perplexity run."""
     first_label, *other_labels = labels(report)
     header = ["window (tokens)", "books", "windows"]
     for label in labels(report):
@@ -39,7 +33,7 @@ def perplexity_markdown(report: Mapping[str, Any], title: str, pictures: Iterabl
         f"Loss of the last {report['settings']['scored_tokens']} tokens of each window. Intervals: 95 %, bootstrap "
         "over books (over windows where there is one book only); differences are taken window by window."
     )
-    return document(report, title, [text, table(header, lines)], pictures)
+    return [text, table(header, lines)]
 
 
 def labels(report: Mapping[str, Any]) -> list[str]:
@@ -63,14 +57,24 @@ def share_lines(rows: Iterable[Mapping[str, Any]], name: str, count: str, form: 
     ]
 
 
-def document(report: Mapping[str, Any], title: str, parts: Iterable[str], pictures: Iterable[str] = ()) -> str:
-    """A report: title, parts, pictures, and what was run, where and with what."""
-    # No name of a model is Markdown.
-    title = re.sub(r"([\\`*_\[\]<>|#~!])", r"\\\1", " ".join(title.split()))
+def heading(title: str) -> str:
+    """A title, which no name of a model in it changes."""
+    return "# " + re.sub(r"([\\`*_\[\]<>|#~!])", r"\\\1", " ".join(title.split()))
+
+
+def document(report: Mapping[str, Any], title: str, parts: Iterable[str], pictures: Iterable[str]) -> str:
+    """A whole report.
+
+    Args:
+        report: as written to JSON; what was run, where and with what is at the end.
+        title: of the document.
+        parts: paragraphs and tables.
+        pictures: file names of pictures beside it.
+    """
     images = [f"![{name}]({name})" for name in pictures if name.endswith(".png")]
     conditions = {name: report[name] for name in ("model", "command", "hardware", "methods", "settings")}
     block = f"```json\n{json.dumps(conditions, indent=1, ensure_ascii=False)}\n```"
-    return "\n\n".join([f"# {title}", *parts, *images, "## Conditions", block]) + "\n"
+    return "\n\n".join([heading(title), *parts, *images, "## Conditions", block]) + "\n"
 
 
 def interval(row: Mapping[str, Any], name: str, form: str = ".2f") -> str:

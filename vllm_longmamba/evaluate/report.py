@@ -16,6 +16,7 @@ import numpy as np
 
 from vllm_longmamba.evaluate.comparison import Results
 from vllm_longmamba.evaluate.engine import EngineContestant
+from vllm_longmamba.evaluate.markdown import document, heading
 from vllm_longmamba.evaluate.perplexity import Window
 from vllm_longmamba.evaluate.statistics import ratio_interval, share_interval
 from vllm_longmamba.evaluate.store import Store
@@ -30,16 +31,16 @@ def write_report(
     store: Store,
     report: Mapping[str, Any],
     title: str,
-    markdown: Callable[[Mapping[str, Any], str, Iterable[str]], str],
+    describe: Callable[[Mapping[str, Any]], list[str]],
     draw: Callable[[Mapping[str, Any], str], Mapping[str, bytes]],
 ) -> None:
-    """Write report.json, report.md and pictures, and show the second up to its conditions.
+    """Write report.json, report.md and pictures, and show what the second says.
 
     Args:
         store: of the folder.
         report: as it goes into the JSON file.
         title: of text and pictures, before the model's name.
-        markdown: makes the text of report, title and the pictures' names.
+        describe: makes the paragraphs and tables of the report.
         draw: makes the pictures' files of report and title; they are left out where matplotlib is missing.
 
     Raises:
@@ -53,13 +54,11 @@ def write_report(
         pictures = draw(report, title)
     else:
         console.print("no pictures: they need matplotlib (pip install 'vllm-longmamba[plot]')")
-    text = markdown(report, title, pictures)
+    parts = describe(report)
+    text = document(report, title, parts, pictures)
     files = {"report.json": (json.dumps(report, indent=1) + "\n").encode(), "report.md": text.encode(), **pictures}
-    store.check_files(files)
-    for name, content in files.items():
-        store.write(name, content)
-    shown = text.partition("## Conditions")[0]
-    console.print(Markdown("\n".join(line for line in shown.splitlines() if not line.startswith("!["))))
+    store.write(files)
+    console.print(Markdown("\n\n".join([heading(title), *parts])))
     console.print(f"written: {', '.join(str(store.folder / name) for name in files)}", soft_wrap=True)
 
 

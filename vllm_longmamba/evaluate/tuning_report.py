@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from vllm_longmamba.evaluate.markdown import document, interval, table
+from vllm_longmamba.evaluate.markdown import interval, table
 from vllm_longmamba.evaluate.pictures import COLOURS, Pictures, as_files, new_figure, share_axis
 from vllm_longmamba.evaluate.tuning import FOUND_TOLERANCE, Score, Setting
 
@@ -29,16 +29,15 @@ def summarize_tuning(scores: Sequence[Score], best: Score, held_out: Sequence[Sc
     }
 
 
-def tuning_markdown(report: Mapping[str, Any], title: str, pictures: Iterable[str] = ()) -> str:
-    """The report as Markdown; arguments as of `questions_markdown`."""
+def tuning_markdown(report: Mapping[str, Any]) -> list[str]:
+    """The paragraphs and tables of a search."""
     text = (
         f"Best: {report['label']}. It has the smallest loss of the settings whose share of keys found is within "
         f"{FOUND_TOLERANCE:g} of the largest. Intervals: 95 %, Wilson for keys, bootstrap over texts for losses."
     )
     held = "On the second half of each text, by which nothing was chosen:"
     tried = [report["plain"], *report["tried"]]
-    parts = [text, held, _table(report["held_out"]), "On the first half:", _table(tried)]
-    return document(report, title, parts, pictures)
+    return [text, held, _table(report["held_out"]), "On the first half:", _table(tried)]
 
 
 def draw_tuning(report: Mapping[str, Any], title: str) -> Pictures:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_longmamba.evaluate.markdown import document, labels, share_lines, table
+from vllm_longmamba.evaluate.markdown import labels, share_lines, table
 from vllm_longmamba.evaluate.pictures import Pictures, draw_shares
 from vllm_longmamba.evaluate.report import rows, share_of
 from vllm_longmamba.evaluate.statistics import average_interval
@@ -59,8 +59,8 @@ def average_of(scores: Iterable[tuple[str, float]]) -> dict[str, Any]:
     return {"tasks": len(tasks), "share": share, "low": low, "high": high}
 
 
-def harness_markdown(report: Mapping[str, Any], title: str, pictures: Iterable[str]) -> str:
-    """The report of a run; arguments as of `questions_markdown`."""
+def harness_markdown(report: Mapping[str, Any]) -> list[str]:
+    """The paragraphs and tables of a run."""
     parts = ["Mean scores with 95 % intervals: Wilson's over prompts; of averages, bootstrap."]
     for length in dict.fromkeys(row["length"] for row in report["average"]):
         by_task = [row for row in report["by_task"] if row["length"] == length]
@@ -71,7 +71,7 @@ def harness_markdown(report: Mapping[str, Any], title: str, pictures: Iterable[s
     if report["by_words"]:
         lines = share_lines(report["by_words"], "words", "tasks", ".1%")
         parts += ["## By words of the context", table(["words", "tasks", *labels(report)], lines)]
-    return document(report, title, parts, pictures)
+    return parts
 
 
 def draw_harness(report: Mapping[str, Any], title: str) -> Pictures:
