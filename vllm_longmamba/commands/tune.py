@@ -2,11 +2,10 @@
 
 import importlib.util
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,10 +14,6 @@ from vllm_longmamba.commands.engine_errors import explained_start
 from vllm_longmamba.commands.engine_options import EngineOptions, with_options
 from vllm_longmamba.commands.evaluate import Depths, Model, Output, Windows, method_arguments
 from vllm_longmamba.evaluate.terminal import console, progress_bars, read_numbers
-
-if TYPE_CHECKING:
-    from vllm_longmamba.evaluate.texts import Encoder
-    from vllm_longmamba.evaluate.tuning import Part
 
 # Multiples of the training length to score at where no lengths are given: what the settings do shows there.
 _MULTIPLES = (8, 16)
@@ -90,6 +85,7 @@ def tune(
         Space,
         calibrations,
         choose,
+        halves,
         search,
     )
     from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
@@ -121,11 +117,7 @@ def tune(
     encoder, texts = contestant.encoder, read_books(text)
     books = {book.name: encoder.encode(book.text) for book in texts}
     # Before the calibrations: too little text is said at once.
-    halves = {
-        "first": {name: own[: len(own) // 2] for name, own in books.items()},
-        "second": {name: own[len(own) // 2 :] for name, own in books.items()},
-    }
-    first, second = (_part(name, half, encoder, wanted, depths, windows) for name, half in halves.items())
+    first, second = halves(books, encoder, wanted, depths, windows)
     what: dict[str, Any] = {"texts": {book.name: book.digest for book in texts}}
     with Store(output) as store, progress_bars() as progress:
         store.check_files(FILES)
@@ -172,16 +164,3 @@ def _table_path(model: str, fingerprint: str, quantization: str | None) -> Path:
     path = cached_table_path(fingerprint, quantization)
     make_private_folder(path.parent)
     return path
-
-
-def _part(
-    name: str, books: Mapping[str, list[int]], encoder: "Encoder", lengths: list[int], depths: int, number: int
-) -> "Part":
-    from vllm_longmamba.evaluate.needles import middles, passkey_questions
-    from vllm_longmamba.evaluate.perplexity import windows
-    from vllm_longmamba.evaluate.tuning import Part
-
-    questions = list(passkey_questions(lengths, middles(depths), [0]))
-    haystack = [token for book in books.values() for token in book]
-    encoder.check_room(questions, haystack)
-    return Part(name, books, questions, list(windows(encoder.sizes(books), lengths, number)))

@@ -82,7 +82,7 @@ def interval(row: Mapping[str, Any], name: str, form: str = ".2f") -> str:
     return f"{row[name]:{form}} ({row['low']:{form}} to {row['high']:{form}})"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, all columns aligned to the right."""
-    lines = [header, ["---:"] * len(header), *rows]
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], rule: str = "---:") -> str:
+    """A Markdown table, all columns aligned as the rule says: by default to the right."""
+    lines = [header, [rule] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
