@@ -144,7 +144,7 @@ def test_description(runner: EngineRunner, model: Path, tables: list[Path]) -> N
         describe({"table": str(tables[0]), "min_retention": 0.5}),
         describe({"table": str(tables[0]), "unfiltered_end": 20}),
         describe({"table": str(tables[0]), "filter_generated": True}),
-        describe({"table": str(tables[0])}, mamba_ssm_cache_dtype="float32"),
+        describe({"table": str(tables[0])}, mamba_ssm_cache_dtype="float16"),
         describe({"table": str(tables[0])}, dtype="bfloat16"),
         plain,
     ]

@@ -83,12 +83,11 @@ class EngineContestant:
         description: dict[str, Any] = {
             "weights": locate_weights(config.model_config, config.load_config).fingerprint,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "state_dtype": config.cache_config.mamba_ssm_cache_dtype,
             "quantization": config.model_config.quantization,
             "vllm": installed_vllm_version(),
             "vllm_longmamba": __version__,
         }
-        if config.cache_config.mamba_ssm_cache_dtype != "auto":
-            description["state_dtype"] = config.cache_config.mamba_ssm_cache_dtype
         if self._method == "decimamba":
             own = decimamba_options.options_from_config(config.additional_config)
             return description | {"decimamba": own.to_dict()}
