@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from vllm_longmamba.inspect.measure import Measurements
-from vllm_longmamba.inspect.summary import kept_by_layer
+from vllm_longmamba.inspect.summary import kept_by_layer, threshold_medians
 from vllm_longmamba.tables import ThresholdTable
 
 _LAYER_COLORS = "viridis"
@@ -46,12 +46,8 @@ def retention_picture(table: ThresholdTable) -> Any:
 
 def threshold_picture(table: ThresholdTable) -> Any:
     """Median threshold of each layer's global channels against the prompt length."""
-    medians = {}
-    for layer in sorted(table.layers):
-        is_global = table.is_global(layer)
-        if bool(is_global.any()):
-            of_global = table.layers[layer].dt_threshold[1:][:, is_global].numpy()
-            medians[layer] = np.median(of_global, axis=1)
+    # Row 0 filters nothing.
+    medians = {layer: of_rows[1:] for layer, of_rows in threshold_medians(table).items()}
     figure, axes = _layers_by_length(table.row_lengths[1:].tolist(), medians)
     axes.set_title(f"Thresholds of {table.metadata.model_id}: tokens of a smaller Δt are filtered")
     axes.set_ylabel("g(S), median of the global channels (Δt)")
