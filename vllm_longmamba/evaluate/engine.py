@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from vllm_longmamba import __version__, decimamba_options
 from vllm_longmamba.architectures import DECIMAMBA, MODEL_IMPL, uses_longmamba
 from vllm_longmamba.compatibility import installed_vllm_version
-from vllm_longmamba.evaluate.scoring import forced_scoring, forcing_arguments, greedy, tail_scoring
+from vllm_longmamba.evaluate.scoring import Scoring, forcing_arguments, greedy
 from vllm_longmamba.evaluate.statistics import Floats
 from vllm_longmamba.evaluate.texts import Encoder
 from vllm_longmamba.options import options_from_config
@@ -196,11 +196,10 @@ class EngineRunner:
             The key and (scored,) log-probabilities of the last tokens, each given all tokens before it.
         """
         config = self.llm.llm_engine.vllm_config
-        ask, read = tail_scoring(config) if uses_longmamba(config.model_config) else forced_scoring(config)
-
-        requests = ((key, *ask(tokens, scored)) for key, tokens in jobs)
+        scoring = Scoring(config, forced=not uses_longmamba(config.model_config))
+        requests = ((key, *scoring.ask(tokens, scored)) for key, tokens in jobs)
         for key, output in self._stream(requests):
-            yield key, read(output, scored)
+            yield key, scoring.read(output, scored)
 
     def _stream(self, requests: Iterator[tuple[Key, list[int], Any]]) -> Iterator[tuple[Key, Any]]:
         """Keep the engine busy, without handing it all prompts at once; keys and outputs as they are finished."""
