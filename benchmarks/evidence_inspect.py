@@ -17,8 +17,7 @@ from results_page import RESULTS, ROOT, add_records
 from vllm_longmamba.calibration.offline import calibrate
 from vllm_longmamba.calibration.settings import CalibrationSettings
 from vllm_longmamba.evaluate.store import settings_key
-from vllm_longmamba.inspect.channels import choose_channels
-from vllm_longmamba.inspect.measure import measure
+from vllm_longmamba.inspect.measure import choose_channels, measure
 from vllm_longmamba.inspect.pictures import receptive_field_picture
 from vllm_longmamba.inspect.summary import kept_by_layer
 from vllm_longmamba.tables import save_table

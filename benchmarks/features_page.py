@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from vllm_longmamba.commands.features import FAMILIES, Feature, read_features
+from vllm_longmamba.evaluate.markdown import table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "features.md"
 BLOCK = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -25,7 +26,7 @@ def matrix(features: list[Feature]) -> str:
     rows = [
         [feature.name, *(feature.entries[family].words for family in FAMILIES), feature.note] for feature in features
     ]
-    return _markdown(["feature", *FAMILIES.values(), "remark"], rows)
+    return table(["feature", *FAMILIES.values(), "remark"], rows, "---")
 
 
 def tests(features: list[Feature]) -> str:
@@ -35,11 +36,7 @@ def tests(features: list[Feature]) -> str:
         named = dict.fromkeys(entry.test for entry in feature.entries.values() if entry.test is not None)
         if named:
             rows.append([feature.name, "<br>".join(f"`{test}`" for test in named)])
-    return _markdown(["feature", "tests"], rows)
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+    return table(["feature", "tests"], rows, "---")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from support.evidence_tables import evidence_tables
+from support.evidence_tables import evidence_tables, markdown
 from support.records import METHODS, MODELS, of_models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +88,7 @@ def _by_length(results: Path, task: str) -> str:
                 rows.append(
                     [MODELS[model], label, *(_figure(found.get((method, length)), value) for length in LENGTHS)]
                 )
-    return _markdown(["model", "method", *(f"{length}" for length in LENGTHS)], rows)
+    return markdown(["model", "method", *(f"{length}" for length in LENGTHS)], rows)
 
 
 def _generated(results: Path) -> str:
@@ -100,7 +100,7 @@ def _generated(results: Path) -> str:
             of_texts = [_figure(texts.get((method, length)), "loss") for length in lengths]
             rows.append([MODELS[model], method, *of_keys, *of_texts])
     head = ["model", "", *(f"keys, {length}" for length in lengths), *(f"text, {length}" for length in lengths)]
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _prefill(results: Path) -> str:
@@ -118,7 +118,7 @@ def _prefill(results: Path) -> str:
         if prefill := result.get("prefill"):
             figures = [{**prefill, "batch": result.get("batch")}.get(column) for column in columns]
             rows.append([name, *(f"{_times(figure):.2f}" if figure else "–" for figure in figures)])
-    return _markdown(["speed-up", *columns.values()], rows)
+    return markdown(["speed-up", *columns.values()], rows)
 
 
 def _times(figure: Mapping[str, Any]) -> float:
@@ -134,7 +134,7 @@ def _agreement(results: Path) -> str:
                 rows += [
                     [MODELS[model], pair, f"{gap['largest']:.1e}", f"{gap['mean']:.1e}"] for pair, gap in pairs.items()
                 ]
-    return _markdown(["model", "compared", "largest difference", "mean"], rows)
+    return markdown(["model", "compared", "largest difference", "mean"], rows)
 
 
 def _figures(rows: Iterable[Mapping[str, Any]], value: str) -> dict[tuple[str, int], float]:
@@ -144,11 +144,6 @@ def _figures(rows: Iterable[Mapping[str, Any]], value: str) -> dict[tuple[str, i
 
 def _figure(figure: float | None, value: str) -> str:
     return "" if figure is None else f"{figure:.3f}" if value == "loss" else f"{figure:.2f}"
-
-
-def _markdown(head: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_longmamba.evaluate.needles import KEY_DIGITS, PASSKEY_QUESTION, hide, passkey_needle
+from vllm_longmamba.evaluate.needles import KEY_DIGITS, PASSKEY_NEEDLE, PASSKEY_QUESTION, hide
 
 QUESTION = PASSKEY_QUESTION
 HAYSTACK = Path(__file__).parent / "texts" / "haystack.txt"
@@ -62,13 +62,14 @@ def passkey_prompt(haystack: str, key: str, length: int, depth: float, start: in
         raise ValueError(f"passkey_prompt: key must be {KEY_DIGITS} digits, got {key!r}")
     if not 0.0 <= depth <= 1.0:
         raise ValueError(f"passkey_prompt: depth must lie in [0, 1], got {depth}")
-    room = length - len(passkey_needle(key)) - len(QUESTION)
+    needle = PASSKEY_NEEDLE.format(number=key)
+    room = length - len(needle) - len(QUESTION)
     if room < 0:
         raise ValueError(f"passkey_prompt: length must be at least {length - room} tokens, got {length}")
     text = haystack[start : start + room]
     if len(text) < room or not text.isascii():
         raise ValueError(f"passkey_prompt: needs {room} ASCII characters of haystack from {start}, got {len(text)}")
-    return hide(text, [(depth, passkey_needle(key))]) + QUESTION
+    return hide(text, [(depth, needle)]) + QUESTION
 
 
 def passkey_tasks(

@@ -4,7 +4,7 @@ import json
 import lzma
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 from vllm_longmamba.architectures import MODEL_IMPL
 from vllm_longmamba.calibration.settings import CalibrationSettings, to_config
 from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN
+from vllm_longmamba.evaluate.comparison import ask
 from vllm_longmamba.evaluate.engine import EngineRunner, FilterWorkerExtension
-from vllm_longmamba.evaluate.needles import ANSWER_TOKENS, Question, middles, needle_questions, passkey_questions
+from vllm_longmamba.evaluate.needles import middles, needle_questions, passkey_questions
 from vllm_longmamba.evaluate.perplexity import SCORED_TOKENS, Window, windows
 from vllm_longmamba.evaluate.store import settings_key
 from vllm_longmamba.evaluate.texts import Encoder
@@ -171,16 +172,11 @@ class Engine:
         else:
             questions = list(needle_questions([unit.length], middles(DEPTHS), seeds, NEEDLES))
         haystack = texts.haystack(unit.text, unit.length)
-
-        def jobs() -> Iterator[tuple[Question, list[int], int]]:
-            for question in questions[: unit.count]:
-                yield question, self._encoder.prompt(question, haystack), ANSWER_TOKENS
-
         asked: Counter[str] = Counter()
         found: Counter[str] = Counter()
-        for question, answer in self._runner.complete(jobs()):
+        for question, result in ask(self._runner, self._encoder, questions[: unit.count], haystack):
             asked[f"{question.depth:.2f}"] += 1
-            found[f"{question.depth:.2f}"] += question.found_in(answer)
+            found[f"{question.depth:.2f}"] += result["found"]
         return {
             "found": found.total(),
             "by_depth": {depth: [found[depth], asked[depth]] for depth in sorted(asked)},

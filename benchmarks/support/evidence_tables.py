@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from vllm_longmamba.evaluate.markdown import table
 from vllm_longmamba.evaluate.statistics import share_interval
 
 from .evidence_plan import SEARCH, Record, Setting, score
@@ -287,6 +288,5 @@ def _number(figure: float | None, digits: int) -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    lines = [list(head), ["---"] * len(head), *map(list, rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    """A table, aligned to the left."""
+    return table(head, rows, "---")

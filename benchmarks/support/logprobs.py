@@ -34,7 +34,7 @@ def engine_logprobs(
     longest = max(map(len, prompts)) + 1
     arguments = {"model": str(folder), "additional_config": {"longmamba": options}, "dtype": "float32"}
     arguments |= {"enforce_eager": True, "max_model_len": longest, "gpu_memory_utilization": 0.1}
-    contestant = EngineContestant(arguments | engine_args, filters=options.get("filter", True))
+    contestant = EngineContestant(arguments | engine_args, "longmamba" if options.get("filter", True) else "plain")
     with contestant.start() as runner:
         results = dict(runner.tail_logprobs(enumerate(prompts), scored))
     gc.collect()

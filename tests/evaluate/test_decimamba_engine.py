@@ -11,8 +11,7 @@ from engine.harness import EAGER, LOGPROB_TOLERANCE
 from example_modules import EXAMPLES
 from torch_models import DeciMamba, TorchModel
 
-from vllm_longmamba.evaluate.engine import DeciMambaContestant, EngineRunner
-from vllm_longmamba.evaluate.methods import METHODS, ModelSettings
+from vllm_longmamba.evaluate.engine import EngineContestant, EngineRunner
 from vllm_longmamba.evaluate.needles import ANSWER_TOKENS, middles, passkey_questions
 from vllm_longmamba.evaluate.texts import Encoder
 
@@ -40,7 +39,7 @@ class Sides:
 def sides(request: pytest.FixtureRequest) -> Iterator[Sides]:
     folder, settings = EXAMPLES / request.param, SETTINGS[request.param]
     arguments = {"model": str(folder), "dtype": "float32", "max_model_len": LENGTHS[-1] + ANSWER_TOKENS, **EAGER}
-    contestant = DeciMambaContestant({**arguments, "additional_config": {"decimamba": settings}})
+    contestant = EngineContestant({**arguments, "additional_config": {"decimamba": settings}}, "decimamba")
     assert contestant.description["decimamba"] == DeciMamba(**settings).to_dict() | {"cut_prompts": False}
     haystack = contestant.encoder.encode((EXAMPLES / "texts" / "haystack.txt").read_text())
     with contestant.start() as runner:
@@ -77,6 +76,7 @@ def test_the_same_text_costs_the_same(sides: Sides) -> None:
     ],
 )
 def test_wrong_settings_are_refused_before_a_start(settings: dict[str, Any], message: str) -> None:
-    plain = {"model": str(EXAMPLES / "passkey-mamba2-4m"), "additional_config": {"longmamba": {"filter": False}}}
+    config = {"longmamba": {"filter": False}, **({"decimamba": settings} if settings else {})}
+    arguments = {"model": str(EXAMPLES / "passkey-mamba2-4m"), "additional_config": config}
     with pytest.raises(ValueError, match=message):
-        METHODS["decimamba"](ModelSettings(plain, plain, decimamba=settings))
+        EngineContestant(arguments, "decimamba")

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from vllm_longmamba.cli import app
 from vllm_longmamba.commands.tune import _table_path
-from vllm_longmamba.evaluate import engine, methods
+from vllm_longmamba.evaluate import engine
 from vllm_longmamba.evaluate.store import FILE_NAME
-from vllm_longmamba.evaluate.terminal import numbers, real_numbers
+from vllm_longmamba.evaluate.terminal import read_names, read_numbers
 from vllm_longmamba.tables import read_metadata
 
 MODEL = str(EXAMPLES / "passkey-mamba2-4m")
@@ -37,12 +37,20 @@ def results_in(folder: Path) -> list[tuple[int, str, str]]:
         return list(database.execute("SELECT rowid, identity, result FROM results ORDER BY rowid"))
 
 
-def test_numbers() -> None:
-    assert numbers("512, 1024") == [512, 1024]
-    assert real_numbers("1e-40,0.1") == [1e-40, 0.1]
-    for read, text in ((numbers, "1.5"), (numbers, ""), (real_numbers, "0.1;0.2")):
-        with pytest.raises(ValueError, match="separated by commas"):
-            read(text)
+def test_read_numbers() -> None:
+    assert read_numbers("--lengths", "512, 1024", int) == [512, 1024]
+    assert read_numbers("--thetas", "1e-40,0.1", float) == [1e-40, 0.1]
+    for text, kind in (("1.5", int), ("", int), ("0.1;0.2", float)):
+        with pytest.raises(ValueError, match=r"--option: expected .*separated by commas"):
+            read_numbers("--option", text, kind)
+
+
+def test_read_names() -> None:
+    assert read_names("--method", "longmamba, plain", ["plain", "longmamba"]) == ["longmamba", "plain"]
+    with pytest.raises(ValueError, match="--method: unknown are magic; known are plain, longmamba"):
+        read_names("--method", "plain,magic", ["plain", "longmamba"])
+    with pytest.raises(ValueError, match="given once"):
+        read_names("--method", "plain,plain", ["plain"])
 
 
 @pytest.mark.parametrize(
@@ -69,15 +77,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, dict[str, Any]]]:
     prepared: list[tuple[bool, dict[str, Any]]] = []
 
     class Seen:
-        def __init__(self, arguments: dict[str, Any], filters: bool = True, starting: object = None) -> None:
-            prepared.append((filters, arguments))
+        def __init__(self, arguments: dict[str, Any], method: str, starting: object) -> None:
+            prepared.append((method != "plain", arguments))
             if len(prepared) == 2:
                 raise ValueError("seen")
             self.encoder = None
 
-    for module in (engine, methods):
-        monkeypatch.setattr(module, "EngineContestant", Seen)
-        monkeypatch.setattr(module, "DeciMambaContestant", Seen)
+    monkeypatch.setattr(engine, "EngineContestant", Seen)
     return prepared
 
 

@@ -130,7 +130,7 @@ def test_a_table_of_other_rows_is_refused(runner: EngineRunner, tables: list[Pat
 def test_description(runner: EngineRunner, model: Path, tables: list[Path]) -> None:
     def describe(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
         arguments = arguments_of(model, options, **changes)
-        return EngineContestant(arguments, filters=options.get("filter", True)).description
+        return EngineContestant(arguments, "longmamba" if options.get("filter", True) else "plain").description
 
     first = describe({"table": str(tables[0])})
     assert first["train_length"] == TRAIN_LENGTH
@@ -144,7 +144,7 @@ def test_description(runner: EngineRunner, model: Path, tables: list[Path]) -> N
         describe({"table": str(tables[0]), "min_retention": 0.5}),
         describe({"table": str(tables[0]), "unfiltered_end": 20}),
         describe({"table": str(tables[0]), "filter_generated": True}),
-        describe({"table": str(tables[0])}, mamba_ssm_cache_dtype="float32"),
+        describe({"table": str(tables[0])}, mamba_ssm_cache_dtype="float16"),
         describe({"table": str(tables[0])}, dtype="bfloat16"),
         plain,
     ]
@@ -159,7 +159,7 @@ def test_a_plain_model_that_filters_is_refused(
     """Whatever led there: what its arguments say, and what it runs with in the end."""
     wrong = "the plain model runs without the filter, but its engine runs with it"
     with pytest.raises(ValueError, match=wrong):
-        EngineContestant(arguments_of(model, {"table": str(tables[0])}), filters=False)
+        EngineContestant(arguments_of(model, {"table": str(tables[0])}), "plain")
     with pytest.raises(ValueError, match="model_impl must be 'longmamba' for this method"):
         EngineContestant(arguments_of(model, {}, model_impl="auto"))
 
@@ -173,7 +173,7 @@ def test_a_plain_model_that_filters_is_refused(
             core = SimpleNamespace(shutdown=lambda: stopped.append(True))
             self.llm_engine = SimpleNamespace(vllm_config=runner.llm.llm_engine.vllm_config, engine_core=core)
 
-    contestant = EngineContestant(arguments_of(model, {"filter": False}), filters=False)
+    contestant = EngineContestant(arguments_of(model, {"filter": False}), "plain")
     monkeypatch.setattr("vllm.LLM", Filtering)
     with pytest.raises(ValueError, match=wrong), contestant.start():
         pass
@@ -183,7 +183,7 @@ def test_a_plain_model_that_filters_is_refused(
 def test_a_failed_start_is_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = arguments_of(model, {"filter": False}, gpu_memory_utilization=0.1)
     starting = partial(explained_start, False)
-    contestant = EngineContestant(arguments, filters=False, starting=starting)
+    contestant = EngineContestant(arguments, "plain", starting)
 
     def fail(**_: Any) -> None:
         raise RuntimeError("Available memory on node 0 (1/2 GiB) on startup is less than desired")

@@ -16,6 +16,7 @@ from example_modules import EXAMPLES
 from typer.testing import CliRunner
 
 from vllm_longmamba.cli import app
+from vllm_longmamba.evaluate.comparison import Run
 from vllm_longmamba.evaluate.engine import EngineContestant
 from vllm_longmamba.evaluate.harness import tasks
 from vllm_longmamba.evaluate.harness.benchmarks import LONGBENCH_E, RULER, Benchmark
@@ -27,7 +28,7 @@ from vllm_longmamba.evaluate.harness.reporting import (
     summarize_harness,
 )
 from vllm_longmamba.evaluate.harness.tasks import longbench_overrides
-from vllm_longmamba.evaluate.store import FILE_NAME, Store
+from vllm_longmamba.evaluate.store import FILE_NAME, Store, settings_key
 from vllm_longmamba.evaluate.texts import Encoder
 
 MODEL = str(EXAMPLES / "passkey-mamba2-4m")
@@ -82,7 +83,7 @@ def test_chosen_tasks() -> None:
     assert RULER.chosen("niah_single_1, MK3") == ["S1", "MK3"]
     with pytest.raises(ValueError, match="unknown are qasper; known are S1"):
         RULER.chosen("S1,qasper")
-    with pytest.raises(ValueError, match="may be named once"):
+    with pytest.raises(ValueError, match="may be given once"):
         RULER.chosen("S1,niah_single_1")
 
 
@@ -152,7 +153,8 @@ def request(prompt: str, until: Any = ()) -> SimpleNamespace:
 
 def answers_of(parrot: Parrot, folder: Path, requests: list[SimpleNamespace]) -> list[str]:
     with Store(folder) as store, ExitStack() as engine:
-        lm = StoredLM("plain", parrot, store, lambda *_: lambda: None, engine)
+        run = Run(store, "plain", settings_key(parrot.description))
+        lm = StoredLM(parrot, run, lambda *_: lambda: None, engine)
         return lm.generate_until(requests)
 
 
@@ -195,18 +197,18 @@ def test_report_by_task_and_average() -> None:
     assert [row["share"] for row in report["average"]] == [0.375, 0.875]
     [s1, average] = [
         [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in harness_markdown(report, "T", []).splitlines()
+        for line in "\n".join(harness_markdown(report)).splitlines()
         if line.startswith(("| S1", "| average"))
     ]
     assert s1[:2] == ["S1", "4"]
-    assert s1[2].startswith("25.0 (")
-    assert s1[3].startswith("75.0 (")
-    assert average[3].startswith("87.5 (")
+    assert s1[2].startswith("25.0% (")
+    assert s1[3].startswith("75.0% (")
+    assert average[3].startswith("87.5% (")
     assert "average of the tasks" in draw_harness(report, "T")["by-length.svg"].decode()
 
 
 def test_average_of_weighs_tasks_alike() -> None:
-    average = average_of({"few": [1.0], "many": [0.0, 1.0] * 50})
+    average = average_of([("few", 1.0), *[("many", 0.0), ("many", 1.0)] * 50])
     assert (average["tasks"], average["share"]) == (2, 0.75)
     # Only "many" varies: half of its mean's 0.5 +- 1.96 * 0.05.
     assert average["low"] == pytest.approx(0.70, abs=0.01)

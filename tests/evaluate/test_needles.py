@@ -10,7 +10,6 @@ from vllm_longmamba.evaluate.needles import (
     hide,
     middles,
     needle_questions,
-    passkey_needle,
     passkey_questions,
 )
 
@@ -37,7 +36,7 @@ def test_passkey_questions_do_not_depend_on_the_rest_of_the_grid() -> None:
     question = grid[0]
     assert question.needles == (question.asked,)
     assert question.text() == "\nWhat is the pass key? The pass key is "
-    assert question.needles[0].text() == passkey_needle(question.needles[0].number)
+    assert question.asked.text() == f"\nThe pass key is {question.asked.number}. Remember it.\n"
 
 
 def test_needle_questions_ask_for_one() -> None:

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 from rich.markdown import Markdown
 
-from vllm_longmamba.evaluate.markdown import perplexity_markdown, questions_markdown
+from vllm_longmamba.evaluate.markdown import document, perplexity_markdown, questions_markdown
 from vllm_longmamba.evaluate.needles import passkey_questions
-from vllm_longmamba.evaluate.perplexity import Loss, Window
+from vllm_longmamba.evaluate.perplexity import Window
 from vllm_longmamba.evaluate.pictures import draw_perplexity, draw_questions
 from vllm_longmamba.evaluate.report import (
     FILES,
@@ -45,7 +45,7 @@ def passkey_report() -> dict[str, Any]:
 def perplexity_report() -> dict[str, Any]:
     losses = {
         method: [
-            (Window(book, length, end), Loss(100.0 * factor * (1 + book_number), 100, 400))
+            (Window(book, length, end), {"nats": 100.0 * factor * (1 + book_number), "tokens": 100, "bytes": 400})
             for length in (512, 1024)
             for book_number, book in enumerate(["a", "b"])
             for end in (1024, 2048)
@@ -85,16 +85,18 @@ def test_summarize_perplexity() -> None:
 
 
 def test_questions_markdown() -> None:
-    text = questions_markdown(passkey_report(), "Passkey", ["heat-map.png", "heat-map.svg"])
+    report = passkey_report()
+    text = document(report, "Passkey", questions_markdown(report), ["heat-map.png", "heat-map.svg"])
     assert text.startswith("# Passkey\n")
     assert "| prompt (tokens) | questions | plain | LongMamba |" in text
     assert "| 1024 | 6 | 0.00 (0.00 to 0.39) | 0.50 (0.19 to 0.81) |" in text
     assert "![heat-map.png](heat-map.png)\n\n## Conditions" in text
-    assert "- LongMamba: filter True, train_length 512, table 000000000000\n" in text
+    conditions = text.partition("```json\n")[2].removesuffix("\n```\n")
+    assert json.loads(conditions) == HEAD
 
 
 def test_perplexity_markdown() -> None:
-    text = perplexity_markdown(perplexity_report(), "Perplexity", [])
+    text = perplexity_markdown(perplexity_report())[-1]
     expected = "| 512 | 2 | 4 | 1.500 (1.000 to 2.000) | 4.48 | 0.541 | 0.750 (0.500 to 1.000) | 2.12 | 0.271 |"
     assert f"{expected} -0.750 (-1.000 to -0.500) |" in text
 
@@ -103,10 +105,10 @@ def test_names_that_are_not_ours_are_text() -> None:
     """In the report, and where it is shown on the terminal."""
     report = {**passkey_report(), "model": "a[bold]*b*_c_|`d`", "command": "eval `x` [/red]"}
     report["settings"] = {"texts": {"book_*one*[/]": "0" * 32}}
-    text = questions_markdown(report, "Passkey: a[bold]*b*_c_|`d`", [])
+    text = document(report, "Passkey: a[bold]*b*_c_|`d`", questions_markdown(report), [])
     shown = io.StringIO()
     Console(file=shown, width=200).print(Markdown(text))
-    for name in ("Passkey: a[bold]*b*_c_|`d`", "Model: a[bold]*b*_c_|`d`", "eval `x` [/red]", "book_*one*[/]"):
+    for name in ("Passkey: a[bold]*b*_c_|`d`", '"model": "a[bold]*b*_c_|`d`"', "eval `x` [/red]", "book_*one*[/]"):
         assert name in shown.getvalue()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_tables import ROW_LENGTHS, small_table
 
-from vllm_longmamba.inspect.channels import choose_channels, parse_channel
+from vllm_longmamba.inspect.measure import choose_channels, parse_channel
 from vllm_longmamba.tables import LayerThresholds, ThresholdTable
 
 

@@ -117,7 +117,10 @@ def test_pictures_of_a_table(tmp_path: Path) -> None:
         (["TABLE", "--text", "TABLE"], "a table by itself has no Δt of a text"),
         (["TABLE", "--table", "TABLE"], "--table needs a model"),
         (["TABLE", "--channel", "7:0"], "the table has no layer 7; it has [0, 1]"),
-        (["TABLE", "--lengths", "4k"], "--lengths must be numbers such as 4096,8192, got '4k'"),
+        (
+            ["TABLE", "--lengths", "4k"],
+            "--lengths: expected whole numbers separated by commas",
+        ),
         (["TABLE", "--channel", "0:9"], "layer 0 has the channels 0 to 2"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments, with_engine_options
+from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments, with_options
 
 
 def invoked(*arguments: str, without: tuple[str, ...] = ()) -> tuple[Any, str]:
@@ -16,7 +16,7 @@ def invoked(*arguments: str, without: tuple[str, ...] = ()) -> tuple[Any, str]:
     app = typer.Typer()
 
     @app.command()
-    @with_engine_options(without=without)
+    @with_options(without=without, engine=EngineOptions)
     def command(model: str, engine: EngineOptions, output: Path = Path("out")) -> None:
         got.append((model, engine, output))
 

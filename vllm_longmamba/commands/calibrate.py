@@ -7,12 +7,12 @@ import typer
 from rich.console import Console
 
 from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN
-from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments, with_engine_options
+from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments, with_options
 
 console = Console(stderr=True)
 
 
-@with_engine_options(without=("table", "min_retention", "max_model_len"))
+@with_options(without=("table", "min_retention", "max_model_len"), engine=EngineOptions)
 def calibrate(
     model: Annotated[str, typer.Argument(help="Name or folder of the model, as for vllm serve.")],
     text: Annotated[

@@ -2,7 +2,6 @@
 
 import os
 import platform
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,27 +20,6 @@ _VARIABLES = (
 )  # fmt: skip
 
 
-class _Report:
-    """Lines as they are found, printed at once; problems are kept for the end."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-
-    def say(self, label: str, text: object) -> None:
-        typer.echo(_without_home(f"{label + ':':<17} {text}"))
-
-    def check(self, step: Callable[[], None]) -> bool:
-        """Run a step; what it raises is a problem."""
-        from vllm_longmamba.commands.engine_errors import explain
-
-        try:
-            step()
-        except Exception as error:
-            self.problems.append(explain(error, "").removesuffix(" (--verbose shows the whole traceback)"))
-            return False
-        return True
-
-
 def doctor(
     arguments: Annotated[
         list[str] | None,
@@ -55,32 +33,38 @@ def doctor(
     """
     # The report is the output; warnings are for the reader all the same.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    report = _Report()
-    works = report.check(lambda: _software(report))
-    works = works and report.check(lambda: _plugin(report)) and report.check(lambda: _patches(report))
-    if works:
-        report.check(lambda: _device(report))
-    if arguments and works:
-        report.check(lambda: _model(report, arguments))
-    for problem in report.problems:
-        report.say("WRONG", problem)
-    if report.problems:
-        raise typer.Exit(1)
+    from vllm_longmamba.commands.engine_errors import explain
+
+    try:
+        for check in (_check_software, _check_plugin, _check_patches, _check_device):
+            check()
+        if arguments:
+            _check_model(arguments)
+    except Exception as error:
+        _say("WRONG", explain(error, "").removesuffix(" (--verbose shows the whole traceback)"))
+        raise typer.Exit(1) from None
     typer.echo("nothing wrong was found" if arguments else "nothing wrong was found; name a model to check it, too")
 
 
-def _software(report: _Report) -> None:
-    report.say("vllm-longmamba", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
-    report.say("vLLM", installed_vllm_version())
-    report.say("packages", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
+def _say(label: str, text: object) -> None:
+    line = f"{label + ':':<17} {text}"
+    home = os.path.expanduser("~")
+    # Names of users are nobody's business.
+    typer.echo(line.replace(home, "~") if len(home) > 1 else line)
+
+
+def _check_software() -> None:
+    _say("vllm-longmamba", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
+    _say("vLLM", installed_vllm_version())
+    _say("packages", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
     variables = " ".join(f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ)
-    report.say("variables", variables or "none that matter")
+    _say("variables", variables or "none that matter")
     check_vllm_version()
     if _version("vllm") == "missing":
         raise ValueError("No package metadata was found for vllm")
 
 
-def _plugin(report: _Report) -> None:
+def _check_plugin() -> None:
     from vllm import envs
 
     if not metadata.entry_points(group="vllm.general_plugins", name="longmamba"):
@@ -92,28 +76,28 @@ def _plugin(report: _Report) -> None:
     from vllm_longmamba.plugin import register
 
     register()
-    report.say("plugin", "vLLM finds it")
+    _say("plugin", "vLLM finds it")
 
 
-def _patches(report: _Report) -> None:
+def _check_patches() -> None:
     from vllm_longmamba.engine.patches import PATCHES, apply_patches
 
     for patch in PATCHES:
         patch.check()
     apply_patches(in_worker=True)
-    report.say("patches", f"all {len(PATCHES)} fit this vLLM and are applied")
+    _say("patches", f"all {len(PATCHES)} fit this vLLM and are applied")
 
 
-def _device(report: _Report) -> None:
+def _check_device() -> None:
     import torch
     from vllm.platforms import current_platform
 
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         major, minor = torch.cuda.get_device_capability()
-        report.say("device", f"{', '.join(names)} (compute capability {major}.{minor}, CUDA {torch.version.cuda})")
+        _say("device", f"{', '.join(names)} (compute capability {major}.{minor}, CUDA {torch.version.cuda})")
     else:
-        report.say("device", f"{current_platform.device_name or 'none'}, {os.cpu_count()} cores")
+        _say("device", f"{current_platform.device_name or 'none'}, {os.cpu_count()} cores")
     if not current_platform.device_type:
         raise ValueError(
             "vLLM sees no device: this is its CUDA build, and torch finds no GPU. Check nvidia-smi and the driver, or "
@@ -121,7 +105,7 @@ def _device(report: _Report) -> None:
         )
 
 
-def _model(report: _Report, arguments: list[str]) -> None:
+def _check_model(arguments: list[str]) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -135,22 +119,22 @@ def _model(report: _Report, arguments: list[str]) -> None:
         raise ValueError(f"longmamba doctor checks --model-impl {MODEL_IMPL}, got {given.model_impl}; leave it out")
     given.model, given.model_impl = given.model_tag, MODEL_IMPL
     engine = AsyncEngineArgs.from_cli_args(given)
-    report.say("model", given.model)
+    _say("model", given.model)
     ignored = [name.partition("=")[0] for name in others if name.startswith("-")]
     if ignored:
-        report.say("not checked", f"{', '.join(ignored)}: no arguments of the engine")
+        _say("not checked", f"{', '.join(ignored)}: no arguments of the engine")
     asked = dict(engine.additional_config or {})
     config = engine.create_engine_config()
     architecture = config.model_config.architecture
-    report.say("class", f"{stock_name(architecture)}, served as {architecture}")
-    report.say("longest prompt", f"{config.model_config.max_model_len} tokens with its answer")
+    _say("class", f"{stock_name(architecture)}, served as {architecture}")
+    _say("longest prompt", f"{config.model_config.max_model_len} tokens with its answer")
     family = family_of(architecture)
     for feature in (feature for feature in read_features() if feature.is_on(config)):
-        report.say("feature on", f"{feature.name}: {feature.entries[family].words}")
-    _filter(report, config, asked)
+        _say("feature on", f"{feature.name}: {feature.entries[family].words}")
+    _check_filter(config, asked)
 
 
-def _filter(report: _Report, config: Any, asked: Any) -> None:
+def _check_filter(config: Any, asked: Any) -> None:
     """Which table, why this one, and what it filters."""
     from vllm_longmamba.calibration.at_start import read_stored
     from vllm_longmamba.calibration.settings import from_config
@@ -159,7 +143,7 @@ def _filter(report: _Report, config: Any, asked: Any) -> None:
 
     options = options_from_config(config.additional_config)
     if not options_from_config(asked).filter:
-        report.say("filter", "off, as the option filter says: the plain model is served")
+        _say("filter", "off, as the option filter says: the plain model is served")
         return
     if not options.filter:
         raise ValueError(
@@ -169,17 +153,17 @@ def _filter(report: _Report, config: Any, asked: Any) -> None:
     if options.table is not None:
         table = load_table(options.table)
         rows, length, source = table.row_lengths, table.metadata.train_length, "the table's"
-        report.say("table", f"{options.table} ({_origin(Path(options.table), options_from_config(asked).table)})")
+        _say("table", f"{options.table} ({_origin(Path(options.table), options_from_config(asked).table)})")
     else:
         (plan, *_) = from_config(config.additional_config)
         rows, length, source = plan.row_lengths, plan.train_length, _length_source(config, options)
         made = "made at an earlier start" if read_stored(plan) is not None else "the engine makes it at its start"
-        report.say("table", f"{plan.store} ({made})")
-    report.say("training length", f"{length} tokens ({source})")
+        _say("table", f"{plan.store} ({made})")
+    _say("training length", f"{length} tokens ({source})")
     longest = config.model_config.max_model_len
     # A table of one row filters nothing.
     first = int(rows[0] + rows[1]) // 2 + 1 if len(rows) > 1 else longest + 1
-    report.say("filter", f"prompts of {first} tokens and more")
+    _say("filter", f"prompts of {first} tokens and more")
     if first > longest:
         raise ValueError(f"no prompt can be filtered: --max-model-len allows {longest} tokens. Raise it")
 
@@ -209,9 +193,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "missing"
-
-
-def _without_home(text: str) -> str:
-    """Names of users are nobody's business."""
-    home = os.path.expanduser("~")
-    return text.replace(home, "~") if len(home) > 1 else text

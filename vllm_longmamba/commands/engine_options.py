@@ -107,11 +107,6 @@ def with_options(
     return decorate
 
 
-def with_engine_options(*, without: Collection[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command the options of `EngineOptions`; its parameter `engine` gets them as one value."""
-    return with_options(without=without, engine=EngineOptions)
-
-
 def _default(option: Any) -> Any:
     if option.default_factory is not MISSING:
         return option.default_factory()

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_longmamba.commands.engine_options import EngineOptions, with_options
-from vllm_longmamba.commands.evaluate import Compared, Model, Output, model_settings
-from vllm_longmamba.evaluate.terminal import numbers, progress_bars
+from vllm_longmamba.commands.evaluate import Compared, Model, Output
+from vllm_longmamba.evaluate.terminal import read_numbers
 
 if TYPE_CHECKING:
     from vllm_longmamba.evaluate.harness.benchmarks import Benchmark
     from vllm_longmamba.evaluate.harness.tasks import Overrides
-    from vllm_longmamba.evaluate.methods import ModelSettings
 
 Tasks = Annotated[
     str | None,
@@ -52,10 +51,9 @@ def ruler(
     from vllm_longmamba.evaluate.harness.benchmarks import RULER
     from vllm_longmamba.evaluate.harness.tasks import ruler_overrides
 
-    chosen, wanted = RULER.chosen(tasks), numbers(lengths)
-    settings = model_settings(model, engine, compared.unfiltered_end)
+    chosen, wanted = RULER.chosen(tasks), read_numbers("--lengths", lengths, int)
     overrides = partial(ruler_overrides, essays, squad, hotpot)
-    _run(RULER, settings, compared.method, chosen, wanted, limit, seed, overrides, output)
+    _run(RULER, model, engine, compared, output, chosen, wanted, limit, seed, overrides)
 
 
 @with_options(without=("decimamba",), under="eval ", engine=EngineOptions, compared=Compared)
@@ -79,62 +77,48 @@ def longbench_e(
 
     chosen = LONGBENCH_E.chosen(tasks)
     names = {task: LONGBENCH_E.tasks[task] for task in chosen}
-    settings = model_settings(model, engine, compared.unfiltered_end)
     overrides = dict if data is None else partial(longbench_overrides, data, names)
-    _run(LONGBENCH_E, settings, compared.method, chosen, [], limit, 0, overrides, output)
+    _run(LONGBENCH_E, model, engine, compared, output, chosen, [], limit, 0, overrides)
 
 
 def _run(
     benchmark: "Benchmark",
-    model: "ModelSettings",
-    method: str,
+    model: str,
+    engine: EngineOptions,
+    compared: Compared,
+    output: Path,
     tasks: list[str],
     lengths: list[int],
     limit: int | None,
     seed: int,
     overrides: "Callable[[], Overrides]",
-    output: Path,
 ) -> None:
     missing = [name for name in ("lm_eval", *benchmark.modules) if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} not installed; run pip install 'vllm-longmamba[lm-eval]'")
 
-    from vllm_longmamba.evaluate.engine import EngineContestant
     from vllm_longmamba.evaluate.harness.lm import run_cells
-    from vllm_longmamba.evaluate.harness.reporting import (
-        draw_harness,
-        harness_markdown,
-        summarize_harness,
-    )
+    from vllm_longmamba.evaluate.harness.reporting import draw_harness, harness_markdown, summarize_harness
     from vllm_longmamba.evaluate.harness.tasks import load_cells
-    from vllm_longmamba.evaluate.methods import parse_methods
-    from vllm_longmamba.evaluate.report import FILES, provenance, write_report
-    from vllm_longmamba.evaluate.store import Store
+    from vllm_longmamba.evaluate.report import provenance, write_report
 
-    methods = parse_methods(method, ["plain", "longmamba"])
     changes = overrides()
-    with Store(output) as store, progress_bars() as progress:
-        store.check_files(FILES)
-        contestants = {
-            name: EngineContestant(getattr(model, name), filters=name != "plain", starting=model.starting)
-            for name in methods
-        }
-        encoder = contestants[methods[0]].encoder
+    with compared.comparison(model, engine, output, None, {}, ["plain", "longmamba"]) as comparison:
+        contestants = list(comparison.contestants.values())
+        encoder = contestants[0].encoder
         cells = load_cells(benchmark, tasks, [*lengths] or [None], encoder.name, seed, limit, changes)
         needed = max(cell.longest(encoder) for cell in cells)
-        room = model.plain.get("max_model_len", needed)
-        if room < needed:
+        if engine.max_model_len is not None and engine.max_model_len < needed:
             raise ValueError(
-                f"the longest prompt and its answer are {needed} tokens, but --max-model-len is {room}, and prompts "
-                "are not cut here; raise it, or leave it out"
+                f"the longest prompt and its answer are {needed} tokens, but --max-model-len is "
+                f"{engine.max_model_len}, and prompts are not cut here; raise it, or leave it out"
             )
-        for contestant in contestants.values():
+        for contestant in contestants:
             contestant.make_room(needed)
-        results = run_cells(contestants, cells, limit, store, progress)
+        results = run_cells(comparison, cells, limit)
         settings: dict[str, Any] = {"tasks": {cell.loaded.task_name: cell.loaded.VERSION for cell in cells}}
         settings |= {"limit": limit, "longest prompt and answer": needed, "local data": sorted(changes)}
         if lengths:
             settings |= {"lengths": lengths, "seed": seed}
-        report = provenance(benchmark.name, model.model, contestants, settings)
-        report |= summarize_harness(results)
-        write_report(store, report, benchmark.title, harness_markdown, draw_harness)
+        report = provenance(benchmark.name, model, comparison.contestants, settings) | summarize_harness(results)
+        write_report(comparison.store, report, benchmark.title, harness_markdown, draw_harness)

@@ -2,22 +2,18 @@
 
 import importlib.util
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN
-from vllm_longmamba.commands.engine_options import EngineOptions, with_engine_options
-from vllm_longmamba.commands.evaluate import Depths, Model, Output, Windows, model_settings
-from vllm_longmamba.evaluate.terminal import console, numbers, progress_bars, real_numbers
-
-if TYPE_CHECKING:
-    from vllm_longmamba.evaluate.texts import Encoder
-    from vllm_longmamba.evaluate.tuning import Part
+from vllm_longmamba.commands.engine_errors import explained_start
+from vllm_longmamba.commands.engine_options import EngineOptions, with_options
+from vllm_longmamba.commands.evaluate import Depths, Model, Output, Windows, method_arguments
+from vllm_longmamba.evaluate.terminal import console, progress_bars, read_numbers
 
 # Multiples of the training length to score at where no lengths are given: what the settings do shows there.
 _MULTIPLES = (8, 16)
@@ -25,7 +21,7 @@ _MULTIPLES = (8, 16)
 _SEARCHED = ("table", "min_retention", "unfiltered_end")
 
 
-@with_engine_options(without=("table", "min_retention"))
+@with_options(without=("table", "min_retention"), engine=EngineOptions)
 def tune(
     model: Model,
     text: Annotated[
@@ -89,43 +85,46 @@ def tune(
         Space,
         calibrations,
         choose,
+        halves,
         search,
     )
     from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
     from vllm_longmamba.options import KEY
     from vllm_longmamba.tables import load_table, save_table
 
-    space = Space(real_numbers(budgets), real_numbers(thetas), numbers(unfiltered_ends), trials)
-    settings = model_settings(model, engine, worker_extension_cls=FILTER_EXTENSION)
-    given = settings.longmamba["additional_config"][KEY]
+    space = Space(
+        read_numbers("--budgets", budgets, float),
+        read_numbers("--thetas", thetas, float),
+        read_numbers("--unfiltered-ends", unfiltered_ends, int),
+        trials,
+    )
+    plain = method_arguments("plain", model, engine)
+    arguments = method_arguments("longmamba", model, engine, worker_extension_cls=FILTER_EXTENSION)
+    given = arguments["additional_config"][KEY]
     if named := [name for name in _SEARCHED if name in given]:
         raise ValueError(f"--engine-args: additional_config names {named[0]}, which this command searches")
     calibration = CalibrationSettings(
         train_length=engine.train_length, max_length=max_length, texts=tuple(map(str, calibration_text or ()))
     )
     _check_replaceable(table or Path(model) / FILE_NAME)
-    trained = find_train_length(model, calibration, dict(settings.plain))
-    wanted = numbers(lengths) if lengths else [factor * trained for factor in _MULTIPLES]
+    trained = find_train_length(model, calibration, dict(plain))
+    wanted = read_numbers("--lengths", lengths, int) if lengths else [factor * trained for factor in _MULTIPLES]
     calibration = replace(calibration, train_length=trained)
     if not calibration.can_filter(max(wanted)):
         raise ValueError(f"--lengths: prompts of {max(wanted)} tokens are not filtered; give longer ones")
-    contestant = EngineContestant(settings.plain, filters=False, starting=settings.starting)
+    starting = partial(explained_start, engine.verbose)
+    contestant = EngineContestant(plain, "plain", starting)
     encoder, texts = contestant.encoder, read_books(text)
     books = {book.name: encoder.encode(book.text) for book in texts}
     # Before the calibrations: too little text is said at once.
-    halves = {
-        "first": {name: own[: len(own) // 2] for name, own in books.items()},
-        "second": {name: own[len(own) // 2 :] for name, own in books.items()},
-    }
-    first, second = (_part(name, half, encoder, wanted, depths, windows) for name, half in halves.items())
+    first, second = halves(books, encoder, wanted, depths, windows)
     what: dict[str, Any] = {"texts": {book.name: book.digest for book in texts}}
     with Store(output) as store, progress_bars() as progress:
         store.check_files(FILES)
         made = calibrations(space.budgets, calibration, contestant.description, output / "tables")
         tables = {each.budget: Path(str(each.store)) for each in made}
-        arguments = settings.with_room(max(wanted) + ANSWER_TOKENS).longmamba
-        config = {**arguments["additional_config"], **to_config(made)}
-        filtering = EngineContestant({**arguments, "additional_config": config}, starting=settings.starting)
+        arguments["additional_config"] |= to_config(made)
+        filtering = EngineContestant({"max_model_len": max(wanted) + ANSWER_TOKENS, **arguments}, starting=starting)
         with filtering.start() as runner:
             scorer = Scorer(runner, encoder, tables, {**contestant.description, **what}, store, progress)
             scores = search(partial(scorer.score, part=first), space)
@@ -165,18 +164,3 @@ def _table_path(model: str, fingerprint: str, quantization: str | None) -> Path:
     path = cached_table_path(fingerprint, quantization)
     make_private_folder(path.parent)
     return path
-
-
-def _part(
-    name: str, books: Mapping[str, list[int]], encoder: "Encoder", lengths: list[int], depths: int, number: int
-) -> "Part":
-    from vllm_longmamba.evaluate.needles import middles, passkey_questions
-    from vllm_longmamba.evaluate.perplexity import windows
-    from vllm_longmamba.evaluate.tuning import Part
-
-    questions = list(passkey_questions(lengths, middles(depths), [0]))
-    haystack = [token for book in books.values() for token in book]
-    encoder.prompt(max(questions, key=lambda one: one.length), haystack)
-    encoder.prompt(min(questions, key=lambda one: one.length), haystack)
-    sizes = {book: len(encoder.prefix) + len(tokens) for book, tokens in books.items()}
-    return Part(name, books, questions, list(windows(sizes, lengths, number)))

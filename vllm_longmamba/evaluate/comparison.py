@@ -1,19 +1,59 @@
 """Runs a task with one method after the other; one engine at a time, and none where all results are there."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from vllm_longmamba.evaluate.engine import EngineContestant, EngineRunner
 from vllm_longmamba.evaluate.needles import ANSWER_TOKENS, Question
-from vllm_longmamba.evaluate.perplexity import Loss, Window
-from vllm_longmamba.evaluate.runner import Contestant, Runner
+from vllm_longmamba.evaluate.perplexity import Window
 from vllm_longmamba.evaluate.store import Store, settings_key
 from vllm_longmamba.evaluate.texts import Book, Encoder
 
 # Called with what begins and the number of its steps; returns what to call after each step.
 Progress = Callable[[str, int], Callable[[], None]]
-Answers = list[tuple[Question, dict[str, Any]]]
-Losses = list[tuple[Window, Loss]]
+# Questions or windows, and what was measured of each: see `ask` and `score`.
+Results = list[tuple[Any, dict[str, Any]]]
+Measured = Iterator[tuple[Any, dict[str, Any]]]
+# From a tokenizer to all that is to be measured, and to what measures some of it.
+Task = Callable[[Encoder], tuple[Sequence[Any], Callable[[EngineRunner, list[Any]], Measured]]]
+
+
+def ask(runner: EngineRunner, encoder: Encoder, questions: Iterable[Question], haystack: list[int]) -> Measured:
+    """Ask a model questions.
+
+    Args:
+        runner: the model.
+        encoder: its tokenizer.
+        questions: the questions.
+        haystack: tokens of the text to hide the needles in.
+
+    Returns:
+        Each question with the number "asked" for, the "answer", and whether it was "found".
+    """
+    jobs = ((question, encoder.prompt(question, haystack), ANSWER_TOKENS) for question in questions)
+    for question, answer in runner.complete(jobs):
+        yield question, {"asked": question.asked.number, "answer": answer, "found": question.found_in(answer)}
+
+
+def score(
+    runner: EngineRunner, encoder: Encoder, windows: Iterable[Window], books: Mapping[str, list[int]], scored: int
+) -> Measured:
+    """Score the end of windows; runner and encoder as above.
+
+    Args:
+        windows: the windows.
+        books: tokens of each book.
+        scored: tokens to score at a window's end.
+
+    Returns:
+        Each window with the negative log-likelihood of its last tokens in "nats", how many "tokens" these are, and the
+        "bytes" of their text in UTF-8.
+    """
+    prompts = ((window, window.tokens(books[window.book], encoder.prefix)) for window in windows)
+    for window, logprobs in runner.tail_logprobs(prompts, scored):
+        text = encoder.decode(window.tokens(books[window.book], encoder.prefix)[-scored:])
+        yield window, {"nats": -float(logprobs.sum()), "tokens": scored, "bytes": len(text.encode())}
 
 
 @dataclass(frozen=True)
@@ -24,85 +64,30 @@ class Run:
         store: takes the results.
         name: of the method.
         key: of the model's description and the task's settings.
+
+    What is measured, a question or a window, has an `identity` within the run.
     """
 
     store: Store
     name: str
     key: str
 
-    def _identity(self, of: Question | Window) -> dict[str, Any]:
-        run = {"method": self.name, "settings": self.key}
-        if isinstance(of, Window):
-            return {**run, "task": "perplexity", **asdict(of)}
-        return {**run, "task": of.task, "length": of.length, "depth": of.depth, "seed": of.seed}
+    def _identity(self, of: Any) -> dict[str, Any]:
+        return {"method": self.name, "settings": self.key, **of.identity}
 
     def missing(self, all_of_them: Iterable[Any]) -> list[Any]:
         """The questions or windows that have no result yet."""
         return [one for one in all_of_them if self._identity(one) not in self.store]
 
-    def answers(self, questions: Iterable[Question]) -> Answers:
-        """Questions and what became of them: "asked", "answer" and "found"."""
-        return [(question, self.store.result(self._identity(question))) for question in questions]
-
-    def losses(self, windows: Iterable[Window]) -> Losses:
-        """Windows and their losses."""
-        return [(window, Loss(**self.store.result(self._identity(window)))) for window in windows]
-
-    def ask(
-        self,
-        runner: Runner,
-        encoder: Encoder,
-        questions: Iterable[Question],
-        haystack: list[int],
-        advance: Callable[[], None],
-    ) -> None:
-        """Ask a model the questions that have no answer yet.
-
-        Args:
-            runner: the model.
-            encoder: its tokenizer.
-            questions: the questions.
-            haystack: tokens of the text to hide the needles in.
-            advance: called after each answer.
-
-        Raises:
-            ValueError: too short a haystack, or too short a length.
-        """
-
-        def jobs() -> Iterator[tuple[Question, list[int], int]]:
-            for question in self.missing(questions):
-                yield question, encoder.prompt(question, haystack), ANSWER_TOKENS
-
-        for question, answer in runner.complete(jobs()):
-            result = {"asked": question.asked.number, "answer": answer, "found": question.found_in(answer)}
-            self.store.add(self._identity(question), result)
+    def add(self, measured: Measured, advance: Callable[[], None]) -> None:
+        """Keep results as they come; `advance` is called after each."""
+        for one, result in measured:
+            self.store.add(self._identity(one), result)
             advance()
 
-    def score(
-        self,
-        runner: Runner,
-        encoder: Encoder,
-        windows: Iterable[Window],
-        books: Mapping[str, list[int]],
-        scored: int,
-        advance: Callable[[], None],
-    ) -> None:
-        """Score the windows that have no loss yet; arguments as above.
-
-        Args:
-            books: tokens of each book.
-            scored: tokens to score at a window's end.
-        """
-
-        def tokens_of(window: Window) -> list[int]:
-            return window.tokens(books[window.book], encoder.prefix)
-
-        jobs = ((window, tokens_of(window)) for window in self.missing(windows))
-        for window, logprobs in runner.tail_logprobs(jobs, scored):
-            text = encoder.decode(tokens_of(window)[-scored:])
-            loss = Loss(nats=-float(logprobs.sum()), tokens=scored, bytes=len(text.encode()))
-            self.store.add(self._identity(window), asdict(loss))
-            advance()
+    def results(self, all_of_them: Iterable[Any]) -> Results:
+        """Questions or windows with their results."""
+        return [(one, self.store.result(self._identity(one))) for one in all_of_them]
 
 
 @dataclass(frozen=True)
@@ -116,15 +101,16 @@ class Comparison:
         progress: shows it.
     """
 
-    contestants: Mapping[str, Contestant]
+    contestants: Mapping[str, EngineContestant]
     settings: Mapping[str, Any]
     store: Store
     progress: Progress
 
-    def _run(self, method: str) -> Run:
+    def run(self, method: str) -> Run:
+        """The results of a method."""
         return Run(self.store, method, settings_key({**self.contestants[method].description, **self.settings}))
 
-    def ask(self, questions: Sequence[Question], haystack: Iterable[Book]) -> dict[str, Answers]:
+    def ask(self, questions: Sequence[Question], haystack: Iterable[Book]) -> dict[str, Results]:
         """Ask every contestant all questions.
 
         Returns:
@@ -134,22 +120,17 @@ class Comparison:
             ValueError: too short a haystack or length; nothing was started then.
         """
         text = "".join(book.text for book in haystack)
-        answers: dict[str, Answers] = {}
-        for method, contestant in self.contestants.items():
-            run = self._run(method)
-            if todo := run.missing(questions):
-                encoder = contestant.encoder
-                tokens = encoder.encode(text)
-                for question in (min(todo, key=lambda one: one.length), max(todo, key=lambda one: one.length)):
-                    encoder.prompt(question, tokens)
-                with contestant.start() as runner:
-                    run.ask(runner, encoder, todo, tokens, self.progress(method, len(todo)))
-            answers[method] = run.answers(questions)
-        return answers
+
+        def asking(encoder: Encoder) -> tuple[Sequence[Question], Callable[[EngineRunner, list[Question]], Measured]]:
+            tokens = encoder.encode(text)
+            encoder.check_room(questions, tokens)
+            return questions, lambda runner, todo: ask(runner, encoder, todo, tokens)
+
+        return self._measure(asking)
 
     def score(
         self, books: Iterable[Book], choose: Callable[[Mapping[str, int]], Iterable[Window]], scored: int
-    ) -> dict[str, Losses]:
+    ) -> dict[str, Results]:
         """Score the end of windows with every contestant.
 
         Args:
@@ -160,14 +141,22 @@ class Comparison:
         Returns:
             Method -> the windows and their losses.
         """
-        texts = list(books)
-        losses: dict[str, Losses] = {}
+        texts = {book.name: book.text for book in books}
+
+        def scoring(encoder: Encoder) -> tuple[Sequence[Window], Callable[[EngineRunner, list[Window]], Measured]]:
+            tokens = {name: encoder.encode(text) for name, text in texts.items()}
+            windows = list(choose(encoder.sizes(tokens)))
+            return windows, lambda runner, todo: score(runner, encoder, todo, tokens, scored)
+
+        return self._measure(scoring)
+
+    def _measure(self, task: Task) -> dict[str, Results]:
+        results = {}
         for method, contestant in self.contestants.items():
-            run, encoder = self._run(method), contestant.encoder
-            tokens = {book.name: encoder.encode(book.text) for book in texts}
-            windows = list(choose({name: len(book) + len(encoder.prefix) for name, book in tokens.items()}))
-            if todo := run.missing(windows):
+            run = self.run(method)
+            wanted, measure = task(contestant.encoder)
+            if todo := run.missing(wanted):
                 with contestant.start() as runner:
-                    run.score(runner, encoder, todo, tokens, scored, self.progress(method, len(todo)))
-            losses[method] = run.losses(windows)
-        return losses
+                    run.add(measure(runner, todo), self.progress(method, len(todo)))
+            results[method] = run.results(wanted)
+        return results

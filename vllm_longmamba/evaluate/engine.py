@@ -1,20 +1,24 @@
-"""Runs the tasks through vLLM's offline engine."""
+"""A model in vLLM's offline engine, as the tasks need it: first a contestant, and a runner while it is started."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_longmamba import __version__, decimamba_options
 from vllm_longmamba.architectures import DECIMAMBA, MODEL_IMPL, uses_longmamba
 from vllm_longmamba.compatibility import installed_vllm_version
-from vllm_longmamba.evaluate.runner import Key, Starting
-from vllm_longmamba.evaluate.scoring import forced_scoring, forcing_arguments, greedy, tail_scoring
+from vllm_longmamba.evaluate.scoring import Scoring, forcing_arguments, greedy
 from vllm_longmamba.evaluate.statistics import Floats
 from vllm_longmamba.evaluate.texts import Encoder
 from vllm_longmamba.options import options_from_config
 
+Key = TypeVar("Key")
+# Wraps the start of an engine.
+Starting = Callable[[], AbstractContextManager[None]]
+# The methods that are compared, and their names in reports.
+LABELS = {"plain": "plain", "longmamba": "LongMamba", "decimamba": "DeciMamba"}
 # vLLM's `worker_extension_cls` where the filter is to be changed while the engine runs.
 FILTER_EXTENSION = "vllm_longmamba.evaluate.engine.FilterWorkerExtension"
 # Prompts handed to the engine at a time, as a multiple of those it runs at once.
@@ -23,17 +27,16 @@ _DEFAULTS = {"max_num_seqs": 32, "enable_prefix_caching": False}
 
 
 class EngineContestant:
-    """A model in vLLM, with LongMamba or plain.
+    """A model in vLLM and a method, not yet started.
 
     Args:
-        arguments: of vLLM's `LLM`; the options of LongMamba are in their `additional_config`.
-        filters: False for the plain model; an engine that would filter is then refused. True for LongMamba, whose
-            engine may yet run without the filter, where all prompts are too short for it.
+        arguments: of vLLM's `LLM`; the options of LongMamba or DeciMamba are in their `additional_config`.
+        method: one of `LABELS`. For "plain", an engine that would filter is refused. That of "longmamba" may yet run
+            without the filter, where all prompts are too short for it.
         starting: wraps what vLLM does at the start.
 
     Attributes:
-        model_impl: what the engine is started with.
-        description: weights, table and options, data type and versions.
+        description: everything that determines its output, as plain values: weights, table, options, versions.
         encoder: the model's tokenizer.
 
     Raises:
@@ -41,35 +44,38 @@ class EngineContestant:
             that do not fit the method.
     """
 
-    model_impl = MODEL_IMPL
-
-    def __init__(self, arguments: Mapping[str, Any], filters: bool = True, starting: Starting = nullcontext) -> None:
-        self._arguments = {**_DEFAULTS, "model_impl": self.model_impl, **arguments}
-        self._filters = filters
-        self._starting = starting
-        if self._arguments["model_impl"] != self.model_impl:
+    def __init__(
+        self, arguments: Mapping[str, Any], method: str = "longmamba", starting: Starting = nullcontext
+    ) -> None:
+        model_impl = DECIMAMBA if method == "decimamba" else MODEL_IMPL
+        self._arguments = {**_DEFAULTS, "model_impl": model_impl, **arguments}
+        self._method, self._starting = method, starting
+        if self._arguments["model_impl"] != model_impl:
             raise ValueError(
-                f"evaluation: model_impl must be {self.model_impl!r} for this method, but is "
+                f"evaluation: model_impl must be {model_impl!r} for this method, but is "
                 f"{self._arguments['model_impl']!r}; leave it out"
             )
         with starting():
-            config = _engine_config(self._arguments)
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.tokenizers import cached_tokenizer_from_config
+            from vllm.usage.usage_lib import UsageContext
+
+            # As vLLM's `LLM` will make it.
+            config = EngineArgs(**self._arguments).create_engine_config(UsageContext.LLM_CLASS)
         self._check(config)
-        self._arguments |= self._further_arguments(config)
-        self.encoder = Encoder(_tokenizer(config), config.model_config.tokenizer)
+        if method == "decimamba":
+            # A text is scored in forced decode steps, see `EngineRunner.tail_logprobs`.
+            self._arguments |= forcing_arguments(config, self._arguments.get("logits_processors"))
+        self.encoder = Encoder(cached_tokenizer_from_config(config.model_config), config.model_config.tokenizer)
         self.description = self._describe(config)
 
     def _check(self, config: Any) -> None:
         """Refuse an engine that is not what the report will call it, whatever led there."""
-        if options_from_config(config.additional_config).filter and not self._filters:
+        if self._method == "plain" and options_from_config(config.additional_config).filter:
             raise ValueError(
                 "evaluation: the plain model runs without the filter, but its engine runs with it; leave filter out of "
                 "additional_config"
             )
-
-    def _further_arguments(self, config: Any) -> dict[str, Any]:
-        """Arguments that the tasks need beside the user's, now that vLLM has decided what it runs them with."""
-        return {}
 
     def _describe(self, config: Any) -> dict[str, Any]:
         from vllm_longmamba.checkpoint.table_lookup import locate_weights
@@ -77,15 +83,17 @@ class EngineContestant:
         description: dict[str, Any] = {
             "weights": locate_weights(config.model_config, config.load_config).fingerprint,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "state_dtype": config.cache_config.mamba_ssm_cache_dtype,
             "quantization": config.model_config.quantization,
             "vllm": installed_vllm_version(),
             "vllm_longmamba": __version__,
         }
-        if config.cache_config.mamba_ssm_cache_dtype != "auto":
-            description["state_dtype"] = config.cache_config.mamba_ssm_cache_dtype
-        return description | self._describe_method(config)
+        if self._method == "decimamba":
+            own = decimamba_options.options_from_config(config.additional_config)
+            return description | {"decimamba": own.to_dict()}
+        return description | self._describe_filter(config)
 
-    def _describe_method(self, config: Any) -> dict[str, Any]:
+    def _describe_filter(self, config: Any) -> dict[str, Any]:
         from vllm_longmamba.calibration.settings import from_config
         from vllm_longmamba.tables import load_table
 
@@ -133,24 +141,8 @@ class EngineContestant:
             llm.llm_engine.engine_core.shutdown()
 
 
-class DeciMambaContestant(EngineContestant):
-    """A model in vLLM with DeciMamba, whose options are in the arguments' `additional_config`."""
-
-    model_impl = DECIMAMBA
-
-    def _check(self, config: Any) -> None:
-        """Its own configuration hook refuses whatever is wrong."""
-
-    def _further_arguments(self, config: Any) -> dict[str, Any]:
-        """A text is scored in forced decode steps, see `EngineRunner.tail_logprobs`."""
-        return forcing_arguments(config, self._arguments.get("logits_processors"))
-
-    def _describe_method(self, config: Any) -> dict[str, Any]:
-        return {"decimamba": decimamba_options.options_from_config(config.additional_config).to_dict()}
-
-
 class EngineRunner:
-    """A started engine.
+    """A started engine. Jobs are taken from an iterable as they are needed; results come in any order.
 
     Attributes:
         llm: vLLM's `LLM`.
@@ -174,33 +166,40 @@ class EngineRunner:
         self.llm.collective_rpc("longmamba_set_filter", args=(str(table), min_retention, unfiltered_end))
 
     def complete(self, jobs: Iterable[tuple[Key, list[int], int]]) -> Iterator[tuple[Key, str]]:
-        """See `Runner`."""
+        """Continue prompts greedily.
 
-        def requests() -> Iterator[tuple[Key, list[int], Any]]:
-            for key, tokens, max_tokens in jobs:
-                yield key, tokens, greedy(max_tokens)
+        Args:
+            jobs: for each prompt a key, its tokens, and how many to generate at most.
 
-        for key, output in self._stream(requests()):
+        Returns:
+            The key and the text generated.
+        """
+        requests = ((key, tokens, greedy(max_tokens)) for key, tokens, max_tokens in jobs)
+        for key, output in self._stream(requests):
             yield key, self._encoder.decode(list(output.outputs[0].token_ids))
 
     def tail_logprobs(self, jobs: Iterable[tuple[Key, list[int]]], scored: int) -> Iterator[tuple[Key, Floats]]:
-        """See `Runner`. Logits of at most a chunk of the prompt exist at a time.
+        """Score the last tokens of prompts, which count as prompt tokens themselves.
 
-        vLLM's model runner V2 computes them for the scored tokens only. V1, which runs on CPUs, has no such request:
-        there `prompt_logprobs` computes them for every token of the prompt, chunk by chunk (max_num_batched_tokens).
+        Logits of at most a chunk of the prompt exist at a time. vLLM's model runner V2 computes them for the scored
+        tokens only. V1, which runs on CPUs, has no such request: there `prompt_logprobs` computes them for every token
+        of the prompt, chunk by chunk (max_num_batched_tokens).
 
         DeciMamba has none of the tokens that it drops. There the scored tokens are no prompt tokens, but generated ones
         that are forced, one a step. Its authors never drop the tokens that they score either, which is the same.
+
+        Args:
+            jobs: for each prompt a key and its tokens, more than `scored`.
+            scored: tokens to score.
+
+        Returns:
+            The key and (scored,) log-probabilities of the last tokens, each given all tokens before it.
         """
         config = self.llm.llm_engine.vllm_config
-        ask, read = tail_scoring(config) if uses_longmamba(config.model_config) else forced_scoring(config)
-
-        def requests() -> Iterator[tuple[Key, list[int], Any]]:
-            for key, tokens in jobs:
-                yield key, *ask(tokens, scored)
-
-        for key, output in self._stream(requests()):
-            yield key, read(output, scored)
+        scoring = Scoring(config, forced=not uses_longmamba(config.model_config))
+        requests = ((key, *scoring.ask(tokens, scored)) for key, tokens in jobs)
+        for key, output in self._stream(requests):
+            yield key, scoring.read(output, scored)
 
     def _stream(self, requests: Iterator[tuple[Key, list[int], Any]]) -> Iterator[tuple[Key, Any]]:
         """Keep the engine busy, without handing it all prompts at once; keys and outputs as they are finished."""
@@ -210,35 +209,16 @@ class EngineRunner:
         room = _AHEAD * engine.vllm_config.scheduler_config.max_num_seqs
         waiting: dict[str, Key] = {}
         names = count()
-        more = True
-        while more or waiting:
-            while more and len(waiting) < room:
-                request = next(requests, None)
-                if request is None:
-                    more = False
-                    break
-                key, tokens, sampling = request
+        while True:
+            for key, tokens, sampling in islice(requests, room - len(waiting)):
                 name = str(next(names))
                 engine.add_request(name, tokens_input(tokens), sampling)
                 waiting[name] = key
-            if waiting:
-                for output in engine.step():
-                    if output.finished:
-                        yield waiting.pop(output.request_id), output
-
-
-def _engine_config(arguments: dict[str, Any]) -> Any:
-    """vLLM's configuration as its `LLM` will make it, without an engine."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.usage.usage_lib import UsageContext
-
-    return EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
-
-
-def _tokenizer(config: Any) -> Any:
-    from vllm.tokenizers import cached_tokenizer_from_config
-
-    return cached_tokenizer_from_config(config.model_config)
+            if not waiting:
+                return
+            for output in engine.step():
+                if output.finished:
+                    yield waiting.pop(output.request_id), output
 
 
 class FilterWorkerExtension:

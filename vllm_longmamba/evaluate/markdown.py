@@ -1,62 +1,80 @@
 """Reports as Markdown."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vllm_longmamba.evaluate.methods import LABELS
-
-# Characters of digests of tables, texts and weights.
-_DIGESTS = (32, 64)
+from vllm_longmamba.evaluate.engine import LABELS
 
 
-def questions_markdown(report: Mapping[str, Any], title: str, pictures: Iterable[str]) -> str:
-    """The report of a passkey or needles run.
-
-    Args:
-        report: as written to JSON.
-        title: of the document.
-        pictures: file names of pictures beside it.
-    """
-    methods = list(report["methods"])
-    rows = [
-        [str(length), str(next(iter(row.values()))["questions"]), *(interval(row[one], "share") for one in methods)]
-        for length, row in _by_length(report["by_length"])
-    ]
-    shares = table(["prompt (tokens)", "questions", *(LABELS[method] for method in methods)], rows)
+def questions_markdown(report: Mapping[str, Any]) -> list[str]:
+    """The paragraphs and tables of a passkey or needles run; the report is as written to JSON."""
     text = "Share of the numbers found, with 95 % confidence intervals (Wilson)."
-    return document(report, title, [text, shares], pictures)
+    rows = sorted(report["by_length"], key=lambda row: int(row["length"]))
+    shares = table(["prompt (tokens)", "questions", *labels(report)], share_lines(rows, "length", "questions"))
+    return [text, shares]
 
 
-def perplexity_markdown(report: Mapping[str, Any], title: str, pictures: Iterable[str]) -> str:
-    """The report of a perplexity run; arguments as above."""
-    first, *others = report["methods"]
+def perplexity_markdown(report: Mapping[str, Any]) -> list[str]:
+    """Those of a perplexity run."""
+    first_label, *other_labels = labels(report)
     header = ["window (tokens)", "books", "windows"]
-    for method in report["methods"]:
-        header += [f"{LABELS[method]}: nats/token", "perplexity", "bits/byte"]
-    header += [f"{LABELS[method]} − {LABELS[first]} (nats/token)" for method in others]
+    for label in labels(report):
+        header += [f"{label}: nats/token", "perplexity", "bits/byte"]
+    header += [f"{label} − {first_label} (nats/token)" for label in other_labels]
     lines = []
-    for length, row in _by_length(report["by_length"]):
-        cells = [str(length), str(row[first]["books"]), str(row[first]["windows"])]
-        for own in (row[method] for method in report["methods"]):
-            cells += [interval(own, "loss", ".3f"), f"{own['perplexity']:.2f}", f"{own['bits_per_byte']:.3f}"]
-        cells += [interval(row[method]["difference"], "loss", "+.3f") for method in others]
-        lines.append(cells)
+    for length, (first, *others) in side_by_side(report["by_length"], "length").items():
+        cells = [str(length), str(first["books"]), str(first["windows"])]
+        for row in (first, *others):
+            cells += [interval(row, "loss", ".3f"), f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.3f}"]
+        lines.append([*cells, *(interval(row["difference"], "loss", "+.3f") for row in others)])
     text = (
         f"Loss of the last {report['settings']['scored_tokens']} tokens of each window. Intervals: 95 %, bootstrap "
         "over books (over windows where there is one book only); differences are taken window by window."
     )
-    return document(report, title, [text, table(header, lines)], pictures)
+    return [text, table(header, lines)]
 
 
-def document(report: Mapping[str, Any], title: str, parts: Iterable[str], pictures: Iterable[str] = ()) -> str:
-    """A report: title, parts, pictures, and what was run, where and with what."""
-    lines = [f"- Model: {escaped(report['model'])}", f"- Command: {code(report['command'])}"]
-    lines.append(f"- Hardware: {report['hardware']}")
-    lines += [f"- {LABELS.get(name, name)}: {_values(values)}" for name, values in report["methods"].items()]
-    lines.append(f"- Settings: {_values(report['settings'])}")
+def labels(report: Mapping[str, Any]) -> list[str]:
+    """The methods' names as readers know them."""
+    return [LABELS[method] for method in report["methods"]]
+
+
+def side_by_side(rows: Iterable[Mapping[str, Any]], name: str) -> dict[Any, list[Mapping[str, Any]]]:
+    """Values of a column -> the rows that have it: one a method, in the methods' order."""
+    found: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row[name], []).append(row)
+    return found
+
+
+def share_lines(rows: Iterable[Mapping[str, Any]], name: str, count: str, form: str = ".2f") -> list[list[str]]:
+    """Lines of a table: a value of the column `name`, the first method's `count`, and the share of each method."""
+    return [
+        [str(value), str(found[0][count]), *(interval(row, "share", form) for row in found)]
+        for value, found in side_by_side(rows, name).items()
+    ]
+
+
+def heading(title: str) -> str:
+    """A title, which no name of a model in it changes."""
+    return "# " + re.sub(r"([\\`*_\[\]<>|#~!])", r"\\\1", " ".join(title.split()))
+
+
+def document(report: Mapping[str, Any], title: str, parts: Iterable[str], pictures: Iterable[str]) -> str:
+    """A whole report.
+
+    Args:
+        report: as written to JSON; what was run, where and with what is at the end.
+        title: of the document.
+        parts: paragraphs and tables.
+        pictures: file names of pictures beside it.
+    """
     images = [f"![{name}]({name})" for name in pictures if name.endswith(".png")]
-    return "\n\n".join([f"# {escaped(title)}", *parts, *images, "## Conditions", "\n".join(lines)]) + "\n"
+    conditions = {name: report[name] for name in ("model", "command", "hardware", "methods", "settings")}
+    block = f"```json\n{json.dumps(conditions, indent=1, ensure_ascii=False)}\n```"
+    return "\n\n".join([heading(title), *parts, *images, "## Conditions", block]) + "\n"
 
 
 def interval(row: Mapping[str, Any], name: str, form: str = ".2f") -> str:
@@ -64,42 +82,7 @@ def interval(row: Mapping[str, Any], name: str, form: str = ".2f") -> str:
     return f"{row[name]:{form}} ({row['low']:{form}} to {row['high']:{form}})"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, all columns aligned to the right."""
-    lines = [header, ["---:"] * len(header), *rows]
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], rule: str = "---:") -> str:
+    """A Markdown table, all columns aligned as the rule says: by default to the right."""
+    lines = [header, [rule] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def escaped(name: str) -> str:
-    """A name that is not ours, as text: nothing in it is Markdown."""
-    return re.sub(r"([\\`*_\[\]<>|#~!])", r"\\\1", " ".join(name.split()))
-
-
-def code(text: str) -> str:
-    """Text in code's type, whatever ticks it has."""
-    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
-    fence = "`" * (longest + 1)
-    return f"{fence} {text} {fence}" if longest else f"{fence}{text}{fence}"
-
-
-def _by_length(rows: Iterable[Mapping[str, Any]]) -> list[tuple[int, dict[str, Mapping[str, Any]]]]:
-    lengths: dict[int, dict[str, Mapping[str, Any]]] = {}
-    for row in rows:
-        lengths.setdefault(row["length"], {})[row["method"]] = row
-    return sorted(lengths.items())
-
-
-def _values(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {_value(value)}" for name, value in values.items() if value is not None)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{escaped(name)} ({_value(part)})" for name, part in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_value, value))
-    if isinstance(value, str) and len(value) in _DIGESTS:
-        # The JSON file has all of it.
-        return value[:12]
-    # A sentence with its line breaks.
-    return code(repr(value)) if isinstance(value, str) and "\n" in value else escaped(str(value))

@@ -6,7 +6,8 @@ Texts are hidden in and cut as sequences of anything: tokens here, characters in
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import product
+from typing import Any, TypeVar
 
 KEY_DIGITS = 5
 PASSKEY_NEEDLE = "\nThe pass key is {number}. Remember it.\n"
@@ -40,7 +41,7 @@ class Needle:
 
     def text(self) -> str:
         """The sentence that holds the number."""
-        return NEEDLE.format(name=self.name, number=self.number) if self.name else passkey_needle(self.number)
+        return (NEEDLE if self.name else PASSKEY_NEEDLE).format(name=self.name, number=self.number)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Question:
     start: float
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from the other questions of a run."""
+        return {"task": self.task, "length": self.length, "depth": self.depth, "seed": self.seed}
+
+    @property
     def asked(self) -> Needle:
         """The needle asked for."""
         return self.needles[0]
@@ -77,11 +83,6 @@ class Question:
         return answer.lstrip().startswith(self.asked.number)
 
 
-def passkey_needle(number: str) -> str:
-    """The sentence that holds a pass key."""
-    return PASSKEY_NEEDLE.format(number=number)
-
-
 def middles(parts: int) -> list[float]:
     """Depths in the middle of `parts` equal parts of the text."""
     return [(part + 0.5) / parts for part in range(parts)]
@@ -89,7 +90,7 @@ def middles(parts: int) -> list[float]:
 
 def passkey_questions(lengths: Iterable[int], depths: Sequence[float], seeds: Sequence[int]) -> Iterator[Question]:
     """One question for every length, depth and seed. Each depends on these three only, not on the rest of the grid."""
-    for length, depth, seed in _grid(lengths, depths, seeds):
+    for length, depth, seed in product(lengths, depths, seeds):
         rng = random.Random(f"passkey {length} {depth:.6f} {seed}")
         key = Needle("", _number(rng), depth)
         yield Question("passkey", length, depth, seed, (key,), rng.random())
@@ -111,7 +112,7 @@ def needle_questions(
     """
     if not 1 <= needles <= len(NAMES):
         raise ValueError(f"needles: their number must lie between 1 and {len(NAMES)}, got {needles}")
-    for length, depth, seed in _grid(lengths, depths, seeds):
+    for length, depth, seed in product(lengths, depths, seeds):
         rng = random.Random(f"needles {length} {depth:.6f} {needles} {seed}")
         names = rng.sample(NAMES, needles)
         numbers = rng.sample(range(10 ** (KEY_DIGITS - 1), 10**KEY_DIGITS), needles)
@@ -140,7 +141,3 @@ def hide(text: Text, needles: Iterable[tuple[float, Text]]) -> Text:
 
 def _number(rng: random.Random) -> str:
     return str(rng.randrange(10 ** (KEY_DIGITS - 1), 10**KEY_DIGITS))
-
-
-def _grid(lengths: Iterable[int], depths: Sequence[float], seeds: Sequence[int]) -> Iterator[tuple[int, float, int]]:
-    return ((length, depth, seed) for length in lengths for depth in depths for seed in seeds)

@@ -6,7 +6,8 @@ all lengths end at the same places of a book, so that every length is judged on 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,11 @@ class Window:
     book: str
     length: int
     end: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from the other windows of a run."""
+        return {"task": "perplexity", **asdict(self)}
 
     def tokens(self, book: list[int], prefix: list[int]) -> list[int]:
         """The prompt: exactly `length` tokens."""
@@ -65,18 +71,3 @@ def windows(
         for book, tokens in book_tokens.items():
             if length <= tokens:
                 yield from (Window(book, length, end) for end in ends[book])
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What is scored of one window: the sum over its last tokens.
-
-    Attributes:
-        nats: negative log-likelihood.
-        tokens: how many.
-        bytes: of their text in UTF-8.
-    """
-
-    nats: float
-    tokens: int
-    bytes: int

@@ -1,11 +1,10 @@
 """Pictures of a report, as PNG and SVG: heat maps of length and depth, and curves over length."""
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_longmamba.evaluate.methods import LABELS
+from vllm_longmamba.evaluate.engine import LABELS
 
 # File name -> content.
 Pictures = dict[str, bytes]
@@ -27,19 +26,18 @@ def draw_questions(report: Mapping[str, Any], title: str) -> Pictures:
 def draw_perplexity(report: Mapping[str, Any], title: str) -> Pictures:
     """The loss over the length of the window, and what each method changes; arguments as above."""
     rows = report["by_length"]
-    others = [row | row["difference"] for row in rows if "difference" in row]
-    columns = 2 if others else 1
-    with figure_with_panels(5.6 * columns, 4.0, columns) as (figure, panels):
-        draw_curves(panels[0], report, rows, "loss")
-        panels[0].set_ylabel(f"nats per token, last {report['settings']['scored_tokens']} tokens")
-        if others:
-            panels[1].axhline(0.0, color=COLOURS[0], linewidth=2)
-            draw_curves(panels[1], report, others, "loss")
-            panels[1].set_ylabel(f"difference to {LABELS[report['compared_with']]}, same windows")
-        for panel in panels:
-            panel.set_xlabel("window (tokens)")
-        figure.suptitle(title, x=0.01, ha="left", parse_math=False)
-        return as_files(figure, "perplexity")
+    differences = [row | row["difference"] for row in rows if "difference" in row]
+    columns = 2 if differences else 1
+    figure, panels = new_figure(5.6 * columns, 4.0, title, columns)
+    draw_curves(panels[0], report, rows, "loss")
+    panels[0].set_ylabel(f"nats per token, last {report['settings']['scored_tokens']} tokens")
+    if differences:
+        panels[1].axhline(0.0, color=COLOURS[0], linewidth=2)
+        draw_curves(panels[1], report, differences, "loss")
+        panels[1].set_ylabel(f"difference to {LABELS[report['compared_with']]}, same windows")
+    for panel in panels:
+        panel.set_xlabel("window (tokens)")
+    return as_files(figure, "perplexity")
 
 
 def draw_shares(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], title: str, label: str) -> Pictures:
@@ -50,14 +48,12 @@ def draw_shares(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], ti
         rows: of method, length, share, low, high.
         title, label: of the picture, of the shares.
     """
-    with figure_with_panels(7.5, 4.0) as (figure, [axes]):
-        draw_curves(axes, report, rows, "share")
-        axes.set_ylim(-0.03, 1.03)
-        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-        axes.set_xlabel("prompt (tokens)")
-        axes.set_ylabel(label)
-        axes.set_title(title, loc="left", parse_math=False)
-        return as_files(figure, "by-length")
+    figure, [axes] = new_figure(7.5, 4.0, title)
+    draw_curves(axes, report, rows, "share")
+    share_axis(axes)
+    axes.set_xlabel("prompt (tokens)")
+    axes.set_ylabel(label)
+    return as_files(figure, "by-length")
 
 
 def draw_heat_maps(report: Mapping[str, Any], title: str) -> Pictures:
@@ -68,27 +64,26 @@ def draw_heat_maps(report: Mapping[str, Any], title: str) -> Pictures:
     lengths = sorted({cell["length"] for cell in cells})
     depths = sorted({cell["depth"] for cell in cells})
     width, height = max(3.2, 0.62 * len(lengths) + 1.0), max(3.0, 0.3 * len(depths) + 1.6)
-    with figure_with_panels(width * len(methods) + 1.2, height, len(methods)) as (figure, panels):
-        for panel, method in zip(panels, methods, strict=True):
-            shares = np.full((len(depths), len(lengths)), np.nan)
-            for cell in cells:
-                if cell["method"] == method:
-                    shares[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell["share"]
-            image = panel.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-            if shares.size <= _MAX_NUMBERED_CELLS:
-                for (row, column), share in np.ndenumerate(shares):
-                    colour = "white" if share < 0.5 else "black"
-                    panel.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, size=8)
-            panel.set_title(LABELS[method], loc="left")
-            panel.set_xticks(range(len(lengths)), [_short(length) for length in lengths])
-            panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths] if panel is panels[0] else [])
-            panel.set_xlabel("prompt (tokens)")
-            panel.tick_params(length=0)
-            panel.spines[:].set_visible(False)
-        panels[0].set_ylabel("depth in the text")
-        figure.colorbar(image, ax=panels, label="found", format=lambda share, _: f"{share:.0%}", pad=0.02)
-        figure.suptitle(title, x=0.01, ha="left", parse_math=False)
-        return as_files(figure, "heat-map")
+    figure, panels = new_figure(width * len(methods) + 1.2, height, title, len(methods))
+    for panel, method in zip(panels, methods, strict=True):
+        shares = np.full((len(depths), len(lengths)), np.nan)
+        for cell in cells:
+            if cell["method"] == method:
+                shares[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell["share"]
+        image = panel.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        if shares.size <= _MAX_NUMBERED_CELLS:
+            for (row, column), share in np.ndenumerate(shares):
+                colour = "white" if share < 0.5 else "black"
+                panel.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, size=8)
+        panel.set_title(LABELS[method], loc="left")
+        panel.set_xticks(range(len(lengths)), [_short(length) for length in lengths])
+        panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths] if panel is panels[0] else [])
+        panel.set_xlabel("prompt (tokens)")
+        panel.tick_params(length=0)
+        panel.spines[:].set_visible(False)
+    panels[0].set_ylabel("depth in the text")
+    figure.colorbar(image, ax=panels, label="found", format=lambda share, _: f"{share:.0%}", pad=0.02)
+    return as_files(figure, "heat-map")
 
 
 def draw_curves(axes: Any, report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], name: str) -> None:
@@ -116,29 +111,29 @@ def draw_curves(axes: Any, report: Mapping[str, Any], rows: Sequence[Mapping[str
     axes.spines[["top", "right"]].set_visible(False)
 
 
-@contextmanager
-def figure_with_panels(width: float, height: float, columns: int = 1) -> Iterator[tuple[Any, list[Any]]]:
+def share_axis(axes: Any) -> None:
+    """Make the vertical axis one of shares."""
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+
+
+def new_figure(width: float, height: float, title: str, columns: int = 1) -> tuple[Any, list[Any]]:
     """A matplotlib figure with panels side by side; width and height are in inches."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    # SVG with text as text, the same bytes each time.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "longmamba", "font.size": 9, "axes.titlesize": 10}
-    with matplotlib.rc_context(settings):
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
-        try:
-            yield figure, list(axes.flat)
-        finally:
-            pyplot.close(figure)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", parse_math=False)
+    return figure, list(figure.subplots(1, columns, squeeze=False).flat)
 
 
 def as_files(figure: Any, name: str) -> Pictures:
-    """A figure as PNG and SVG."""
+    """A figure as PNG and SVG, the latter with text as text; equal figures give the same bytes."""
+    from matplotlib import rc_context
+
     png, svg = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
-    figure.savefig(svg, format="svg", metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "longmamba"}):
+        figure.savefig(svg, format="svg", metadata={"Date": None})
     return {f"{name}.png": png.getvalue(), f"{name}.svg": svg.getvalue()}
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from vllm_longmamba.evaluate.needles import Question
-from vllm_longmamba.evaluate.perplexity import Loss, Window
-from vllm_longmamba.evaluate.runner import Contestant
+from vllm_longmamba.evaluate.comparison import Results
+from vllm_longmamba.evaluate.engine import EngineContestant
+from vllm_longmamba.evaluate.markdown import document, heading
+from vllm_longmamba.evaluate.perplexity import Window
 from vllm_longmamba.evaluate.statistics import ratio_interval, share_interval
 from vllm_longmamba.evaluate.store import Store
 from vllm_longmamba.evaluate.terminal import console
@@ -30,16 +31,16 @@ def write_report(
     store: Store,
     report: Mapping[str, Any],
     title: str,
-    markdown: Callable[[Mapping[str, Any], str, Iterable[str]], str],
+    describe: Callable[[Mapping[str, Any]], list[str]],
     draw: Callable[[Mapping[str, Any], str], Mapping[str, bytes]],
 ) -> None:
-    """Write report.json, report.md and pictures, and show the second up to its conditions.
+    """Write report.json, report.md and pictures, and show what the second says.
 
     Args:
         store: of the folder.
         report: as it goes into the JSON file.
         title: of text and pictures, before the model's name.
-        markdown: makes the text of report, title and the pictures' names.
+        describe: makes the paragraphs and tables of the report.
         draw: makes the pictures' files of report and title; they are left out where matplotlib is missing.
 
     Raises:
@@ -53,17 +54,17 @@ def write_report(
         pictures = draw(report, title)
     else:
         console.print("no pictures: they need matplotlib (pip install 'vllm-longmamba[plot]')")
-    text = markdown(report, title, pictures)
+    parts = describe(report)
+    text = document(report, title, parts, pictures)
     files = {"report.json": (json.dumps(report, indent=1) + "\n").encode(), "report.md": text.encode(), **pictures}
-    store.check_files(files)
-    for name, content in files.items():
-        store.write(name, content)
-    shown = text.partition("## Conditions")[0]
-    console.print(Markdown("\n".join(line for line in shown.splitlines() if not line.startswith("!["))))
+    store.write(files)
+    console.print(Markdown("\n\n".join([heading(title), *parts])))
     console.print(f"written: {', '.join(str(store.folder / name) for name in files)}", soft_wrap=True)
 
 
-def provenance(task: str, model: str, methods: Mapping[str, Contestant], settings: Mapping[str, Any]) -> dict[str, Any]:
+def provenance(
+    task: str, model: str, methods: Mapping[str, EngineContestant], settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """What was run, where: the head of every report.
 
     Args:
@@ -82,7 +83,25 @@ def provenance(task: str, model: str, methods: Mapping[str, Contestant], setting
     }
 
 
-def summarize_questions(answers: Mapping[str, Iterable[tuple[Question, Mapping[str, Any]]]]) -> dict[str, Any]:
+def rows(
+    samples: Iterable[tuple[Mapping[str, Any], Any]], summarize: Callable[[list[Any]], Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """One row for all samples of the same place.
+
+    Args:
+        samples: place (such as method and length) and value.
+        summarize: makes columns of the values of a place.
+
+    Returns:
+        Rows of the places and these columns, in the order of the samples.
+    """
+    values: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
+    for place, value in samples:
+        values[tuple(place.items())].append(value)
+    return [{**dict(place), **summarize(of_place)} for place, of_place in values.items()]
+
+
+def summarize_questions(answers: Mapping[str, Results]) -> dict[str, Any]:
     """Share of the numbers found, by length and by length and depth.
 
     Args:
@@ -91,24 +110,18 @@ def summarize_questions(answers: Mapping[str, Iterable[tuple[Question, Mapping[s
     Returns:
         "by_length" and "by_depth", rows of method, length, (depth,) questions, share, low, high (95 %).
     """
-    by_length: dict[tuple[str, int], list[float]] = defaultdict(list)
-    by_depth: dict[tuple[str, int, float], list[float]] = defaultdict(list)
-    for method, answered in answers.items():
-        for question, result in answered:
-            for scores in (by_length[method, question.length], by_depth[method, question.length, question.depth]):
-                scores.append(float(result["found"]))
+    found = [
+        ({"method": method, "length": question.length}, question.depth, float(result["found"]))
+        for method, answered in answers.items()
+        for question, result in answered
+    ]
     return {
-        "by_length": [
-            {"method": method, "length": length, **share_of(scores)} for (method, length), scores in by_length.items()
-        ],
-        "by_depth": [
-            {"method": method, "length": length, "depth": depth, **share_of(scores)}
-            for (method, length, depth), scores in by_depth.items()
-        ],
+        "by_length": rows([(place, score) for place, _, score in found], share_of),
+        "by_depth": rows([({**place, "depth": depth}, score) for place, depth, score in found], share_of),
     }
 
 
-def summarize_perplexity(losses: Mapping[str, Iterable[tuple[Window, Loss]]]) -> dict[str, Any]:
+def summarize_perplexity(losses: Mapping[str, Results]) -> dict[str, Any]:
     """Loss by length, and how far each method's lies from the first one's.
 
     Args:
@@ -119,18 +132,16 @@ def summarize_perplexity(losses: Mapping[str, Iterable[tuple[Window, Loss]]]) ->
         perplexity, bits_per_byte, and for all but the first method "difference" of the loss with low and high,
         from the same windows of both.
     """
-    by_length: dict[tuple[str, int], list[tuple[Window, Loss]]] = defaultdict(list)
-    for method, scored in losses.items():
-        for window, loss in scored:
-            by_length[method, window.length].append((window, loss))
     first = next(iter(losses))
-    rows = []
-    for (method, length), scored in by_length.items():
-        row = {"method": method, "length": length, **loss_of(scored)}
-        if method != first:
-            row["difference"] = difference(scored, by_length[first, length])
-        rows.append(row)
-    return {"by_length": rows, "compared_with": first}
+    by_length = []
+    for method, scored in losses.items():
+        for length in dict.fromkeys(window.length for window, _ in scored):
+            own = [(window, loss) for window, loss in scored if window.length == length]
+            row = {"method": method, "length": length, **loss_of(own)}
+            if method != first:
+                row["difference"] = difference(own, losses[first])
+            by_length.append(row)
+    return {"by_length": by_length, "compared_with": first}
 
 
 def share_of(scores: Sequence[float]) -> dict[str, Any]:
@@ -139,36 +150,37 @@ def share_of(scores: Sequence[float]) -> dict[str, Any]:
     return {"questions": len(scores), "share": float(np.mean(scores)), "low": low, "high": high}
 
 
-def loss_of(scored: Sequence[tuple[Window, Loss]]) -> dict[str, Any]:
+def loss_of(scored: Results) -> dict[str, Any]:
     """Loss of windows together: books, windows, tokens, loss, low, high, perplexity, bits_per_byte."""
-    losses = [loss for _, loss in scored]
-    nats, tokens = sum(loss.nats for loss in losses), sum(loss.tokens for loss in losses)
-    low, high = ratio_interval(_by_book((window, loss.nats, loss.tokens) for window, loss in scored))
+    mean = _mean([(window, loss["nats"], loss["tokens"]) for window, loss in scored])
+    tokens, size = (sum(loss[name] for _, loss in scored) for name in ("tokens", "bytes"))
     return {
         "books": len({window.book for window, _ in scored}),
-        "windows": len(losses),
+        "windows": len(scored),
         "tokens": tokens,
-        "loss": nats / tokens,
-        "low": low,
-        "high": high,
-        "perplexity": math.exp(nats / tokens),
-        "bits_per_byte": nats / sum(loss.bytes for loss in losses) / math.log(2),
+        **mean,
+        "perplexity": math.exp(mean["loss"]),
+        "bits_per_byte": mean["loss"] * tokens / size / math.log(2),
     }
 
 
-def difference(scored: Iterable[tuple[Window, Loss]], others: Iterable[tuple[Window, Loss]]) -> dict[str, float]:
+def difference(scored: Results, others: Results) -> dict[str, float]:
     """Loss less the loss of others on the same windows: loss, low, high (95 %), in nats per token."""
     of_others = dict(others)
-    gaps = [(window, loss.nats - of_others[window].nats, loss.tokens) for window, loss in scored]
-    low, high = ratio_interval(_by_book(gaps))
-    return {"loss": sum(nats for _, nats, _ in gaps) / sum(tokens for *_, tokens in gaps), "low": low, "high": high}
+    return _mean([(window, loss["nats"] - of_others[window]["nats"], loss["tokens"]) for window, loss in scored])
 
 
-def _by_book(samples: Iterable[tuple[Window, float, int]]) -> dict[str, list[tuple[float, int]]]:
+def _mean(samples: Sequence[tuple[Window, float, int]]) -> dict[str, float]:
+    """Nats per token of windows, their nats and tokens, with the interval over books."""
     books: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for window, nats, tokens in samples:
         books[window.book].append((nats, tokens))
-    return books
+    low, high = ratio_interval(books)
+    return {
+        "loss": sum(nats for _, nats, _ in samples) / sum(tokens for *_, tokens in samples),
+        "low": low,
+        "high": high,
+    }
 
 
 def _hardware() -> str:

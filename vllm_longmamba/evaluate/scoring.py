@@ -1,45 +1,55 @@
 """How vLLM's engine is asked for the log-probabilities of a text's last tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vllm_longmamba.evaluate.statistics import Floats
 
-# From a text's tokens and how many to score to a prompt and its sampling parameters; from the output to what is wanted.
-Asking = Callable[[list[int], int], tuple[list[int], Any]]
-Reading = Callable[[Any, int], Floats]
 # What a request names the tokens that are to be generated in model runner V1.
 FORCED = "longmamba_forced_tokens"
 
 
-def tail_scoring(vllm_config: Any) -> tuple[Asking, Reading]:
-    """Where the scored tokens are prompt tokens: how to ask, and how to read the output."""
-    from vllm import SamplingParams
+class Scoring:
+    """Requests for log-probabilities, and what is read from their outputs.
 
-    def ask_for_the_tail(tokens: list[int], scored: int) -> tuple[list[int], Any]:
-        ids = np.array(tokens[-scored:], dtype=np.int32)[:, None]
+    Args:
+        vllm_config: of the engine; where tokens are to be forced, with `forcing_arguments`.
+        forced: the scored tokens are generated, one a step, whatever their probability. Otherwise they are prompt
+            tokens.
+    """
+
+    def __init__(self, vllm_config: Any, forced: bool) -> None:
+        from vllm import SamplingParams
+
+        self._forced, self._v2 = forced, vllm_config.use_v2_model_runner
+        self._tail_only = not forced and self._v2 and hasattr(SamplingParams, "prompt_logprob_token_ids")
+
+    def ask(self, tokens: list[int], scored: int) -> tuple[list[int], Any]:
+        """From a text's tokens, and how many to score, to a prompt and its sampling parameters."""
+        prompt, last = tokens[:-scored], tokens[-scored:]
+        if self._forced:
+            force = {"trace_decode_token_ids": last} if self._v2 else {"extra_args": {FORCED: last}}
+            return prompt, greedy(scored, logprobs=0, ignore_eos=True, **force)
         # vLLM insists on generating one token.
-        return tokens, greedy(1, prompt_logprob_token_ids=ids, prompt_logprob_start=len(tokens) - 1 - scored)
-
-    def read_the_tail(output: Any, scored: int) -> Floats:
-        return np.asarray(output.prompt_token_id_logprobs, dtype=np.float64)[:, 0]
-
-    def ask_for_all(tokens: list[int], scored: int) -> tuple[list[int], Any]:
+        if self._tail_only:
+            ids = np.array(last, dtype=np.int32)[:, None]
+            return tokens, greedy(1, prompt_logprob_token_ids=ids, prompt_logprob_start=len(prompt) - 1)
         return tokens, greedy(1, prompt_logprobs=0, flat_logprobs=True)
 
-    def read_all(output: Any, scored: int) -> Floats:
-        tokens, entries = output.prompt_token_ids[-scored:], output.prompt_logprobs[-scored:]
-        return np.array([entry[token].logprob for token, entry in zip(tokens, entries, strict=True)])
-
-    if vllm_config.use_v2_model_runner and hasattr(SamplingParams, "prompt_logprob_token_ids"):
-        return ask_for_the_tail, read_the_tail
-    return ask_for_all, read_all
+    def read(self, output: Any, scored: int) -> Floats:
+        """(scored,) log-probabilities from the output of a request."""
+        if self._tail_only:
+            return np.asarray(output.prompt_token_id_logprobs, dtype=np.float64)[:, 0]
+        tokens, entries = output.prompt_token_ids, output.prompt_logprobs
+        if self._forced:
+            tokens, entries = output.outputs[0].token_ids, output.outputs[0].logprobs
+        return np.array([of[token].logprob for token, of in zip(tokens[-scored:], entries[-scored:], strict=True)])
 
 
 def forcing_arguments(vllm_config: Any, logits_processors: Sequence[Any] | None = None) -> dict[str, Any]:
-    """Arguments of vLLM's `LLM` for `forced_scoring`; model runner V2 can force tokens by itself.
+    """Arguments of vLLM's `LLM` for forced scoring; model runner V2 can force tokens by itself.
 
     Args:
         vllm_config: as it would be without them.
@@ -49,24 +59,6 @@ def forcing_arguments(vllm_config: Any, logits_processors: Sequence[Any] | None 
         return {"enable_trace_replay": True}
     own = "vllm_longmamba.evaluate.forced_tokens:ForcedTokens"
     return {"logits_processors": [*(logits_processors or ()), own]}
-
-
-def forced_scoring(vllm_config: Any) -> tuple[Asking, Reading]:
-    """Where they are generated, one a step, whatever their probability: the same."""
-
-    def ask(tokens: list[int], scored: int) -> tuple[list[int], Any]:
-        prompt, forced = tokens[:-scored], tokens[-scored:]
-        own = (
-            {"trace_decode_token_ids": forced} if vllm_config.use_v2_model_runner else {"extra_args": {FORCED: forced}}
-        )
-        return prompt, greedy(scored, logprobs=0, ignore_eos=True, **own)
-
-    def read(output: Any, scored: int) -> Floats:
-        generated = output.outputs[0]
-        entries = zip(generated.token_ids, generated.logprobs, strict=True)
-        return np.array([of_step[token].logprob for token, of_step in entries])
-
-    return ask, read
 
 
 def greedy(max_tokens: int, **arguments: Any) -> Any:

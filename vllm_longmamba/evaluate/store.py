@@ -66,10 +66,7 @@ class Store:
         found = self._find(identity)
         if found is None:
             raise KeyError(_key(identity))
-        return found
-
-    def __len__(self) -> int:
-        return int(self._database.execute("SELECT count(*) FROM results").fetchone()[0])
+        return dict(json.loads(found))
 
     def check_files(self, names: Iterable[str]) -> None:
         """Refuse to replace what an evaluation in this folder did not write.
@@ -88,29 +85,29 @@ class Store:
                     "folder with --output"
                 )
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file into the folder, all of it or nothing.
+    def write(self, files: Mapping[str, bytes]) -> None:
+        """Write files into the folder, each of them whole or not at all.
 
         Raises:
-            ValueError: as `check_files`.
+            ValueError: as `check_files`; none is written then.
         """
-        self.check_files([name])
-        self._database.execute("INSERT OR IGNORE INTO files VALUES (?, ?)", (name, _digest(content)))
-        temporary = self.folder / f".{name}.{secrets.token_hex(8)}"
-        try:
-            with temporary.open("xb") as file:
-                file.write(content)
-            temporary.replace(self.folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        self.check_files(files)
+        for name, content in files.items():
+            self._database.execute("INSERT OR IGNORE INTO files VALUES (?, ?)", (name, _digest(content)))
+            temporary = self.folder / f".{name}.{secrets.token_hex(8)}"
+            try:
+                temporary.write_bytes(content)
+                temporary.replace(self.folder / name)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def _wrote(self, name: str, content: bytes) -> bool:
         row = (name, _digest(content))
         return self._database.execute("SELECT 1 FROM files WHERE name = ? AND digest = ?", row).fetchone() is not None
 
-    def _find(self, identity: Identity) -> dict[str, Any] | None:
+    def _find(self, identity: Identity) -> str | None:
         row = self._database.execute("SELECT result FROM results WHERE identity = ?", (_key(identity),)).fetchone()
-        return None if row is None else dict(json.loads(row[0]))
+        return None if row is None else str(row[0])
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:

@@ -1,10 +1,13 @@
-"""What the commands that evaluate say on the terminal, and how they read lists of numbers."""
+"""What the commands that evaluate say on the terminal, and how they read lists."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Number = TypeVar("Number", int, float)
 
 console = Console(stderr=True, highlight=False, markup=False)
 
@@ -22,25 +25,30 @@ def progress_bars() -> Iterator[Callable[[str, int], Callable[[], None]]]:
         yield begin
 
 
-def numbers(text: str) -> list[int]:
-    """Read "1024,2048".
+def read_numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
+    """Read "1024,2048" (int) or "1e-40,0.1" (float), the value of an option.
 
     Raises:
-        ValueError: something else than whole numbers, or none.
+        ValueError: something else than such numbers, or none.
     """
     try:
-        return [int(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"expected whole numbers separated by commas, such as 1024,2048, got {text!r}") from None
+        what = "whole numbers separated by commas, such as 1024,2048"
+        if kind is float:
+            what = "numbers separated by commas, such as 1e-3,0.1"
+        raise ValueError(f"{option}: expected {what}, got {text!r}") from None
 
 
-def real_numbers(text: str) -> list[float]:
-    """Read "1e-40,0.1".
+def read_names(option: str, text: str, known: Collection[str]) -> list[str]:
+    """Read "plain,longmamba", the value of an option.
 
     Raises:
-        ValueError: something else than numbers, or none.
+        ValueError: a name that is not among the known ones, or one that comes twice.
     """
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"expected numbers separated by commas, such as 1e-3,0.1, got {text!r}") from None
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{option}: unknown are {', '.join(unknown) or 'empty names'}; known are {', '.join(known)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{option}: every name may be given once, got {text}")
+    return names

@@ -1,6 +1,6 @@
 """Text files and what a model's tokenizer makes of them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,10 @@ class Encoder:
         """Tokens of a whole prompt, with the tokenizer's own prefix."""
         return self.prefix + self.encode(text)
 
+    def sizes(self, books: Mapping[str, list[int]]) -> dict[str, int]:
+        """Tokens of each book with the tokenizer's own prefix."""
+        return {name: len(self.prefix) + len(tokens) for name, tokens in books.items()}
+
     @property
     def end_text(self) -> str:
         """What the token that ends a text is decoded to; "" where there is none."""
@@ -125,3 +129,9 @@ class Encoder:
             )
         start = int(question.start * (len(haystack) - room + 1))
         return self.prefix + hide(haystack[start : start + room], needles) + end
+
+    def check_room(self, questions: Sequence[Question], haystack: list[int]) -> None:
+        """Refuse too short a length or haystack before anything starts; raises as `prompt` does."""
+        by_length = sorted(questions, key=lambda question: question.length)
+        for question in (by_length[0], by_length[-1]):
+            self.prompt(question, haystack)

@@ -9,10 +9,10 @@ from typing import Any
 from blake3 import blake3
 
 from vllm_longmamba.calibration.settings import CalibrationSettings
-from vllm_longmamba.evaluate.comparison import Answers, Losses, Progress, Run
+from vllm_longmamba.evaluate.comparison import Progress, Results, Run, ask, score
 from vllm_longmamba.evaluate.engine import EngineRunner
-from vllm_longmamba.evaluate.needles import Question
-from vllm_longmamba.evaluate.perplexity import SCORED_TOKENS, Window
+from vllm_longmamba.evaluate.needles import Question, middles, passkey_questions
+from vllm_longmamba.evaluate.perplexity import SCORED_TOKENS, Window, windows
 from vllm_longmamba.evaluate.report import difference, loss_of, share_of
 from vllm_longmamba.evaluate.store import Store, settings_key
 from vllm_longmamba.evaluate.texts import Encoder
@@ -55,7 +55,7 @@ PLAIN = Setting(1.0, 1.0, 0)
 DEFAULT = Setting(1.0, DEFAULT_MIN_RETENTION[UNCLAMPED], 0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Space:
     """The settings to be searched, in which the default always is.
 
@@ -84,8 +84,8 @@ class Space:
                 f"--thetas must be the smallest and the largest, between 0 and 1, with the default "
                 f"{DEFAULT.min_retention:g} between them, got {', '.join(map(str, self.thetas))}"
             )
-        object.__setattr__(self, "budgets", tuple(dict.fromkeys([DEFAULT.budget, *self.budgets])))
-        object.__setattr__(self, "unfiltered_ends", tuple(dict.fromkeys([0, *self.unfiltered_ends])))
+        self.budgets = tuple(dict.fromkeys([DEFAULT.budget, *self.budgets]))
+        self.unfiltered_ends = tuple(dict.fromkeys([0, *self.unfiltered_ends]))
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,38 @@ class Part:
     questions: Sequence[Question]
     windows: Sequence[Window]
 
+    @property
+    def haystack(self) -> list[int]:
+        """Tokens of all texts."""
+        return [token for book in self.books.values() for token in book]
+
+
+def halves(
+    books: Mapping[str, list[int]], encoder: Encoder, lengths: list[int], depths: int, number: int
+) -> tuple[Part, Part]:
+    """The first half of each text, to search on, and the second half, to judge by.
+
+    Args:
+        books: tokens of each text.
+        encoder: the tokenizer.
+        lengths: tokens of prompts and windows.
+        depths: number of pass keys of each length.
+        number: at most so many windows of each length in each text.
+
+    Raises:
+        ValueError: too little text.
+    """
+
+    def part(name: str, books: Mapping[str, list[int]]) -> Part:
+        questions = list(passkey_questions(lengths, middles(depths), [0]))
+        made = Part(name, books, questions, list(windows(encoder.sizes(books), lengths, number)))
+        encoder.check_room(questions, made.haystack)
+        return made
+
+    first = {name: tokens[: len(tokens) // 2] for name, tokens in books.items()}
+    second = {name: tokens[len(tokens) // 2 :] for name, tokens in books.items()}
+    return part("first", first), part("second", second)
+
 
 @dataclass(frozen=True)
 class Scorer:
@@ -155,17 +187,17 @@ class Scorer:
             difference=difference(losses, self._results(PLAIN, part)[1]),
         )
 
-    def _results(self, setting: Setting, part: Part) -> tuple[Answers, Losses]:
+    def _results(self, setting: Setting, part: Part) -> tuple[Results, Results]:
         path = self.tables[setting.budget]
         known = {**self.settings, "part": part.name, "thresholds": in_force(load_table(path), setting)}
         run = Run(self.store, "tune", settings_key(known))
         if todo := len(run.missing([*part.questions, *part.windows])):
             self.runner.set_filter(path, setting.min_retention, setting.unfiltered_end)
             advance = self.progress(setting.label(), todo)
-            haystack = [token for book in part.books.values() for token in book]
-            run.ask(self.runner, self.encoder, part.questions, haystack, advance)
-            run.score(self.runner, self.encoder, part.windows, part.books, SCORED_TOKENS, advance)
-        return run.answers(part.questions), run.losses(part.windows)
+            questions, scored = run.missing(part.questions), run.missing(part.windows)
+            run.add(ask(self.runner, self.encoder, questions, part.haystack), advance)
+            run.add(score(self.runner, self.encoder, scored, part.books, SCORED_TOKENS), advance)
+        return run.results(part.questions), run.results(part.windows)
 
 
 def in_force(table: ThresholdTable, setting: Setting) -> str:

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from vllm_longmamba.evaluate.markdown import document, interval, table
-from vllm_longmamba.evaluate.pictures import COLOURS, Pictures, as_files, figure_with_panels
+from vllm_longmamba.evaluate.markdown import interval, table
+from vllm_longmamba.evaluate.pictures import COLOURS, Pictures, as_files, new_figure, share_axis
 from vllm_longmamba.evaluate.tuning import FOUND_TOLERANCE, Score, Setting
 
-_HEADER = ["budget", "theta", "unfiltered end", "global channels", "keys found", "nats/token", "difference to plain"]
+_HEADER = ["setting", "global channels", "keys found", "nats/token", "difference to plain"]
 
 
 def summarize_tuning(scores: Sequence[Score], best: Score, held_out: Sequence[Score]) -> dict[str, Any]:
@@ -29,49 +29,41 @@ def summarize_tuning(scores: Sequence[Score], best: Score, held_out: Sequence[Sc
     }
 
 
-def tuning_markdown(report: Mapping[str, Any], title: str, pictures: Iterable[str] = ()) -> str:
-    """The report as Markdown; arguments as of `questions_markdown`."""
-    best = report["best"]["setting"]
-    rows = [["plain", "", "", *_cells(report["plain"])[3:]]]
-    for score in report["tried"]:
-        mark = "**" if score["setting"] == best else ""
-        cells = _cells(score)
-        rows.append([*(f"{mark}{cell}{mark}" for cell in cells[:3]), *cells[3:]])
+def tuning_markdown(report: Mapping[str, Any]) -> list[str]:
+    """The paragraphs and tables of a search."""
     text = (
         f"Best: {report['label']}. It has the smallest loss of the settings whose share of keys found is within "
         f"{FOUND_TOLERANCE:g} of the largest. Intervals: 95 %, Wilson for keys, bootstrap over texts for losses."
     )
     held = "On the second half of each text, by which nothing was chosen:"
-    own = [[Setting(**score["setting"]).label(), *_cells(score)[3:]] for score in report["held_out"]]
-    parts = [text, held, table(["setting", *_HEADER[3:]], own), "On the first half:", table(_HEADER, rows)]
-    return document(report, title, parts, pictures)
+    tried = [report["plain"], *report["tried"]]
+    return [text, held, _table(report["held_out"]), "On the first half:", _table(tried)]
 
 
 def draw_tuning(report: Mapping[str, Any], title: str) -> Pictures:
     """Keys found against the loss of every setting; arguments as of `draw_questions`."""
-    with figure_with_panels(6.5, 4.0) as (figure, [axes]):
-        kinds = [(report["tried"], "tried"), ([report["plain"]], "plain"), ([report["best"]], report["label"])]
-        for (scores, label), colour in zip(kinds, (COLOURS[1], COLOURS[0], COLOURS[2]), strict=True):
-            losses = [score["loss"]["loss"] for score in scores]
-            axes.scatter(losses, [score["found"]["share"] for score in scores], color=colour, label=label)
-        axes.set_ylim(-0.03, 1.03)
-        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-        axes.set_xlabel("nats per token")
-        axes.set_ylabel("keys found")
-        axes.set_title(title, loc="left", parse_math=False)
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-        return as_files(figure, "tuning")
+    figure, [axes] = new_figure(6.5, 4.0, title)
+    kinds = [(report["tried"], "tried"), ([report["plain"]], "plain"), ([report["best"]], report["label"])]
+    for (scores, label), colour in zip(kinds, (COLOURS[1], COLOURS[0], COLOURS[2]), strict=True):
+        losses = [score["loss"]["loss"] for score in scores]
+        axes.scatter(losses, [score["found"]["share"] for score in scores], color=colour, label=label)
+    share_axis(axes)
+    axes.set_xlabel("nats per token")
+    axes.set_ylabel("keys found")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return as_files(figure, "tuning")
 
 
-def _cells(score: Mapping[str, Any]) -> list[str]:
-    setting = score["setting"]
-    return [
-        f"{setting['budget']:g}",
-        f"{setting['min_retention']:.3g}",
-        str(setting["unfiltered_end"]),
-        str(score["global_channels"]),
-        interval(score["found"], "share"),
-        interval(score["loss"], "loss", ".3f"),
-        interval(score["difference"], "loss", "+.3f"),
+def _table(scores: Iterable[Mapping[str, Any]]) -> str:
+    lines = [
+        [
+            Setting(**score["setting"]).label(),
+            str(score["global_channels"]),
+            interval(score["found"], "share"),
+            interval(score["loss"], "loss", ".3f"),
+            interval(score["difference"], "loss", "+.3f"),
+        ]
+        for score in scores
     ]
+    return table(_HEADER, lines)

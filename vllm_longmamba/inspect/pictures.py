@@ -1,35 +1,20 @@
 """Pictures (matplotlib) of a threshold table, and of what was measured with it on a text."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vllm_longmamba.inspect.measure import Measurements
-from vllm_longmamba.inspect.summary import kept_by_layer
+from vllm_longmamba.inspect.summary import kept_by_layer, threshold_medians
 from vllm_longmamba.tables import ThresholdTable
 
-FORMATS = ("png", "svg")
 _LAYER_COLORS = "viridis"
 # Retention below this is drawn as this: float64 ends near 1e-308, the paper's search for theta at 1e-40.
 _LEAST_RETENTION = 1e-40
 _RETENTION_BINS = 40
 # Receptive fields are drawn down to this power of ten below their largest value.
 _MAP_DECADES = 4
-
-
-def save(figure: Any, folder: Path, name: str) -> list[Path]:
-    """Write a figure in every format; returns the files."""
-    from matplotlib import rc_context
-
-    files = [folder / f"{name}.{suffix}" for suffix in FORMATS]
-    for file in files:
-        # Without a date, and with ids that do not change, equal data give equal files.
-        metadata = {"Date": None} if file.suffix == ".svg" else None
-        with rc_context({"svg.hashsalt": name}):
-            figure.savefig(file, metadata=metadata)
-    return files
 
 
 def retention_picture(table: ThresholdTable) -> Any:
@@ -61,12 +46,8 @@ def retention_picture(table: ThresholdTable) -> Any:
 
 def threshold_picture(table: ThresholdTable) -> Any:
     """Median threshold of each layer's global channels against the prompt length."""
-    medians = {}
-    for layer in sorted(table.layers):
-        is_global = table.is_global(layer)
-        if bool(is_global.any()):
-            of_global = table.layers[layer].dt_threshold[1:][:, is_global].numpy()
-            medians[layer] = np.median(of_global, axis=1)
+    # Row 0 filters nothing.
+    medians = {layer: of_rows[1:] for layer, of_rows in threshold_medians(table).items()}
     figure, axes = _layers_by_length(table.row_lengths[1:].tolist(), medians)
     axes.set_title(f"Thresholds of {table.metadata.model_id}: tokens of a smaller Δt are filtered")
     axes.set_ylabel("g(S), median of the global channels (Δt)")

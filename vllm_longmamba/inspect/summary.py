@@ -51,14 +51,27 @@ def layer_table(table: ThresholdTable, lengths: list[int]) -> Table:
     result.add_column("global channels", justify="right")
     for length in lengths:
         result.add_column(_column_name(table, length), justify="right")
+    medians = threshold_medians(table)
+    rows = [table.row_of(length) for length in lengths]
     for layer in sorted(table.layers):
         is_global = table.is_global(layer)
-        cells = [_median(table, layer, length) for length in lengths]
+        found = [f"{medians[layer][row]:.2g}" if layer in medians else "-" for row in rows]
+        cells = ["no filter" if row == 0 else cell for row, cell in zip(rows, found, strict=True)]
         result.add_row(str(layer), _share(int(is_global.sum()), len(is_global)), *cells)
     result.add_section()
     channels = sum(len(layer.retention) for layer in table.layers.values())
     result.add_row("all", _share(table.count_global(), channels), *[""] * len(lengths))
     return result
+
+
+def threshold_medians(table: ThresholdTable) -> dict[int, np.ndarray]:
+    """Medians of the global channels' thresholds, layer -> (rows,); layers without such channels are left out."""
+    medians = {}
+    for layer in sorted(table.layers):
+        is_global = table.is_global(layer)
+        if bool(is_global.any()):
+            medians[layer] = np.median(table.layers[layer].dt_threshold[:, is_global].numpy(), axis=1)
+    return medians
 
 
 def measured_table(table: ThresholdTable, measured: Measurements) -> Table:
@@ -107,12 +120,3 @@ def _column_name(table: ThresholdTable, length: int) -> str:
 
 def _share(count: int, channels: int) -> str:
     return f"{count}/{channels} {count / channels:4.0%}"
-
-
-def _median(table: ThresholdTable, layer: int, length: int) -> str:
-    row, is_global = table.row_of(length), table.is_global(layer)
-    if row == 0:
-        return "no filter"
-    if not bool(is_global.any()):
-        return "-"
-    return f"{np.median(table.layers[layer].dt_threshold[row][is_global].numpy()):.2g}"

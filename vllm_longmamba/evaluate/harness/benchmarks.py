@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vllm_longmamba.evaluate.terminal import read_names
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -36,13 +38,8 @@ class Benchmark:
         if names is None:
             return list(self.tasks)[: self.in_tables]
         short = {full: name for name, full in self.tasks.items()}
-        wanted = [short.get(name.strip(), name.strip()) for name in names.split(",")]
-        if unknown := [name for name in wanted if name not in self.tasks]:
-            known = ", ".join(self.tasks)
-            raise ValueError(f"--tasks: unknown are {', '.join(unknown) or 'empty names'}; known are {known}")
-        if len(set(wanted)) < len(wanted):
-            raise ValueError(f"--tasks: every task may be named once, got {names}")
-        return wanted
+        wanted = [short.get(name.strip(), name) for name in names.split(",")]
+        return read_names("--tasks", ",".join(wanted), self.tasks)
 
 
 # Names as in the paper's table; MK2 and MK3 are RULER's, but not in that table.
