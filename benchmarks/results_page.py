@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from support.evidence_tables import evidence_tables, markdown
+from support.numbers_tables import numbers_tables
 from support.records import METHODS, MODELS, of_models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,7 @@ def tables(results: Path) -> dict[str, Callable[[], str]]:
         "prefill": lambda: _prefill(results),
         "agreement": lambda: _agreement(results),
         **evidence_tables(results / "evidence"),
+        **numbers_tables(results / "evidence"),
     }
 
 
