@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +19,10 @@ from typing import Any
 
 import psutil
 import pytest
+from engine.conftest import WRITERS
 from engine.harness import write_table
-from tiny_models import random_token_ids, write_mamba2_original
+from references.reference_lm import reference_logprobs
+from tiny_models import random_token_ids
 
 pytestmark = pytest.mark.engine
 
@@ -96,21 +98,16 @@ def server_environment(folder: Path) -> dict[str, str]:
     return environment
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`vllm serve FOLDER --model-impl longmamba`, with the table beside the weights."""
-    folder = tmp_path_factory.mktemp("server")
-    model = write_mamba2_original(folder / "model")
-    write_table(model, folder / "table.safetensors")
-    (folder / "table.safetensors").rename(model / "longmamba.safetensors")
+@contextmanager
+def serving(model: Path, folder: Path, *arguments: str) -> Iterator[Server]:
+    """`vllm serve MODEL --model-impl longmamba`, eagerly in float32; its log goes to a folder."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--model-impl", "longmamba"]
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16", "--max-num-batched-tokens", "512"]
-    command += ["--enforce-eager"]
-    environment = server_environment(folder)
+    command += ["--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager", *arguments]
     log = folder / "server.log"
     with log.open("wb") as output:
+        environment = server_environment(folder)
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
     running = Server(process, f"http://127.0.0.1:{port}", log)
     try:
@@ -133,6 +130,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             for child in children:
                 with suppress(psutil.NoSuchProcess):
                     child.kill()
+
+
+def write_model(family: str, folder: Path) -> tuple[Path, Any]:
+    """A tiny model with its table beside the weights, and the table."""
+    model = WRITERS[family](folder / "model")
+    table = write_table(model, folder / "table.safetensors")
+    (folder / "table.safetensors").rename(model / "longmamba.safetensors")
+    return model, table
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that takes prompts in parts."""
+    folder = tmp_path_factory.mktemp("server")
+    model, _ = write_model("mamba2", folder)
+    with serving(model, folder, "--max-num-seqs", "16", "--max-num-batched-tokens", "512") as running:
+        yield running
 
 
 def test_completion(server: Server) -> None:
@@ -191,3 +205,22 @@ def test_sigterm_ends_the_server(server: Server) -> None:
     assert "Application shutdown complete" in log
     # vLLM itself may log that its engine went away first; no line of ours may be part of an error.
     assert "/vllm_longmamba/" not in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "zamba2", "granite_hybrid"])
+def test_data_parallel(family: str, tmp_path: Path) -> None:
+    """Two engines share the requests; each token is the likeliest of the independent reference."""
+    model, table = write_model(family, tmp_path)
+    prompts = [random_token_ids(length, seed=length) for length in (64, 97, 200, 333, 500, 640, 700, 900)]
+    arguments = ["--data-parallel-size", "2", "--max-num-seqs", "4", "--max-num-batched-tokens", "128"]
+    with serving(model, tmp_path, *arguments) as running, ThreadPoolExecutor(len(prompts)) as clients:
+        answers = list(clients.map(running.tokens, prompts))
+        log = running.log.read_text(errors="replace")
+    assert "EngineCore_DP1" in log
+    for prompt, answer in zip(prompts, answers, strict=True):
+        filters = {layer: table.thresholds(layer)[table.row_of(len(prompt))].double() for layer in table.layers}
+        logprobs = reference_logprobs(model, prompt + answer, prompt_length=len(prompt), filters=filters)
+        given = logprobs[len(prompt) - 1 : -1]
+        chosen = given[range(len(answer)), answer]
+        assert (given.max(-1).values - chosen).max() < 2e-3
