@@ -38,6 +38,9 @@ for family in mamba2 zamba2 granite_hybrid falcon_h1 nemotron_h; do
 done
 wanted speculative_calibration && tests speculative_calibration engine/test_speculative.py -k calibration
 wanted state_updates && tests state_updates engine/test_state_updates.py -k "not replayssm"
+wanted state_dtype && tests state_dtype engine/test_state_dtype.py
+wanted prompt_embeds && tests prompt_embeds engine/test_prompt_embeds.py
+wanted requests && tests requests engine/test_requests.py
 wanted kv_connectors && tests kv_connectors engine/test_kv_connectors.py
 for family in mamba1 mamba2 falcon_mamba; do
   wanted "decimamba_$family" &&
