@@ -34,8 +34,6 @@ from vllm_longmamba.evaluate.store import settings_key
 from vllm_longmamba.evaluate.texts import Encoder
 from vllm_longmamba.tables import load_table
 
-# Of the prompts of evidence.py.
-LENGTHS, SEEDS = (2048, 4096, 8192, 16384, 32768, 65536), 6
 # Tokens before a key when its dt is measured.
 CONTEXT = 1024
 AS_IS = Haystack()
@@ -184,10 +182,6 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.touch()
     done = {json.loads(line)["key"] for line in options.output.read_text().splitlines()}
-    counted = settings_key({"few digits": options.model.name})
-    if counted not in done:
-        few = {length: windows.prompts_with_few(length, SEEDS) for length in LENGTHS}
-        _record(options, {"key": counted, "model": options.model.name, "few_digits": few})
     for window in options.only or range(options.windows):
         alike: dict[Variation, dict[str, Variation]] = defaultdict(dict)
         for name in options.variations:

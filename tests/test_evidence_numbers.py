@@ -67,15 +67,6 @@ def test_haystacks() -> None:
     assert "hmael" in added
 
 
-def test_prompts_with_few_digits_are_counted() -> None:
-    """Of ten prompts, those that lie in the second document, where a prompt of three windows cannot lie."""
-    from support.numbers_haystack import WINDOW
-
-    windows = _windows()
-    assert 2 <= windows.prompts_with_few(500, 1) <= 8
-    assert windows.prompts_with_few(3 * WINDOW, 1) == 0
-
-
 @pytest.mark.parametrize("length", [500, 3000], ids=["plain", "filtered"])
 def test_answers_are_those_of_the_whole_prompt(length: int) -> None:
     import evidence_numbers
@@ -181,24 +172,15 @@ def test_records_become_tables(tmp_path: Path) -> None:
         "kept": {"key": [1, 2], "other": [1, 4]}, "above_key": [0.4, 3],
         "retention": {"whole": [0.25, 3], "behind the key": [0.75, 3]},
     }  # fmt: skip
-    unit = {
-        "model": "tiny", "method": "default", "task": "passkey", "text": "numbers", "length": 2048, "count": 4,
-        "searching": False,
-    }  # fmt: skip
-    others = [{"unit": unit, "found": 3}, {"model": "tiny", "few_digits": {"2048": 1}}]
-    records = [*others, record, record | {"digits": 9}, record | {"variation": "numbers"}]
+    more = [record | {"variation": name} for name in ("numbers", "early key")]
+    records = [record, record | {"digits": 9}, *more]
     (tmp_path / "evidence").mkdir()
     (tmp_path / "evidence" / "tiny.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
     tables = results_page.tables(tmp_path)
-    assert tables["evidence-few-digits"]().splitlines() == [
-        "|  | 2k |",
-        "| --- | --- |",
-        "| tiny, prompts with few digits | 1 |",
-        "| tiny, keys found | 3 |",
-        "| tiny, of | 4 |",
-    ]
-    lines = tables["evidence-why-numbers"]().splitlines()
-    assert lines[2].startswith("| tiny | many numbers | 7 |")
-    cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
-    assert cells[:4] == ["tiny", "novels", "8", "0.50 (0.15 to 0.85; 4)"]
-    assert cells[4:] == ["1.00 0.50 0.50 0.50 0.50", "0.500 – 0.250", "0.40", "0.25 0.75"]
+    lines = tables["evidence-numbers-haystacks"]().splitlines()
+    assert lines[2] == "| many numbers | 7 to 7 | 1 of 2 (0.09 to 0.91) | 0.75 |"
+    assert lines[3] == "| novels | 7 to 9 | 2 of 4 (0.15 to 0.85) | 0.75 |"
+    (line,) = tables["evidence-numbers-oracles"]().splitlines()[2:]
+    assert line == "| as they are | 1 of 2 (0.09 to 0.91) | 0.75 | 1 of 2 (0.09 to 0.91) | 0.75 |"
+    (line,) = tables["evidence-numbers-thresholds"]().splitlines()[2:]
+    assert line == "| of the default table | 1 of 2 (0.09 to 0.91) | 0.50 | – | 0.25 | 0.40 |"

@@ -43,7 +43,7 @@ class Evidence:
             for line in file.read_text().splitlines():
                 record = json.loads(line)
                 # Of evidence_numbers.py, with tables of their own.
-                if "variation" in record or "few_digits" in record:
+                if "variation" in record:
                     continue
                 if "distance" in record:
                     self.inspected[record["model"]] = record

@@ -6,7 +6,6 @@ from functools import cached_property
 
 import torch
 
-from vllm_longmamba.evaluate.needles import KEY_DIGITS, middles, passkey_questions
 from vllm_longmamba.evaluate.texts import Encoder
 
 from .evidence_texts import Texts
@@ -18,8 +17,6 @@ WINDOW, STRIDE = 16384, 2048
 # Digits in 1,000 tokens that a window of "numbers" has at least; the other windows of these documents are another kind.
 MANY_DIGITS = 25
 FEW = "few "
-# Depths of the key in evidence.py.
-DEPTHS = 10
 
 
 @dataclass(frozen=True)
@@ -69,20 +66,6 @@ class Windows:
         """Which tokens are a digit."""
         return torch.isin(tokens, self._digits)
 
-    def prompts_with_few(self, length: int, seeds: int) -> int:
-        """How many of evidence.py's pass-key prompts in "numbers" have few digits beside the key's.
-
-        Args:
-            length: tokens of a prompt.
-            seeds: prompts at each depth.
-        """
-        haystack = self._whole["numbers"].tolist()
-        few = 0
-        for question in passkey_questions([length], middles(DEPTHS), range(seeds)):
-            prompt = torch.tensor(self.encoder.prompt(question, haystack))
-            few += _has_few(int(self.is_digit(prompt).sum()) - KEY_DIGITS, length)
-        return few
-
     def _cut(self, kind: str, window: int, length: int) -> torch.Tensor:
         starts = self._starts[kind]
         first = starts[(len(starts) - 1) * window // max(self._number - 1, 1)]
@@ -103,10 +86,6 @@ class Windows:
         for documents, tokens in self._whole.items():
             for first in range(0, len(tokens) - WINDOW + 1, STRIDE):
                 digits = int(self.is_digit(tokens[first : first + WINDOW]).sum())
-                few = documents == "numbers" and _has_few(digits, WINDOW)
+                few = documents == "numbers" and 1000 * digits < MANY_DIGITS * WINDOW
                 starts[f"{FEW}{documents}" if few else documents].append(first)
         return starts
-
-
-def _has_few(digits: int, tokens: int) -> bool:
-    return 1000 * digits < MANY_DIGITS * tokens
