@@ -1,5 +1,6 @@
 """What README, CONTRIBUTING and docs/ tell people to type: it parses, names files that exist, and, slow, it runs."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -137,6 +138,11 @@ def _runnable(page: Path) -> list[Command | Snippet]:
 
 
 def _runs_on_a_cpu(command: Command) -> bool:
+    if ("--ray" in command.words or "examples/ray_summarize.py" in command.words) and importlib.util.find_spec(
+        "ray"
+    ) is None:
+        # tests/summarize/test_ray.py is skipped then, too.
+        return False
     program, argument = command.words[:2]
     known = program == "longmamba" or (program == "python" and argument.startswith(("examples/", "-m")))
     tests = argument == "-m" and command.words[2] in ("pytest", "nltk.downloader")

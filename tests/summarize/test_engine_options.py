@@ -101,3 +101,21 @@ def test_stock_vllm() -> None:
         engine_arguments("m", EngineOptions(engine_args={"model_impl": "transformers"}), stock_vllm=True)
     with pytest.raises(ValueError, match="vLLM's own model, which has no option table"):
         engine_arguments("m", EngineOptions(Path("t"), engine_args={"model_impl": "vllm"}), stock_vllm=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "cure"),
+    [
+        ("ray.data", "; install it with pip install 'vllm-longmamba[ray]'"),
+        ("pebble", "; install it with pip install 'vllm-longmamba[summarize]'"),
+        ("nowhere", ""),
+    ],
+)
+def test_a_missing_package(module: str, cure: str, capsys: pytest.CaptureFixture[str]) -> None:
+    @with_options()
+    def fail() -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    with pytest.raises(typer.Exit):
+        fail()
+    assert capsys.readouterr().err == f"longmamba fail: No module named {module!r}{cure}\n"

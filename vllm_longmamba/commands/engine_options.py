@@ -4,12 +4,16 @@ import difflib
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from rich.console import Console
 
 # Arguments of vLLM that have an option of their own, which --engine-args must not contradict.
@@ -93,7 +97,7 @@ def with_options(
             try:
                 return command(**{group: options(**values[group]) for group, options in groups.items()}, **given)
             except (ValueError, OSError, ImportError) as error:
-                said, code = str(error), 1
+                said, code = f"{error}{_missing_extra(error)}", 1
             except KeyboardInterrupt:
                 said, code = "interrupted", 130
             said = f"longmamba {under}{command.__name__.replace('_', '-')}: {said}"
@@ -105,6 +109,17 @@ def with_options(
         return with_values
 
     return decorate
+
+
+def _missing_extra(error: Exception) -> str:
+    """What to install where a package of an extra is missing."""
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        for line in metadata.requires("vllm-longmamba") or ():
+            requirement = Requirement(line)
+            extra = re.search(r'extra == "([^"]+)"', str(requirement.marker))
+            if extra and canonicalize_name(requirement.name) == canonicalize_name(error.name.partition(".")[0]):
+                return f"; install it with pip install 'vllm-longmamba[{extra[1]}]'"
+    return ""
 
 
 def _default(option: Any) -> Any:
