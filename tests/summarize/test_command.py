@@ -58,6 +58,14 @@ def test_wrong_arguments(tmp_path: Path, arguments: list[str], message: str) -> 
     assert "secret" not in said
 
 
+def test_a_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name.startswith("vllm_longmamba.summarize.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "pebble", None)
+    code, said = invoke(str(tmp_path), "--output", str(tmp_path / "o.jsonl"), "--base-url", "http://localhost:1/v1")
+    assert (code, said.partition(": ")[2]) == (1, "pebble not installed; run pip install 'vllm-longmamba[summarize]'")
+
+
 def test_help_texts_are_whole() -> None:
     """Square brackets would be taken for markup."""
     assert "(default: id where a row has one, else file#row)" in invoke("--help")[1]

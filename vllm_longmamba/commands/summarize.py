@@ -27,8 +27,11 @@ def summarize(
     ] = False,
 ) -> None:
     """Summarize many long documents, or do with each what --instruction says. Resumable at any moment."""
-    from vllm_longmamba.summarize.dry_run import dry_run as count
-    from vllm_longmamba.summarize.job import run_job
+    try:
+        from vllm_longmamba.summarize.dry_run import dry_run as count
+        from vllm_longmamba.summarize.job import run_job
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} not installed; run pip install 'vllm-longmamba[summarize]'") from None
 
     settings = replace(
         settings,
