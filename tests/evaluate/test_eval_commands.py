@@ -40,9 +40,12 @@ def results_in(folder: Path) -> list[tuple[int, str, str]]:
 def test_read_numbers() -> None:
     assert read_numbers("--lengths", "512, 1024", int) == [512, 1024]
     assert read_numbers("--thetas", "1e-40,0.1", float) == [1e-40, 0.1]
+    assert read_numbers("--thetas", "0.05,0.05", float) == [0.05, 0.05]
     for text, kind in (("1.5", int), ("", int), ("0.1;0.2", float)):
         with pytest.raises(ValueError, match=r"--option: expected .*separated by commas"):
             read_numbers("--option", text, kind)
+    with pytest.raises(ValueError, match="--seeds: every number may be given once, got 0,1,00"):
+        read_numbers("--seeds", "0,1,00", int)
 
 
 def test_read_names() -> None:

@@ -143,7 +143,10 @@ def test_a_report_replaces_its_own_files_only(tmp_path: Path) -> None:
             write_report(store, report, title, questions_markdown, draw_questions)
 
     write("first")
+    # As the name of a file may be.
+    report["command"] = "longmamba eval --haystack book\udcff.txt"
     write("second")
+    assert "book\\udcff.txt" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "report.md").read_text().startswith("# second: a model\n")
     assert {path.name for path in tmp_path.iterdir()} - {FILE_NAME} < set(FILES)
     (tmp_path / "heat-map.svg").write_text("precious")

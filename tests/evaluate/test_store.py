@@ -67,6 +67,32 @@ def test_an_empty_file_is_taken(tmp_path: Path) -> None:
             store.add({"n": 1}, {"of": 1})
 
 
+@pytest.mark.parametrize("left", [100, 4096, 20_000])
+def test_a_damaged_file_is_said(tmp_path: Path, left: int) -> None:
+    """Its path and what to do, whenever it is noticed."""
+    with Store(tmp_path) as store:
+        for number in range(1000):
+            store.add({"n": number}, {"of": "x" * 50})
+    path = tmp_path / FILE_NAME
+    path.write_bytes(path.read_bytes()[:left])
+    with (
+        pytest.raises(ValueError, match=r"results\.sqlite: .*; check the disk, or move the file"),
+        Store(tmp_path) as store,
+    ):
+        store.result({"n": 999})
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    def fill() -> None:
+        with Store(tmp_path) as store:
+            store._database.execute("PRAGMA max_page_count = 10")
+            for number in range(1000):
+                store.add({"n": number}, {"of": "x" * 50})
+
+    with pytest.raises(ValueError, match=r"results\.sqlite: .* is full; make room, and"):
+        fill()
+
+
 def test_only_own_files_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "report.md").write_bytes(b"precious")
     with Store(tmp_path) as store:

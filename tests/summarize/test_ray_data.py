@@ -35,12 +35,18 @@ class PromptQueue:
 
     Attributes:
         prompts: rows that came through it.
+        room: so many may come until it is gone.
     """
+
+    room = 10**6
 
     def __init__(self) -> None:
         self.prompts: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
 
     async def put_async(self, table: Any) -> None:
+        self.room -= 1
+        if self.room < 0:
+            raise RuntimeError("the actor died")
         (row,) = table.to_pylist()
         self.prompts.put(row)
 
@@ -135,3 +141,13 @@ def test_a_cluster_that_dies(settings: JobSettings) -> None:
     after = stored_rows(settings.output)
     assert after[: len(before)] == before
     assert len(after) == 104
+
+
+def test_a_queue_that_dies(settings: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No document is to blame for it: the job ends, and goes on from there."""
+    monkeypatch.setattr(PromptQueue, "room", 50)
+    with pytest.raises(JobStoppedError, match="Ray: RuntimeError: the actor died"):
+        run(settings)
+    before = stored_rows(settings.output)
+    assert len(before) <= 51
+    assert all(row["error"] is None or row["id"] == "refused" for row in before)

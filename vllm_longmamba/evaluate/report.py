@@ -56,7 +56,9 @@ def write_report(
         console.print("no pictures: they need matplotlib (pip install 'vllm-longmamba[plot]')")
     parts = describe(report)
     text = document(report, title, parts, pictures)
-    files = {"report.json": (json.dumps(report, indent=1) + "\n").encode(), "report.md": text.encode(), **pictures}
+    # Names of files may hold what is no UTF-8.
+    described = text.encode(errors="backslashreplace")
+    files = {"report.json": (json.dumps(report, indent=1) + "\n").encode(), "report.md": described, **pictures}
     store.write(files)
     console.print(Markdown("\n\n".join([heading(title), *parts])))
     console.print(f"written: {', '.join(str(store.folder / name) for name in files)}", soft_wrap=True)

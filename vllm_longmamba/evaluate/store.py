@@ -28,30 +28,36 @@ class Store:
         folder: holds results.sqlite; made where it is missing.
 
     Raises:
-        ValueError: results.sqlite is not ours.
+        ValueError: results.sqlite is not ours, or damaged. At the end of a `with` block: it failed within.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / FILE_NAME
+        self._path = path = folder / FILE_NAME
         with path.open("ab+") as file:
             file.seek(0)
             header = file.read(72)
         if header and header[68:72] != _APPLICATION_ID.to_bytes(4, "big"):
             raise ValueError(f"{path}: not written by longmamba; move the file, or give another folder with --output")
         self._database = sqlite3.connect(path, isolation_level=None, timeout=60.0)
-        if not header:
-            self._database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-        self._database.execute("PRAGMA journal_mode = WAL")
-        self._database.execute("PRAGMA synchronous = NORMAL")
-        self._database.executescript(_TABLES)
+        try:
+            if not header:
+                self._database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.executescript(_TABLES)
+        except sqlite3.Error as error:
+            self._database.close()
+            raise self._failure(error) from None
 
     def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._database.close()
+        if isinstance(error, sqlite3.Error):
+            raise self._failure(error) from None
 
     def __contains__(self, identity: Identity) -> bool:
         return self._find(identity) is not None
@@ -100,6 +106,12 @@ class Store:
                 temporary.replace(self.folder / name)
             finally:
                 temporary.unlink(missing_ok=True)
+
+    def _failure(self, error: sqlite3.Error) -> ValueError:
+        """What SQLite says, with the file and what to do."""
+        is_full = getattr(error, "sqlite_errorname", "") == "SQLITE_FULL"
+        remedy = "make room" if is_full else "check the disk, or move the file"
+        return ValueError(f"{self._path}: {error}; {remedy}, and give the same command again")
 
     def _wrote(self, name: str, content: bytes) -> bool:
         row = (name, _digest(content))

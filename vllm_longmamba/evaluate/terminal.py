@@ -29,15 +29,19 @@ def read_numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
     """Read "1024,2048" (int) or "1e-40,0.1" (float), the value of an option.
 
     Raises:
-        ValueError: something else than such numbers, or none.
+        ValueError: something else than such numbers, none, or a whole number that comes twice.
     """
     try:
-        return [kind(part) for part in text.split(",")]
+        numbers = [kind(part) for part in text.split(",")]
     except ValueError:
         what = "whole numbers separated by commas, such as 1024,2048"
         if kind is float:
             what = "numbers separated by commas, such as 1e-3,0.1"
         raise ValueError(f"{option}: expected {what}, got {text!r}") from None
+    # It would count twice in the totals. Of real numbers one may be the smallest and the largest.
+    if kind is int and len(set(numbers)) < len(numbers):
+        raise ValueError(f"{option}: every number may be given once, got {text}")
+    return numbers
 
 
 def read_names(option: str, text: str, known: Collection[str]) -> list[str]:

@@ -24,6 +24,8 @@ _DEFAULT_MAX_NUM_SEQS = 256
 _END_TIMEOUT_S = 10.0
 # A stage around the engines needs next to nothing.
 _SMALL = {"num_cpus": 0.01}
+# Comes before all prompts.
+_BEGIN = "begin"
 # Variables of the driver that decide how an engine runs; never a secret, which Ray would log.
 _PASSED_VARIABLES = ("VLLM_", "HF_", "OMP_", "NUMBA_", "TRITON_")
 _SECRETS = ("TOKEN", "KEY")
@@ -72,7 +74,7 @@ class RayBackend:
         try:
             if self._failure is not None:
                 raise self._failure
-            await self._prompts.put_async(pa.Table.from_pylist([request]))
+            await self._put(pa.Table.from_pylist([request]))
             row = await asyncio.wrap_future(future)
         finally:
             del self._waiting[number]
@@ -92,6 +94,14 @@ class RayBackend:
             await self._prompts.put_async(None)
             await asyncio.to_thread(self._reading.join, _END_TIMEOUT_S)
         ray.shutdown()
+
+    async def _put(self, prompt: Any) -> None:
+        try:
+            await self._prompts.put_async(prompt)
+        except Exception as error:
+            # Of Ray: the queue is gone, and no other prompt gets further than this one.
+            self._failure = JobStoppedError(f"Ray: {type(error).__name__}: {error}")
+            raise self._failure from None
 
     def _read_answers(self) -> None:
         """Hand each answer to who waits for it; in a thread of its own, until the dataset ends."""
@@ -113,17 +123,9 @@ class RayBackend:
         import ray
         from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-        prompts = self._prompts
-
-        # Ray sends a function that stands in another one as a whole: workers need not have what this module imports.
-        def take(_: Any) -> Iterator[Any]:
-            yield from iter(prompts.get, None)
-
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        # Every prompt is a block of its own: none waits until a block is full.
-        context.target_max_block_size = 1
         engine, replicas = dict(self._settings.engine), self._settings.replicas
         model = engine.pop("model")
         device = "GPU" if ray.cluster_resources().get("GPU") else "CPU"  # type: ignore[no-untyped-call]
@@ -144,10 +146,36 @@ class RayBackend:
             placement_group_config={"bundle_per_worker": {"CPU": 1.0, device: 1.0}},
         )
         processor = build_processor(config, preprocess_map_kwargs=_SMALL, postprocess_map_kwargs=_SMALL)
-        source = ray.data.range(1).map_batches(take, batch_format="pyarrow", **_SMALL)
         # Not iter_rows: it keeps a row back until the next one has come.
-        for batch in processor(source).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for batch in processor(prompt_dataset(self._prompts)).iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        ):
             yield from batch.to_pylist()
+
+
+def prompt_queue() -> Any:
+    """A queue on the cluster, from this process to the first stage of the dataset."""
+    from ray.util.queue import Queue
+
+    prompts = Queue(actor_options={"num_cpus": 0})
+    prompts.put(_BEGIN)
+    return prompts
+
+
+def prompt_dataset(prompts: Any) -> Any:
+    """What comes through a queue, until None does."""
+    import ray
+
+    # Ray sends a function that stands in another one as a whole: workers need not have what this module imports.
+    def take(_: Any) -> Iterator[Any]:
+        # After a crash Ray runs it again. Prompts that it had taken are lost then, and who asked would wait for ever.
+        if prompts.get_nowait() != _BEGIN:
+            raise RuntimeError("the task that takes prompts has crashed")
+        yield from iter(prompts.get, None)
+
+    # Every prompt is a block of its own: none waits until a block is full.
+    ray.data.DataContext.get_current().target_max_block_size = 1
+    return ray.data.range(1).map_batches(take, batch_format="pyarrow", **_SMALL)
 
 
 def plugin_modules(folder: Path) -> list[str]:
@@ -175,7 +203,6 @@ def plugin_modules(folder: Path) -> list[str]:
 def _connected(settings: JobSettings) -> Any:
     """Reach or start the cluster, and give its workers the plugin; a queue there for the prompts."""
     import ray
-    from ray.util.queue import Queue
 
     more: dict[str, Any] = {}
     if settings.ray_address == "local":
@@ -193,4 +220,4 @@ def _connected(settings: JobSettings) -> Any:
             ray.init(address=settings.ray_address, runtime_env=environment, log_to_driver=False, **more)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise JobStoppedError(f"--ray {settings.ray_address}: {error}") from None
-    return Queue(actor_options={"num_cpus": 0})
+    return prompt_queue()
