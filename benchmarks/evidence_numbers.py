@@ -27,7 +27,6 @@ from support.evidence_texts import Texts, read_documents
 from support.numbers_haystack import DOCUMENTS, Haystack, Windows
 from support.numbers_reader import Reader, Tally, repeat_states
 from torch_models import TorchModel
-from torch_models.mixers import MixerState
 
 from vllm_longmamba.evaluate.needles import KEY_DIGITS, PASSKEY_NEEDLE, PASSKEY_QUESTION
 from vllm_longmamba.evaluate.store import settings_key
@@ -121,8 +120,8 @@ def measure(
         behind = torch.cat([rest, question])
         classes = _classes(windows, needles[0], "key") + _classes(windows, behind, "digits")
         counts, after = copy.deepcopy(tally), repeat_states(states, keys)
-        logits = reader.read(ids, after, haystack, counts, classes, needle)
-        answers = _answer(reader, logits, after, encoder)
+        reading = reader.read(ids, after, haystack, counts, classes, needle)
+        answers = [encoder.decode(tokens) for tokens in reading.generate(KEY_DIGITS).tolist()]
         text = encoder.decode(torch.cat([before, rest]).tolist())
         result = {
             "digits": int(windows.is_digit(torch.cat([before, rest])).sum()),
@@ -146,15 +145,6 @@ def _read_key(reader: Reader, windows: Windows, before: torch.Tensor, needle: to
 
 def _classes(windows: Windows, tokens: torch.Tensor, digit: str) -> list[str]:
     return [digit if is_digit else "other" for is_digit in windows.is_digit(tokens).tolist()]
-
-
-def _answer(reader: Reader, logits: torch.Tensor, states: list[MixerState], encoder: Encoder) -> list[str]:
-    """Greedy answers, as many tokens as a key has digits."""
-    generated = []
-    for _ in range(KEY_DIGITS):
-        generated.append(logits.argmax(-1, keepdim=True))
-        logits = reader.append(generated[-1], states)
-    return [encoder.decode(tokens) for tokens in torch.cat(generated, dim=1).tolist()]
 
 
 def main() -> None:

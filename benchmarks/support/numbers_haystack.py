@@ -1,8 +1,10 @@
 """The haystacks of `evidence_numbers.py`: windows of text, and what becomes of their digits."""
 
+import json
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -10,8 +12,9 @@ from vllm_longmamba.evaluate.texts import Encoder
 
 from .evidence_texts import Texts
 
-# Kinds of documents, as in evidence.json.
-DOCUMENTS = {"novels": {"digits": [0, 0.5]}, "numbers": {"digits": [5, 1000]}}
+_TEXTS = json.loads((Path(__file__).resolve().parent.parent / "evidence.json").read_text())["texts"]
+# Kinds of documents, by the rules of evidence.py.
+DOCUMENTS = {kind: _TEXTS[kind] for kind in ("novels", "numbers")}
 # Tokens of a window, and how far apart windows may begin.
 WINDOW, STRIDE = 16384, 2048
 # Digits in 1,000 tokens that a window of "numbers" has at least; the other windows of these documents are another kind.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torch_models import TorchModel
+from torch_models import Prompt, Reading, TorchModel
 from torch_models.layers import gated_rms_norm, rms_norm
 from torch_models.mixers import CHUNK_SIZE, Mamba2Mixer, MixerState, Projection
 from torch_models.ssd import ssd
@@ -101,7 +101,7 @@ class Reader:
     """
 
     def __init__(self, model: TorchModel, table: ThresholdTable, length: int, factor: float = 1.0) -> None:
-        self.model = model
+        self.model, self._length = model, length
         self._is_global = [table.is_global(layer.index) for layer in model.layers]
         row = table.row_of(length) if factor else 0
         # -1, for no filter, stays negative.
@@ -133,7 +133,7 @@ class Reader:
         tally: Tally,
         classes: list[str],
         behind: int | None = None,
-    ) -> torch.Tensor:
+    ) -> Reading:
         """Read prompt tokens; the states move on.
 
         Args:
@@ -145,7 +145,7 @@ class Reader:
             behind: the first token behind the key; None where the key is yet to come.
 
         Returns:
-            (batch, vocabulary) logits after the last token.
+            What the model goes on from; the logits are those after the last token.
         """
         is_digit = torch.tensor([name == "digits" for name in classes])
         size = max(1, SEGMENT_TOKENS // ids.shape[0])
@@ -171,20 +171,7 @@ class Reader:
                     hidden = hidden + layer.mixer.scan(projection, state)
                 else:
                     hidden = hidden + _scan_apart(layer.mixer, projection, state, chosen, haystack)
-        return self._logits(hidden[:, -1])
-
-    @torch.inference_mode()
-    def append(self, ids: torch.Tensor, states: list[MixerState]) -> torch.Tensor:
-        """Read a generated token (batch, 1), which is not filtered: (batch, vocabulary) logits after it."""
-        hidden = self.model.embedding[ids]
-        for layer, state in zip(self.model.layers, states, strict=True):
-            normed = rms_norm(hidden, layer.norm, self.model.eps)
-            projection, state.history = layer.mixer.project(normed, state.history)
-            hidden = hidden + layer.mixer.scan(projection, state)
-        return self._logits(hidden[:, -1])
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden, self.model.final_norm, self.model.eps) @ self.model.head.T
+        return Reading(self.model, states, self.model.logits(hidden[:, -1:]), Prompt(self._length, 1))
 
 
 def repeat_states(states: list[MixerState], batch: int) -> list[MixerState]:

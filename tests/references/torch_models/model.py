@@ -112,16 +112,8 @@ class TorchModel:
         """
         continuations: list[list[int]] = [[] for _ in prompts]
         for places in self._batches([len(prompt) for prompt in prompts]):
-            reading = self.read([prompts[place] for place in places])
-            logits, generated = reading.logits[:, -1:], []
-            for number in range(max_tokens):
-                token = logits.argmax(-1)  # (batch, 1)
-                generated.append(token)
-                if number + 1 < max_tokens:
-                    logits = reading.append(token)
-            if not generated:
-                continue
-            for place, tokens in zip(places, torch.cat(generated, dim=1).tolist(), strict=True):
+            generated = self.read([prompts[place] for place in places]).generate(max_tokens)
+            for place, tokens in zip(places, generated.tolist(), strict=True):
                 end = next((number for number, token in enumerate(tokens) if token in stop), len(tokens))
                 continuations[place] = tokens[:end]
         return continuations
@@ -172,7 +164,7 @@ class TorchModel:
         for part in torch.split(ids, window, dim=1):
             tail = torch.cat([tail, self._run(part, states, prompt, start)], dim=1)[:, -outputs:]
             start += part.shape[1]
-        return Reading(self, states, self._logits(tail), prompt)
+        return Reading(self, states, self.logits(tail), prompt)
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Places of prompts that are read together: of one length, and as many as fill a segment."""
@@ -240,7 +232,8 @@ class TorchModel:
     def _normed(self, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden, layer.norm, self.eps)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., vocabulary) from (..., d_model) behind the last layer."""
         return rms_norm(hidden, self.final_norm, self.eps) @ self.head.T
 
 
@@ -272,7 +265,21 @@ class Reading:
         Returns:
             (batch, tokens, vocabulary) logits after each.
         """
-        return self.model._logits(self.model._run(ids, self.states, self.prompt if method_acts else None))
+        return self.model.logits(self.model._run(ids, self.states, self.prompt if method_acts else None))
+
+    def generate(self, max_tokens: int) -> torch.Tensor:
+        """Go on greedily.
+
+        Returns:
+            (batch, max_tokens) int64.
+        """
+        logits = self.logits[:, -1:]
+        generated = [torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)]
+        for number in range(max_tokens):
+            generated.append(logits.argmax(-1))
+            if number + 1 < max_tokens:
+                logits = self.append(generated[-1])
+        return torch.cat(generated, dim=1)
 
 
 def _named_method(method: str | ReadingMethod, folder: Path) -> ReadingMethod:
