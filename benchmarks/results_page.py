@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from support.evidence_tables import evidence_tables, markdown
-from support.numbers_tables import numbers_tables
+from support.evidence_tables import evidence_tables
+from support.markdown import markdown
 from support.records import METHODS, MODELS, of_models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,6 @@ def tables(results: Path) -> dict[str, Callable[[], str]]:
         "prefill": lambda: _prefill(results),
         "agreement": lambda: _agreement(results),
         **evidence_tables(results / "evidence"),
-        **numbers_tables(results / "evidence"),
     }
 
 

@@ -2,16 +2,17 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from vllm_longmamba.evaluate.markdown import table
 from vllm_longmamba.evaluate.statistics import share_interval
 
 from .evidence_plan import SEARCH, Record, Setting, score
+from .markdown import markdown
+from .numbers_tables import numbers_tables
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 RULER = ("S1", "S2", "MK1", "MV", "MQ")
@@ -39,11 +40,13 @@ class Evidence:
         self.searched: dict[tuple[str, str], list[Record]] = defaultdict(list)
         self.engines: dict[str, Record] = {}
         self.inspected: dict[str, Record] = {}
+        # Of evidence_numbers.py: a record a window; those of one model are expected.
+        self.variations: dict[str, list[Record]] = defaultdict(list)
         for file in sorted(folder.glob("*.jsonl")):
             for line in file.read_text().splitlines():
                 record = json.loads(line)
-                # Of evidence_numbers.py, with tables of their own.
                 if "variation" in record:
+                    self.variations[record["variation"]].append(record)
                     continue
                 if "distance" in record:
                     self.inspected[record["model"]] = record
@@ -112,7 +115,7 @@ def evidence_tables(folder: Path) -> dict[str, Callable[[], str]]:
     for task in ("passkey", "needles"):
         for kind in KINDS:
             known[f"evidence-{task}-{kind}"] = _found(evidence, task, kind)
-    return known
+    return known | numbers_tables(evidence.variations)
 
 
 def _summary(evidence: Evidence) -> str:
@@ -288,8 +291,3 @@ def _bold(method: str) -> str:
 
 def _number(figure: float | None, digits: int) -> str:
     return "" if figure is None else f"{figure:.{digits}f}"
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, aligned to the left."""
-    return table(head, rows, "---")

@@ -1,15 +1,12 @@
 """The tables of `evidence_numbers.py`."""
 
-import json
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import mean
 
 from vllm_longmamba.evaluate.statistics import share_interval
 
 from .evidence_plan import Record
-from .evidence_tables import markdown
+from .markdown import markdown
 
 CLASSES = ("key", "digits", "other")
 # Where a haystack has no digits.
@@ -38,27 +35,17 @@ THRESHOLDS = {
 }
 
 
-def numbers_tables(folder: Path) -> dict[str, Callable[[], str]]:
+def numbers_tables(groups: dict[str, list[Record]]) -> dict[str, Callable[[], str]]:
     """Every table that the page may name.
 
     Args:
-        folder: of the records; those of one model are expected.
+        groups: variation -> its records, one a window.
     """
     return {
-        "evidence-numbers-haystacks": lambda: _haystacks(_variations(folder)),
-        "evidence-numbers-oracles": lambda: _oracles(_variations(folder)),
-        "evidence-numbers-thresholds": lambda: _thresholds(_variations(folder)),
+        "evidence-numbers-haystacks": lambda: _haystacks(groups),
+        "evidence-numbers-oracles": lambda: _oracles(groups),
+        "evidence-numbers-thresholds": lambda: _thresholds(groups),
     }
-
-
-def _variations(folder: Path) -> dict[str, list[Record]]:
-    """Variation -> its records, one a window."""
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for file in sorted(folder.glob("*.jsonl")):
-        for record in map(json.loads, file.read_text().splitlines()):
-            if "variation" in record:
-                groups[record["variation"]].append(record)
-    return groups
 
 
 def _haystacks(groups: dict[str, list[Record]]) -> str:
