@@ -53,6 +53,10 @@ class Layers:
         self.gated_norm_weight = torch.ones(d_inner, **bf16)
         self.hidden, self.residual = torch.randn(2, batch, d_model, **bf16)
         self.normalized = torch.empty(batch, d_inner, **bf16)
+        # What each product reads and writes.
+        self.ends = {"in_proj": (self.hidden, case.projected), "out_proj": (case.out, self.hidden)}
+        if case.rank:
+            self.ends["x_proj"] = (case.convolved, case.low_rank)
 
     def floor(self) -> float:
         """Microseconds a layer that weights and states take from memory."""
@@ -64,33 +68,30 @@ class Layers:
         from vllm import _custom_ops as ops
 
         ops.fused_add_rms_norm(self.hidden, self.residual, self.norm_weight, EPS)
-        self._product("in_proj", layer, sizes, self.hidden, self.case.projected)
+        self._product("in_proj", layer, sizes)
         self.case.conv(layer)
         if self.case.rank:
-            self._product("x_proj", layer, sizes, self.case.convolved, self.case.low_rank)
+            self._product("x_proj", layer, sizes)
             self.case.update_with_projection(layer)
-            self._product("out_proj", layer, sizes, self.case.out, self.hidden)
         else:
             self.case.update(layer)
-            self._out_proj_with_norm(layer, sizes)
+        self._product("out_proj", layer, sizes)
 
-    def _product(
-        self, name: str, layer: int, sizes: Mapping[str, Sizes | None], x: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        weight, chosen = self.weights[name][layer], sizes.get(name)
-        if chosen is None:
-            torch.mm(x, weight.t(), out=out)
-        else:
-            small_product(x, weight, out, chosen)
-
-    def _out_proj_with_norm(self, layer: int, sizes: Mapping[str, Sizes | None]) -> None:
-        chosen = sizes.get("out_proj")
-        if chosen is None:
+    def _product(self, name: str, layer: int, sizes: Mapping[str, Sizes | None]) -> None:
+        weight, chosen, (x, out), gates = self.weights[name][layer], sizes.get(name), self.ends[name], self._gates(name)
+        if chosen is not None:
+            small_product(x, weight, out, chosen, **gates)
+            return
+        if gates:
             self._gated_norm()
-            torch.mm(self.normalized, self.weights["out_proj"][layer].t(), out=self.hidden)
-        else:
-            gates = {"gate": self.case.z, "norm_weight": self.gated_norm_weight, "eps": EPS}
-            small_product(self.case.out, self.weights["out_proj"][layer], self.hidden, chosen, **gates)
+            x = self.normalized
+        torch.mm(x, weight.t(), out=out)
+
+    def _gates(self, name: str) -> dict[str, Any]:
+        """What the gated norm in front of Mamba-2's out_proj takes; empty for other products."""
+        if name != "out_proj" or self.case.rank:
+            return {}
+        return {"gate": self.case.z, "norm_weight": self.gated_norm_weight, "eps": EPS}
 
     def _gated_norm(self) -> None:
         from vllm.model_executor.layers.mamba.ops.layernorm_gated import _layer_norm_fwd
@@ -100,36 +101,26 @@ class Layers:
 
     def compile_all(self, pool: ThreadPoolExecutor) -> None:
         """Compile every launch that is tried, in threads."""
-        case, device = self.case, torch.cuda.current_device()
-        ends: dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
-        ends = {"in_proj": (self.hidden, case.projected, {}), "out_proj": (case.out, self.hidden, {})}
-        if case.rank:
-            ends["x_proj"] = (case.convolved, case.low_rank, {})
-        else:
-            ends["out_proj"][2].update(gate=case.z, norm_weight=self.gated_norm_weight)
+        device = torch.cuda.current_device()
 
-        def compile_one(product: str, sizes: Sizes) -> None:
+        def compile_one(name: str, sizes: Sizes) -> None:
             torch.cuda.set_device(device)
-            x, out, gates = ends[product]
-            small_product(x, self.weights[product][0], out, sizes, only_compile=True, **gates)
+            x, out = self.ends[name]
+            small_product(x, self.weights[name][0], out, sizes, only_compile=True, **self._gates(name))
 
-        jobs = [pool.submit(compile_one, *job) for job in itertools.product(ends, tried(self.batch))]
+        jobs = [pool.submit(compile_one, *job) for job in itertools.product(self.ends, tried(self.batch))]
         for job in jobs:
             job.result()
 
-    def largest_error(self, product: str, sizes: Sizes) -> float:
+    def largest_error(self, name: str, sizes: Sizes) -> float:
         """Of a product of random numbers against float32, as a share of the largest result."""
-        x, weight = torch.randn_like(self.case.out), self.weights[product][0]
-        gates: dict[str, Any] = {}
-        if product == "in_proj":
-            x = torch.randn_like(self.hidden)
+        weight, gates = self.weights[name][0], self._gates(name)
+        x, out = (torch.randn_like(tensor) for tensor in self.ends[name])
+        small_product(x, weight, out, sizes, **gates)
         expected = x.float()
-        if product == "out_proj" and not self.case.rank:
-            gates = {"gate": self.case.z, "norm_weight": self.gated_norm_weight, "eps": EPS}
+        if gates:
             expected = expected * torch.nn.functional.silu(self.case.z.float())
             expected = expected * torch.rsqrt(expected.square().mean(-1, keepdim=True) + EPS)
-        out = torch.empty(self.batch, len(weight), dtype=x.dtype, device="cuda")
-        small_product(x, weight, out, sizes, **gates)
         expected = expected @ weight.float().t()
         return float((out - expected).abs().max() / expected.abs().max())
 
