@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from engine.conftest import WRITERS
-from engine.harness import write_table
+from engine.harness import filters_of, write_table
 from references.reference_lm import reference_logprobs
 from tiny_models import random_token_ids
 
@@ -219,7 +219,7 @@ def test_data_parallel(family: str, tmp_path: Path) -> None:
         log = running.log.read_text(errors="replace")
     assert "EngineCore_DP1" in log
     for prompt, answer in zip(prompts, answers, strict=True):
-        filters = {layer: table.thresholds(layer)[table.row_of(len(prompt))].double() for layer in table.layers}
+        filters = filters_of(table, len(prompt))
         logprobs = reference_logprobs(model, prompt + answer, prompt_length=len(prompt), filters=filters)
         given = logprobs[len(prompt) - 1 : -1]
         chosen = given[range(len(answer)), answer]

@@ -189,6 +189,12 @@ def assert_exact(
     assert_agrees(result.logprobs, expected, filters)
 
 
+def filters_of(table: ThresholdTable, prompt_length: int) -> Filters:
+    """What the reference is to filter a prompt by, as the table chooses the row."""
+    row = table.row_of(prompt_length)
+    return {layer: table.thresholds(layer)[row].double() for layer in table.layers}
+
+
 def assert_agrees(actual: np.ndarray, expected: Callable[[Filters], np.ndarray], filters: Filters) -> None:
     """Compare log-probabilities with what a reference expects of filters: layer index -> (channels,) thresholds.
 

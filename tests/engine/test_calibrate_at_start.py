@@ -21,7 +21,7 @@ from vllm_longmamba.calibration.text import sample_corpus
 from vllm_longmamba.layers.filtered_mixer import filtered_mixers
 from vllm_longmamba.tables import LayerCalibration, LayerThresholds, ThresholdTable, load_table, table_to_bytes
 
-from .harness import MEMORY, TRAIN_LENGTH, Completion, Engine, Filters, assert_agrees
+from .harness import MEMORY, TRAIN_LENGTH, Completion, Engine, Filters, assert_agrees, filters_of
 
 pytestmark = pytest.mark.engine
 SLOW = pytest.mark.slow
@@ -65,7 +65,7 @@ def start() -> Iterator[Callable[..., Engine]]:
 
 def assert_filtered_by(table: ThresholdTable, model: Path, prompt: list[int], result: Completion) -> None:
     """Compare an engine's completion with the reference, filtered by this table."""
-    filters = {layer: table.thresholds(layer)[table.row_of(len(prompt))] for layer in table.layers}
+    filters = filters_of(table, len(prompt))
 
     def expected(filters: Filters) -> np.ndarray:
         reference = reference_logprobs(model, prompt + result.tokens, prompt_length=len(prompt), filters=filters)
@@ -140,7 +140,7 @@ def test_bfloat16(family: str, cache: Path, start: Callable[..., Engine], tiny_m
     results = start(model, dtype="bfloat16").generate(prompts)
     table = load_table(stored(cache))
     for prompt, result in zip(prompts, results, strict=True):
-        filters = {layer: table.thresholds(layer)[table.row_of(len(prompt))] for layer in table.layers}
+        filters = filters_of(table, len(prompt))
         text = prompt + result.tokens
         filtered = reference_logprobs(model, text, prompt_length=len(prompt), filters=filters)[len(prompt) - 1 : -1]
         plain = reference_logprobs(model, text, prompt_length=len(prompt))[len(prompt) - 1 : -1]

@@ -10,7 +10,7 @@ from references.reference_lm import reference_logprobs
 from tiny_models import random_token_ids
 
 from .conftest import A_HYBRID, longmamba
-from .harness import Filters, assert_agrees
+from .harness import Filters, assert_agrees, filters_of
 
 pytestmark = pytest.mark.engine
 
@@ -31,7 +31,7 @@ def ask(
         path, table = tiny_table(family)
         # Prompts in parts, as users have them.
         running = engine(family, **longmamba(path), skip_tokenizer_init=False, max_num_batched_tokens=64)
-        filters = {layer: table.thresholds(layer)[table.row_of(len(PROMPT))] for layer in table.layers}
+        filters = filters_of(table, len(PROMPT))
 
         def reference(prompt_length: int, tokens: list[int]) -> Callable[[Filters], np.ndarray]:
             """(tokens, vocabulary): log-probabilities after each token."""

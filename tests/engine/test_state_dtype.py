@@ -10,6 +10,7 @@ from references.reference_lm import reference_logprobs
 from tiny_models import random_token_ids
 
 from .conftest import A_HYBRID, longmamba
+from .harness import filters_of
 
 pytestmark = pytest.mark.engine
 
@@ -28,7 +29,7 @@ def test_float16(
     running = engine(family, **longmamba(path), mamba_ssm_cache_dtype="float16", max_num_batched_tokens=64)
     prompt = random_token_ids(500, seed=5)
     (result,) = running.generate([prompt])
-    filters = {layer: table.thresholds(layer)[table.row_of(len(prompt))].double() for layer in table.layers}
+    filters = filters_of(table, len(prompt))
 
     def distance(of_filters: Any) -> float:
         """Largest difference of a log-probability from those of the float64 reference."""
