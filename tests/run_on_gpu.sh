@@ -69,7 +69,8 @@ if [ "$only" != all ]; then
 fi
 export VLLM_USE_V2_MODEL_RUNNER=0
 wanted runner_v1 && tests runner_v1 engine/test_gpu.py engine/test_preemption.py -k "cuda_graphs or resumed"
-wanted speculative_runner_v1 && tests speculative_runner_v1 engine/test_speculative.py -k "mamba2 or zamba2"
+wanted speculative_runner_v1 &&
+  tests speculative_runner_v1 engine/test_speculative.py engine/test_refusals.py -k "zamba2 or model_runner_v1"
 wanted replayssm_runner_v1 && tests replayssm_runner_v1 engine/test_state_updates.py -k replayssm
 wanted decimamba_runner_v1 && tests decimamba_runner_v1 engine/test_decimamba.py -k "cuda_graphs or preempted"
 

@@ -3,14 +3,17 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import write_hf_twin, write_mamba2_original
 
+from vllm_longmamba.engine.refusals import refuse_unsupported
 from vllm_longmamba.tables import ThresholdTable, save_table
 
 from .conftest import longmamba
@@ -271,6 +274,35 @@ def test_drafts_for_mamba1(family: str, filtered: bool, tiny_model: Callable[[st
 def test_drafts_on_a_cpu(tiny_model: Callable[[str], Path]) -> None:
     message = refusal(tiny_model("mamba2"), **longmamba(), speculative_config=NGRAMS)
     assert "--model-impl longmamba does not support --speculative-config on a CPU: vLLM does not take" in message
+
+
+@pytest.mark.parametrize(
+    ("is_hybrid", "is_v2", "is_refused"), [(False, False, True), (True, False, False), (False, True, False)]
+)
+def test_drafts_that_model_runner_v1_does_not_count(
+    is_hybrid: bool, is_v2: bool, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU machine's configuration says, without one."""
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    config = SimpleNamespace(
+        speculative_config=NGRAMS,
+        model_config=SimpleNamespace(architecture="LongMamba2ForCausalLM", is_hybrid=is_hybrid),
+        use_v2_model_runner=is_v2,
+        mamba_config=SimpleNamespace(backend=None),
+        kv_transfer_config=None,
+        _post_init_kv_transfer_config=lambda: None,
+    )
+    with pytest.raises(ValueError, match="model runner V1") if is_refused else nullcontext():
+        refuse_unsupported(config)
+
+
+@pytest.mark.gpu
+def test_drafts_in_model_runner_v1(tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    message = refusal(tiny_model("mamba2"), **longmamba(), speculative_config=NGRAMS)
+    assert "--speculative-config in vLLM's model runner V1 for a model of Mamba layers only" in message
 
 
 @pytest.mark.parametrize("filtered", [False, True])

@@ -152,7 +152,9 @@ def test_a_cut_prompt_is_noticed(sequence: int, query: int) -> None:
     assert droppable_tokens(replace(OPTIONS, cut_prompts=True), *lengths).tolist() == [9]
 
 
-def built(builder_cls: type, metadata_cls: type, requests: list[tuple[int, int]], own_kernels: bool) -> Any:
+def built(
+    builder_cls: type, metadata_cls: type, requests: list[tuple[int, int]], own_kernels: bool, is_captured: bool = False
+) -> Any:
     """What a builder makes of a step with two decode tokens and these prompts: (prompt length, tokens)."""
     builder = object.__new__(builder_cls)
     builder._mixer = SimpleNamespace(options=OPTIONS, runs_own_kernels=lambda: own_kernels)
@@ -165,7 +167,10 @@ def built(builder_cls: type, metadata_cls: type, requests: list[tuple[int, int]]
         query_start_loc_cpu=torch.from_numpy(starts),
         seq_lens_cpu_upper_bound=torch.tensor([50, 60, *lengths[2:]], dtype=torch.int32),
         rswa_prefix_lens=torch.tensor([40, 50, *(prompt for prompt, _ in requests)], dtype=torch.int32),
+        is_prefilling=torch.tensor([False, False, *(True for _ in requests)]),
     )
+    if is_captured:
+        common.rswa_prefix_lens, common.is_prefilling = None, torch.zeros(len(lengths), dtype=torch.bool)
     metadata = object.__new__(metadata_cls)
     metadata.num_decodes, metadata.num_decode_tokens = 2, 2
     metadata.num_prefills, metadata.num_prefill_tokens = len(requests), sum(lengths) - 2
@@ -201,3 +206,8 @@ def test_metadata_of_the_stages(builder_cls: type, metadata_cls: type, own_kerne
 
 def test_a_step_of_short_prompts_is_the_plain_model() -> None:
     assert built(*BUILDERS[0], [(9, 9), (5, 20)], True)[1] is None
+
+
+def test_steps_that_vllm_captures_as_a_graph_lose_nothing() -> None:
+    """Several tokens a request, none of which belong to a prompt: with more sizes of graphs than requests at once."""
+    assert built(*BUILDERS[1], [(20, 20)], True, is_captured=True)[1] is None

@@ -44,6 +44,11 @@ def refuse_unsupported(vllm_config: Any) -> None:
             "--speculative-config on a CPU",
             "vLLM does not take rejected tokens out of the states there",
         ),
+        (
+            has_drafts and not (vllm_config.model_config.is_hybrid or vllm_config.use_v2_model_runner),
+            "--speculative-config in vLLM's model runner V1 for a model of Mamba layers only",
+            "that runner takes rejected tokens out of the states of models with attention only",
+        ),
         *kv_transfer(vllm_config),
         flashinfer(vllm_config),
         batch_invariance(),

@@ -38,6 +38,8 @@ SYMBOLS = [
     ("vllm.v1.core.sched.scheduler:Scheduler.shutdown", "at_start.py"),
     ("vllm.config:ModelConfig.is_moe", "at_start.py"),
     ("vllm.config:VllmConfig.num_speculative_tokens", "filtered_mixer.py"),
+    ("vllm.config:VllmConfig.use_v2_model_runner", "refusals.py"),
+    ("vllm.config:ModelConfig.is_hybrid", "refusals.py"),
     ("vllm.forward_context:get_forward_context", "mamba1.py, mamba2.py"),
     ("vllm.model_executor.layers.mamba.mamba_utils:is_conv_state_dim_first", "filtered_mixer.py"),
     (f"{MIXER1}._ssm_transform", "mamba1.py"),

@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
 
 from vllm_longmamba.decimamba_options import DeciMambaOptions
 from vllm_longmamba.layers.decimation import Choice, Int32Array, StepDecimation, choice_arrays, stage_lengths
-from vllm_longmamba.layers.prompt_filter import step_lengths
+from vllm_longmamba.layers.prompt_filter import has_no_prompt_lengths, step_lengths
 from vllm_longmamba.layers.step_metadata import (
     LongMamba1Metadata,
     LongMamba1MetadataBuilder,
@@ -74,6 +74,8 @@ class _DecimationBuilder:
         return metadata
 
     def _decimation(self, metadata: Any, common: Any) -> StepDecimation | None:
+        if has_no_prompt_lengths(common):
+            return None
         options: DeciMambaOptions = self._mixer.options  # type: ignore[attr-defined]
         requests = slice(metadata.num_decodes, metadata.num_decodes + metadata.num_prefills)
         prompts, sequences, queries = (lengths[requests] for lengths in step_lengths(common))

@@ -125,10 +125,18 @@ def step_rows_from_metadata(prompt_filter: PromptFilter, common: Any) -> StepRow
     Raises:
         RuntimeError: the model runner did not pass the prompt lengths on.
     """
-    is_decoding = common.is_prefilling is not None and not common.is_prefilling.numpy().any()
-    if common.rswa_prefix_lens is None and is_decoding and not prompt_filter.filters_generated:
+    if has_no_prompt_lengths(common) and not prompt_filter.filters_generated:
         return StepRows.without_prompts(_query_lengths(common))
     return prompt_filter.step_rows(*step_lengths(common))
+
+
+def has_no_prompt_lengths(common: Any) -> bool:
+    """Whether a step came without them because no request has tokens of its prompt left.
+
+    While vLLM captures CUDA graphs, such a step can have several tokens a request.
+    """
+    is_decoding = common.is_prefilling is not None and not common.is_prefilling.numpy().any()
+    return bool(common.rswa_prefix_lens is None and is_decoding)
 
 
 def step_lengths(common: Any) -> tuple[Int32Array, Int32Array, Int32Array]:
