@@ -14,14 +14,17 @@ from .reference import (
     filter_dt_reference,
     selective_scan_reference,
     selective_state_update_reference,
+    small_product_reference,
     ssd_reference,
 )
 from .selective_scan import selective_scan
 from .selective_state_update import MOST_PROJECTED, selective_state_update
+from .small_product import MOST_SMALL, prefers_small_product, small_product
 from .ssd import ssd, ssd_supports
 
 __all__ = [
     "MOST_PROJECTED",
+    "MOST_SMALL",
     "PER_DECODE_TOKEN",
     "causal_conv1d",
     "causal_conv1d_reference",
@@ -30,10 +33,13 @@ __all__ = [
     "compile_ahead",
     "filter_dt_",
     "filter_dt_reference",
+    "prefers_small_product",
     "selective_scan",
     "selective_scan_reference",
     "selective_state_update",
     "selective_state_update_reference",
+    "small_product",
+    "small_product_reference",
     "ssd",
     "ssd_reference",
     "ssd_supports",

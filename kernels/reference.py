@@ -241,3 +241,17 @@ def selective_state_update_reference(
     ).flatten(1)  # fmt: skip
     is_row = (state_indices != NULL_SLOT)[:, None]
     return out.copy_((y if z is None else y * functional.silu(z.to(y.dtype))) * is_row)
+
+
+def small_product_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """See :func:`kernels.small_product.small_product`."""
+    if gate is not None and norm_weight is not None:
+        x = x * functional.silu(gate.to(x.dtype))
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm_weight.to(x.dtype)
+    return x @ weight.to(x.dtype).t()

@@ -6,6 +6,7 @@ from vllm_longmamba.layers.decimated_metadata import DeciMamba1Backend
 from vllm_longmamba.layers.decimated_mixer import DecimatedMixer
 from vllm_longmamba.layers.decimation import StepDecimation
 from vllm_longmamba.layers.mamba1 import LongMambaMixer
+from vllm_longmamba.layers.projections import project
 from vllm_longmamba.layers.step_metadata import FilterRows
 
 
@@ -34,8 +35,7 @@ class DeciMambaMixer(DecimatedMixer, LongMambaMixer):
         x, dt, B, C = (tensor.index_select(0, kept) for tensor in (x, dt, B, C))
         self._scan(x, dt, B, C, z[decodes:], where, None, None, scanned[decodes:])
         result = torch.empty((len(rows), hidden_states.shape[1]), dtype=z.dtype, device=z.device)
-        self._project_out(scanned, result)
-        return result
+        return project(self.out_proj, scanned, result)
 
     def _scratch_per_token(self, element_size: int) -> int:
         """See `DecimatedMixer`: convolution, dt and output, and a state for every 64 tokens."""

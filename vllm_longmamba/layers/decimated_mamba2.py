@@ -11,6 +11,7 @@ from vllm_longmamba.layers.decimated_metadata import DeciMamba2Backend
 from vllm_longmamba.layers.decimated_mixer import DecimatedMixer
 from vllm_longmamba.layers.decimation import StepDecimation
 from vllm_longmamba.layers.mamba2 import LongMambaMixer2
+from vllm_longmamba.layers.projections import project
 from vllm_longmamba.layers.step_metadata import FilterRows
 
 
@@ -24,20 +25,19 @@ class WholeMambaMixer2(LongMambaMixer2):
             hidden_states: (tokens, d_model).
             output: (tokens, d_model), written in place.
         """
-        projected = self.in_proj(hidden_states)[0]
+        projected = self.project_in(hidden_states)
         scanned = self._empty_scanned(projected)
-        self.scan_step(projected, scanned)
+        self.conv_ssm_forward(projected, scanned)
         self._gate_and_project_out(scanned, projected, output)
         return None
 
-    def _empty_scanned(self, projected: torch.Tensor) -> torch.Tensor:
-        shape = (len(projected), self.tped_intermediate_size)
-        return torch.empty(shape, dtype=projected.dtype, device=projected.device)
-
     def _gate_and_project_out(self, scanned: torch.Tensor, projected: torch.Tensor, output: torch.Tensor) -> None:
+        if self._has_norm_kernel():
+            self.project_out(scanned, projected, output)
+            return
         # Where vLLM compiles a model, it takes the norm's form for the compiler, which is slow outside.
         norm = self.norm.forward_cuda if scanned.is_cuda else self.norm.forward_native
-        self._project_out(norm(scanned, projected[..., : self.tped_intermediate_size]), output)
+        project(self.out_proj, norm(scanned, projected[..., : self.tped_intermediate_size]), output)
 
 
 class DeciMambaMixer2(DecimatedMixer, WholeMambaMixer2):
@@ -77,7 +77,7 @@ class DeciMambaMixer2(DecimatedMixer, WholeMambaMixer2):
             only_decodes = copy(before)
             only_decodes.num_prefills = only_decodes.num_prefill_tokens = 0
             with self._step(only_decodes):
-                self.scan_step(projected[:decodes], scanned[:decodes])
+                self.conv_ssm_forward(projected[:decodes], scanned[:decodes])
         convolved = convolved.index_select(0, rows[decodes:] - decodes)
         dt = torch.split(projected[decodes:], sizes, dim=-1)[2]
         if self.runs_own_kernels() and self._has_own_ssd(after):

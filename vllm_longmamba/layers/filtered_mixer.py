@@ -8,7 +8,6 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.config.mamba import MambaBackendEnum
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update as vllm_causal_conv1d_update
 
@@ -19,6 +18,7 @@ from vllm_longmamba.kernels import (
     compile_ahead,
     selective_state_update,
 )
+from vllm_longmamba.layers.projections import compile_product, project
 from vllm_longmamba.layers.prompt_filter import PromptFilter
 
 
@@ -41,6 +41,7 @@ class FilteredMixer:
     A: torch.nn.Parameter
     D: torch.nn.Parameter
     conv1d: Any
+    in_proj: Any
     out_proj: Any
     activation: str
     kv_cache: tuple[torch.Tensor, ...]
@@ -152,16 +153,15 @@ class FilteredMixer:
             some_rows = torch.empty(len(arguments["x"]), dtype=torch.int32, device="meta")
             filters = {"dt_threshold": self.dt_threshold, "token_rows": some_rows}
             compile_ahead(selective_state_update, arguments | filters, most_decodes, PER_DECODE_TOKEN)
+        self._compile_products()
 
-    def _project_out(self, scanned: torch.Tensor, output: torch.Tensor) -> None:
-        """Write the layer's last projection of (tokens, d_inner) to (tokens, d_model)."""
-        layer = self.out_proj
-        is_plain = type(layer) is RowParallelLinear and isinstance(layer.quant_method, UnquantizedLinearMethod)
-        if is_plain and layer.tp_size == 1 and layer.bias is None and scanned.is_cuda:
-            # The same product without a copy of the result.
-            torch.mm(scanned, layer.weight.t(), out=output)
-        else:
-            output.copy_(layer(scanned)[0])
+    def project_in(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The layer's first projection: (tokens, d_model) to (tokens, features)."""
+        return project(self.in_proj, hidden_states)
+
+    def _compile_products(self) -> None:
+        """Those of a decode step."""
+        compile_product(self.in_proj)
 
     def _convolve_prompts(self, x: torch.Tensor, metadata: Any, **filter_arguments: Any) -> torch.Tensor:
         weights = self._conv_weights()

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.mamba.ops.ssu_dispatch import selective_state_up
 
 from vllm_longmamba.kernels import MOST_PROJECTED, filter_dt_, selective_scan
 from vllm_longmamba.layers.filtered_mixer import FilteredMixer
+from vllm_longmamba.layers.projections import compile_product, project
 from vllm_longmamba.layers.step_metadata import FilterRows, LongMamba1Backend
 
 
@@ -32,18 +33,18 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
         if metadata is None:
             # vLLM's profile and warm-up runs. Stock's own path there does not know the weights that it packs on CPUs.
             x, _ = self.in_proj(hidden_states)[0].chunk(2, dim=-1)
-            self._project_out(x.contiguous(), output)
+            project(self.out_proj, x.contiguous(), output)
             return None
         num_decodes, num_prefills = metadata.num_decode_tokens, metadata.num_prefill_tokens
         tokens = num_decodes + num_prefills
-        x, z = self.in_proj(hidden_states[:tokens])[0].chunk(2, dim=-1)
+        x, z = self.project_in(hidden_states[:tokens]).chunk(2, dim=-1)
         rows = metadata.filter_rows or FilterRows()
         scanned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if num_decodes > 0:
             self._decode(x[:num_decodes], z[:num_decodes], metadata, rows, scanned[:num_decodes])
         if num_prefills > 0:
             self._prefill(x[num_decodes:], z[num_decodes:], metadata, rows, scanned[num_decodes:])
-        self._project_out(scanned, output[:tokens])
+        project(self.out_proj, scanned, output[:tokens])
         return None
 
     def _prefill(self, x: torch.Tensor, z: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor) -> None:
@@ -150,9 +151,15 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
         dt, B, C = self._ssm_transform(x)
         return dt.transpose(-2, -1), B, C
 
+    def _compile_products(self) -> None:
+        super()._compile_products()
+        compile_product(self.x_proj)
+        compile_product(self.out_proj)
+
     def _low_rank_dt_B_C(self, x: torch.Tensor) -> list[torch.Tensor]:  # noqa: N802
         """What `_ssm_transform` has in front of dt_proj, for an update that multiplies by its weight itself."""
-        parts = self.x_proj(x)[0].split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
+        sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
+        parts = torch.split(project(self.x_proj, x), sizes, dim=-1)
         if not self.use_rms_norm:
             return list(parts)
         norms = (self.dt_layernorm, self.b_layernorm, self.c_layernorm)

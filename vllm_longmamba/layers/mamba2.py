@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import _encode_layer_name
 
 from vllm_longmamba.kernels import filter_dt_, ssd, ssd_supports
 from vllm_longmamba.layers.filtered_mixer import FilteredMixer
+from vllm_longmamba.layers.projections import GatedNorm, compile_product, is_small, plain_weight, project
 from vllm_longmamba.layers.step_metadata import FilterRows, LongMamba2Backend
 
 
@@ -42,46 +43,62 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
             mup_vector: (gate + x + B + C + dt,), or None.
         """
         output: torch.Tensor
-        if not self._norms_in_step():
+        if not self._has_norm_kernel():
             output = super().forward(hidden_states, mup_vector)
             return output
-        projected = self.in_proj(hidden_states)[0]
+        name = _encode_layer_name(self.prefix)
+        weight = plain_weight(self.in_proj)
+        if weight is None:
+            projected = self.in_proj(hidden_states)[0]
+        else:
+            projected = torch.ops.vllm.longmamba_project_in(hidden_states, weight.shape[0], name)
         if mup_vector is not None:
             projected = projected * mup_vector
-        shape = (hidden_states.shape[0], self.tped_intermediate_size)
-        normalized = torch.empty(shape, dtype=hidden_states.dtype, device=hidden_states.device)
-        torch.ops.vllm.mamba_mixer2(projected, normalized, _encode_layer_name(self.prefix))
-        output = self.out_proj(normalized)[0]
+        scanned = self._empty_scanned(projected)
+        torch.ops.vllm.mamba_mixer2(projected, scanned, name)
+        output = torch.ops.vllm.longmamba_project_out(scanned, projected, hidden_states.shape[-1], name)
         return output
 
-    def _norms_in_step(self) -> bool:
-        """Whether that kernel can: on a GPU, one norm over all channels of one rank."""
+    def _empty_scanned(self, projected: torch.Tensor) -> torch.Tensor:
+        shape = (projected.shape[0], self.tped_intermediate_size)
+        return torch.empty(shape, dtype=projected.dtype, device=projected.device)
+
+    def _has_norm_kernel(self) -> bool:
+        """Whether the gated norm is that of vLLM's kernel: on a GPU, over all channels of one rank."""
         return bool(self.A.is_cuda and self.use_rms_norm and self.norm.n_groups == 1 and self.tp_size == 1)
 
-    def conv_ssm_forward(self, projected_states: torch.Tensor, output: torch.Tensor) -> Any:
-        """Run the convolution, the SSM and, where `forward` wants it, the gated norm.
+    def project_out(
+        self, scanned: torch.Tensor, projected: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Gate, norm and the layer's last projection, where `_has_norm_kernel`.
 
         Args:
-            projected_states: as for `scan_step`.
-            output: (tokens, d_inner), written in place.
-        """
-        self.scan_step(projected_states, output)
-        if self._norms_in_step():
-            gate = projected_states[:, : self.tped_intermediate_size]
-            norm = self.norm
-            _layer_norm_fwd(
-                output,
-                norm.weight,
-                None,
-                norm.variance_epsilon,
-                z=gate,
-                out=output,
-                norm_before_gate=False,
-                is_rms_norm=True,
-            )
-        return None
+            scanned: (tokens, d_inner).
+            projected: (tokens, gate + x + B + C + dt).
+            out: (tokens, d_model) to write to, or None.
 
-    def scan_step(self, projected_states: torch.Tensor, output: torch.Tensor) -> Any:
+        Returns:
+            (tokens, d_model)
+        """
+        norm = self._gated_norm(projected)
+        if is_small(self.out_proj, len(scanned)):
+            return project(self.out_proj, scanned, out, norm)
+        normalized = torch.empty_like(scanned)
+        options = {"z": norm.gate, "out": normalized, "norm_before_gate": False, "is_rms_norm": True}
+        _layer_norm_fwd(scanned, norm.weight, None, norm.eps, **options)
+        return project(self.out_proj, normalized, out)
+
+    def _gated_norm(self, projected: torch.Tensor) -> GatedNorm:
+        gate = projected[:, : self.tped_intermediate_size]
+        return GatedNorm(gate, self.norm.weight, self.norm.variance_epsilon)
+
+    def _compile_products(self) -> None:
+        super()._compile_products()
+        if self._has_norm_kernel():
+            projected = self.norm.weight.new_empty((1, self.in_proj.output_size_per_partition))
+            compile_product(self.out_proj, self._gated_norm(projected))
+
+    def conv_ssm_forward(self, projected_states: torch.Tensor, output: torch.Tensor) -> Any:
         """Run the convolution and the SSM on a batch of decode tokens followed by prefill tokens.
 
         Args:

@@ -1,11 +1,11 @@
-"""Time the layers of a model's decode step for a few tokens, its products by cuBLAS and by a kernel that reads ahead.
+"""Time the layers of a model's decode step for a few tokens, its products by cuBLAS and by `kernels.small_product`.
 
-    python benchmarks/decode_products.py [--shapes NAME ...] [--batches N ...] [--layers 48] [--out FOLDER]
+    python benchmarks/small_products.py [--shapes NAME ...] [--batches N ...] [--layers 48] [--out FOLDER]
 
 Needs a CUDA build of vLLM and a GPU with programmatic dependent launch (compute capability 9.0). One CUDA graph has all
-layers, with weights and states of their own, so that they come from memory. The product that reads ahead asks for its
-weight while the launch in front of it ends; in front of Mamba-2's out_proj it also takes the gated norm. Checks its
-results, and writes decode_products.json and .md: microseconds of a layer.
+layers, with weights and states of their own, so that they come from memory. In front of Mamba-2's out_proj the kernel
+also takes the gated norm. Checks its results, and writes small_products.json and .md: microseconds of a layer, with
+every launch size of each product alone, then with the best of all.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import itertools
 import json
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from support.decode_case import BYTES_PER_US, SHAPES, Case
 from support.environment import environment, environment_line
 from support.graph_timing import microseconds
-from support.small_product import Sizes, small_product, tried
+
+from vllm_longmamba.kernels import small_product_reference
+from vllm_longmamba.kernels.small_product_triton import small_product_triton
 
 EPS = 1e-5
+# (features a program, inputs read at once, warps)
+Sizes = tuple[int, int, int]
+SIZES: list[Sizes] = [(4, 512, 4), (4, 1024, 8), (8, 256, 4), (8, 512, 8), (16, 256, 8)]
 
 
 class Layers:
@@ -63,8 +67,11 @@ class Layers:
         weights = sum(2 * of_layers[0].numel() for of_layers in self.weights.values())
         return weights / BYTES_PER_US + self.case.floor() + self.case.conv_floor()
 
-    def run(self, layer: int, sizes: Mapping[str, Sizes | None]) -> None:
-        """Run one layer."""
+    def time(self, sizes: Mapping[str, Sizes | None]) -> float:
+        """Microseconds a layer."""
+        return microseconds(lambda layer: self._run(layer, sizes), self.layers)
+
+    def _run(self, layer: int, sizes: Mapping[str, Sizes | None]) -> None:
         from vllm import _custom_ops as ops
 
         ops.fused_add_rms_norm(self.hidden, self.residual, self.norm_weight, EPS)
@@ -78,20 +85,19 @@ class Layers:
         self._product("out_proj", layer, sizes)
 
     def _product(self, name: str, layer: int, sizes: Mapping[str, Sizes | None]) -> None:
-        weight, chosen, (x, out), gates = self.weights[name][layer], sizes.get(name), self.ends[name], self._gates(name)
-        if chosen is not None:
-            small_product(x, weight, out, chosen, **gates)
+        weight, (x, out), gates = self.weights[name][layer], self.ends[name], self._gates(name)
+        if sizes.get(name) is not None:
+            small_product_triton(x, weight, *gates, EPS, out, sizes[name])
             return
-        if gates:
+        if gates[0] is not None:
             self._gated_norm()
             x = self.normalized
         torch.mm(x, weight.t(), out=out)
 
-    def _gates(self, name: str) -> dict[str, Any]:
-        """What the gated norm in front of Mamba-2's out_proj takes; empty for other products."""
-        if name != "out_proj" or self.case.rank:
-            return {}
-        return {"gate": self.case.z, "norm_weight": self.gated_norm_weight, "eps": EPS}
+    def _gates(self, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gate and weight of the norm in front of Mamba-2's out_proj; neither for other products."""
+        is_normed = name == "out_proj" and not self.case.rank
+        return (self.case.z, self.gated_norm_weight) if is_normed else (None, None)
 
     def _gated_norm(self) -> None:
         from vllm.model_executor.layers.mamba.ops.layernorm_gated import _layer_norm_fwd
@@ -99,56 +105,39 @@ class Layers:
         options = {"z": self.case.z, "out": self.normalized, "norm_before_gate": False, "is_rms_norm": True}
         _layer_norm_fwd(self.case.out, self.gated_norm_weight, None, EPS, **options)
 
-    def compile_all(self, pool: ThreadPoolExecutor) -> None:
-        """Compile every launch that is tried, in threads."""
-        device = torch.cuda.current_device()
-
-        def compile_one(name: str, sizes: Sizes) -> None:
-            torch.cuda.set_device(device)
-            x, out = self.ends[name]
-            small_product(x, self.weights[name][0], out, sizes, only_compile=True, **self._gates(name))
-
-        jobs = [pool.submit(compile_one, *job) for job in itertools.product(self.ends, tried(self.batch))]
-        for job in jobs:
-            job.result()
-
     def largest_error(self, name: str, sizes: Sizes) -> float:
         """Of a product of random numbers against float32, as a share of the largest result."""
         weight, gates = self.weights[name][0], self._gates(name)
         x, out = (torch.randn_like(tensor) for tensor in self.ends[name])
-        small_product(x, weight, out, sizes, **gates)
-        expected = x.float()
-        if gates:
-            expected = expected * torch.nn.functional.silu(self.case.z.float())
-            expected = expected * torch.rsqrt(expected.square().mean(-1, keepdim=True) + EPS)
-        expected = expected @ weight.float().t()
+        small_product_triton(x, weight, *gates, EPS, out, sizes)
+        expected = small_product_reference(x.float(), weight, *gates, EPS)
         return float((out - expected).abs().max() / expected.abs().max())
 
 
 def measure(layers: Layers) -> dict[str, Any]:
     """Microseconds a layer: each product alone by every launch size, then the best of all together."""
-    times: dict[str, dict[str, float]] = {}
+    now = layers.time({})
+    alone: dict[str, dict[str, float]] = {}
     best: dict[str, Sizes | None] = {}
-    now = microseconds(lambda layer: layers.run(layer, {}), layers.layers)
     for product in layers.weights:
         found = {}
-        for sizes in tried(layers.batch):
+        for sizes in SIZES:
             if (error := layers.largest_error(product, sizes)) > 0.02:
                 raise RuntimeError(f"{product} with {sizes}: off by {error:.3f} of the largest result")
-            found[sizes] = microseconds(lambda layer, p=product, s=sizes: layers.run(layer, {p: s}), layers.layers)
-        times[product] = {str(tuple(sizes)): time for sizes, time in sorted(found.items(), key=lambda one: one[1])}
+            found[sizes] = layers.time({product: sizes})
+        alone[product] = {str(sizes): time for sizes, time in sorted(found.items(), key=lambda one: one[1])}
         fastest = min(found, key=found.__getitem__)
         best[product] = fastest if found[fastest] < now else None
-    together = microseconds(lambda layer: layers.run(layer, best), layers.layers)
-    chosen = {product: sizes and list(sizes) for product, sizes in best.items()}
-    return {"bytes": layers.floor(), "cublas": now, "together": together, "best": chosen, "alone": times}
+    return {"bytes": layers.floor(), "cublas": now, "alone": alone, "together": layers.time(best), "best": best}
 
 
 def markdown(document: Mapping[str, Any]) -> str:
     lines = [
-        "# A layer of a decode step: its products by cuBLAS and by a kernel that reads ahead, microseconds",
+        "# A layer of a decode step: its products by cuBLAS and by `kernels.small_product`, microseconds",
         "",
         environment_line(document["environment"]),
+        "",
+        "Bytes: what weights and states would take. Together: each product by the faster of both.",
         "",
         "| shape, batch | bytes | cuBLAS | in_proj | x_proj | out_proj | together |",
         "|---|---|---|---|---|---|---|",
@@ -164,22 +153,21 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["mamba2-1.3b", "mamba-1.4b"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 16])
+    models = ["mamba2-1.3b", "mamba-1.4b", "zamba2-1.2b", "falcon-mamba-7b"]
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=models)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     document: dict[str, Any] = {"environment": environment(), "results": []}
-    with ThreadPoolExecutor(16) as pool:
-        for name, batch in itertools.product(given.shapes, given.batches):
-            layers = Layers(name, batch, given.layers)
-            layers.compile_all(pool)
-            document["results"].append({"shape": name, "batch": batch, **measure(layers)})
-            print(markdown({**document, "results": document["results"][-1:]}).splitlines()[-1], flush=True)
-            (given.out / "decode_products.json").write_text(json.dumps(document, indent=1) + "\n")
-            (given.out / "decode_products.md").write_text(markdown(document))
-            del layers
+    for name, batch in itertools.product(given.shapes, given.batches):
+        layers = Layers(name, batch, given.layers)
+        document["results"].append({"shape": name, "batch": batch, **measure(layers)})
+        print(markdown({**document, "results": document["results"][-1:]}).splitlines()[-1], flush=True)
+        (given.out / "small_products.json").write_text(json.dumps(document, indent=1) + "\n")
+        (given.out / "small_products.md").write_text(markdown(document))
+        del layers
     print(markdown(document))
 
 

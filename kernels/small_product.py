@@ -1,0 +1,80 @@
+"""Decode: a few tokens times a large weight, with Mamba-2's gate and norm in the same launch."""
+
+import torch
+
+from .dispatch import check_tensor, supports_dependent_launch, uses_triton
+from .reference import small_product_reference
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+# Tokens for which it pays, by the most features of the weight, on an H200: benchmarks/small_products.py.
+MOST_TOKENS = {1024: 4, 4096: 2}
+MOST_SMALL = max(MOST_TOKENS.values())
+
+
+def prefers_small_product(tokens: int, features: int, device: torch.device) -> bool:
+    """Whether `small_product` is faster there than the vendor's library.
+
+    Args:
+        tokens: rows of the input.
+        features: rows of the weight.
+        device: of both. The kernel reads ahead while the one in front of it ends, which not every GPU can.
+    """
+    most = next((most for limit, most in MOST_TOKENS.items() if features <= limit), 1)
+    return 0 < tokens <= most and supports_dependent_launch(device)
+
+
+def small_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute ``x @ weight.T``, or ``rms_norm(x * silu(gate)) * norm_weight @ weight.T``; sums in float32.
+
+    The launch depends on shapes only, so a CUDA graph may capture it. Mamba-2 (arXiv 2405.21060) has the norm in front
+    of its last projection, section 7.
+
+    Args:
+        x: (tokens, K), 1 to MOST_SMALL tokens; like gate and out with last stride 1 and any row stride.
+        weight: (N, K) contiguous.
+        gate: (tokens, K), or None for neither gate nor norm.
+        norm_weight: (K,) contiguous, needed with a gate.
+        eps: added to the mean of squares.
+        out: (tokens, N) in ``x.dtype`` to write to. None allocates it.
+
+    Returns:
+        ``out``, (tokens, N) in ``x.dtype``.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, stride or device.
+    """
+    _check(x, weight, gate, norm_weight)
+    shape = (len(x), len(weight))
+    out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
+    check_tensor("out", out, shape, (x.dtype,), x.device, contiguous=False)
+    if uses_triton(x):
+        from .small_product_triton import small_product_triton
+
+        small_product_triton(x, weight, gate, norm_weight, eps, out)
+    else:
+        # in float32, as on a GPU
+        out.copy_(small_product_reference(x.float(), weight, gate, norm_weight, eps))
+    return out
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None, norm_weight: torch.Tensor | None) -> None:
+    if x.dim() != 2 or weight.dim() != 2 or not 0 < len(x) <= MOST_SMALL:
+        raise ValueError(
+            f"x must be (1 to {MOST_SMALL} tokens, K) and weight (N, K), got {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}; use torch.nn.functional.linear for more tokens"
+        )
+    (features, inputs), device = weight.shape, x.device
+    check_tensor("x", x, (len(x), inputs), FLOATS, device, contiguous=False)
+    check_tensor("weight", weight, (features, inputs), FLOATS, device)
+    if (gate is None) != (norm_weight is None):
+        raise ValueError("gate and norm_weight belong together, but one of them came as None")
+    if gate is not None and norm_weight is not None:
+        check_tensor("gate", gate, (len(x), inputs), FLOATS, device, contiguous=False)
+        check_tensor("norm_weight", norm_weight, (inputs,), FLOATS, device)

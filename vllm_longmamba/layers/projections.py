@@ -1,0 +1,113 @@
+"""The products of a layer with its weights: this project's kernel for the few tokens of a decode step, else vLLM's."""
+
+from typing import Any, NamedTuple
+
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name, direct_register_custom_op
+
+from vllm_longmamba.kernels import MOST_SMALL, compile_ahead, prefers_small_product, small_product
+
+
+class GatedNorm(NamedTuple):
+    """A norm in front of a product: ``rms_norm(x * silu(gate)) * weight``, with gate (tokens, K) and weight (K,)."""
+
+    gate: torch.Tensor
+    weight: torch.Tensor
+    eps: float
+
+
+NO_NORM = (None, None, 0.0)
+
+
+def plain_weight(layer: Any) -> torch.Tensor | None:
+    """The weight (N, K) of a layer that does no more than multiply by it: on a GPU, without quantization or LoRA."""
+    if type(layer) not in (ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear):
+        return None
+    adds_up = type(layer) is RowParallelLinear and layer.tp_size > 1
+    if adds_up or layer.bias is not None or not isinstance(layer.quant_method, UnquantizedLinearMethod):
+        return None
+    weight: torch.Tensor = layer.weight
+    return weight if weight.is_cuda else None
+
+
+def is_small(layer: Any, tokens: int) -> bool:
+    """Whether `project` runs this project's kernel, the only way in which it takes a norm."""
+    weight = plain_weight(layer)
+    return weight is not None and prefers_small_product(tokens, len(weight), weight.device)
+
+
+def project(
+    layer: Any, x: torch.Tensor, out: torch.Tensor | None = None, norm: GatedNorm | None = None
+) -> torch.Tensor:
+    """Apply one of vLLM's linear layers without a bias.
+
+    Args:
+        layer: K to N features.
+        x: (tokens, K).
+        out: (tokens, N) to write to, or None.
+        norm: in front of the product; only where `is_small`.
+
+    Returns:
+        (tokens, N), ``out`` where given.
+    """
+    weight = plain_weight(layer)
+    projected: torch.Tensor
+    if weight is not None and is_small(layer, len(x)):
+        projected = small_product(x, weight, *(norm or NO_NORM), out)
+    elif weight is not None and out is not None:
+        # The same product without a copy of the result.
+        projected = torch.mm(x, weight.t(), out=out)
+    else:
+        projected = layer(x)[0]
+        if out is not None:
+            projected = out.copy_(projected)
+    return projected
+
+
+def compile_product(layer: Any, norm: GatedNorm | None = None) -> None:
+    """Start to compile this project's kernel for `project`, where it would run."""
+    weight = plain_weight(layer)
+    most = max((tokens for tokens in range(1, MOST_SMALL + 1) if is_small(layer, tokens)), default=0)
+    if weight is None or most == 0:
+        return
+    gate, norm_weight, _ = norm or NO_NORM
+    arguments = {"x": weight.new_empty((1, weight.shape[1])), "weight": weight, "gate": gate}
+    compile_ahead(small_product, arguments | {"norm_weight": norm_weight}, most, ("x", "gate"))
+
+
+def _project_in(hidden_states: torch.Tensor, features: int, layer_name: LayerNameType) -> torch.Tensor:
+    projected: torch.Tensor = _mixer(layer_name).project_in(hidden_states)
+    return projected
+
+
+def _project_in_fake(hidden_states: torch.Tensor, features: int, layer_name: LayerNameType) -> torch.Tensor:
+    return hidden_states.new_empty((hidden_states.shape[0], features))
+
+
+def _project_out(
+    scanned: torch.Tensor, projected: torch.Tensor, features: int, layer_name: LayerNameType
+) -> torch.Tensor:
+    output: torch.Tensor = _mixer(layer_name).project_out(scanned, projected)
+    return output
+
+
+def _project_out_fake(
+    scanned: torch.Tensor, projected: torch.Tensor, features: int, layer_name: LayerNameType
+) -> torch.Tensor:
+    return scanned.new_empty((scanned.shape[0], features))
+
+
+def _mixer(layer_name: LayerNameType) -> Any:
+    return get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+
+
+# For mixers whose projections vLLM compiles with the model: which kernel runs is decided when it runs.
+direct_register_custom_op("longmamba_project_in", _project_in, fake_impl=_project_in_fake)
+direct_register_custom_op("longmamba_project_out", _project_out, fake_impl=_project_out_fake)
