@@ -28,9 +28,11 @@ from vllm_longmamba.kernels import small_product_reference
 from vllm_longmamba.kernels.small_product_triton import small_product_triton
 
 EPS = 1e-5
-# (features a program, inputs read at once, warps)
-Sizes = tuple[int, int, int]
-SIZES: list[Sizes] = [(4, 512, 4), (4, 1024, 8), (8, 256, 4), (8, 512, 8), (16, 256, 8)]
+# (features a program, inputs in a block, warps, most blocks ahead)
+Sizes = tuple[int, int, int, int]
+SIZES: list[Sizes] = [
+    (*block, ahead) for block in ((4, 512, 4), (4, 1024, 8), (8, 256, 4), (8, 512, 8)) for ahead in (1, 4, 8)
+]
 
 
 class Layers:

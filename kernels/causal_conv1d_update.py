@@ -40,7 +40,7 @@ def causal_conv1d_update(
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     arguments = (x, weight, bias, conv_state, state_indices)
-    _check(*arguments, out)
+    check_arguments(*arguments, out)
     if x.numel() == 0:
         return out
     if uses_triton(x):
@@ -53,10 +53,11 @@ def causal_conv1d_update(
     return out
 
 
-def _check(
+def check_arguments(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, conv_state: torch.Tensor,
     state_indices: torch.Tensor, out: torch.Tensor,
 ) -> None:  # fmt: skip
+    """Those of `causal_conv1d_update`; raises ValueError as it does."""
     if x.dim() != 2 or weight.dim() != 2 or conv_state.dim() != 3 or weight.shape[1] < 2:
         raise ValueError(
             "x must be (batch, channels), weight (channels, width >= 2) and conv_state (slots, channels, width - 1), "

@@ -1,9 +1,10 @@
-"""Decode: a few tokens times a large weight, with Mamba-2's gate and norm in the same launch."""
+"""Decode: a few tokens times a large weight, with what stands in front of it or follows it in the same launch."""
 
 import torch
 
+from .causal_conv1d_update import check_arguments as check_convolution
 from .dispatch import check_tensor, supports_dependent_launch, uses_triton
-from .reference import small_product_reference
+from .reference import causal_conv1d_update_reference, small_product_reference
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Tokens for which it pays, by the most features of the weight, on an H200: benchmarks/small_products.py.
@@ -30,8 +31,16 @@ def small_product(
     norm_weight: torch.Tensor | None = None,
     eps: float = 1e-5,
     out: torch.Tensor | None = None,
+    conv_weight: torch.Tensor | None = None,
+    conv_bias: torch.Tensor | None = None,
+    conv_state: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
+    silu: bool = True,
 ) -> torch.Tensor:
     """Compute ``x @ weight.T``, or ``rms_norm(x * silu(gate)) * norm_weight @ weight.T``; sums in float32.
+
+    With a convolution, the first of its N results, one for each channel, go through
+    :func:`kernels.causal_conv1d_update.causal_conv1d_update` as Mamba-1's do.
 
     The launch depends on shapes only, so a CUDA graph may capture it. Mamba-2 (arXiv 2405.21060) has the norm in front
     of its last projection, section 7.
@@ -43,6 +52,8 @@ def small_product(
         norm_weight: (K,) contiguous, needed with a gate.
         eps: added to the mean of squares.
         out: (tokens, N) in ``x.dtype`` to write to. None allocates it.
+        conv_weight: (channels, width) contiguous, or None for no convolution; at most N channels.
+        conv_bias, conv_state, state_indices, silu: as in `causal_conv1d_update`; the state is updated in place.
 
     Returns:
         ``out``, (tokens, N) in ``x.dtype``.
@@ -54,13 +65,20 @@ def small_product(
     shape = (len(x), len(weight))
     out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
     check_tensor("out", out, shape, (x.dtype,), x.device, contiguous=False)
+    convolution = None
+    if conv_weight is not None and conv_state is not None and state_indices is not None:
+        inputs = out[:, : len(conv_weight)]
+        check_convolution(inputs, conv_weight, conv_bias, conv_state, state_indices, inputs)
+        convolution = (conv_weight, conv_bias, conv_state, state_indices, silu)
     if uses_triton(x):
         from .small_product_triton import small_product_triton
 
-        small_product_triton(x, weight, gate, norm_weight, eps, out)
-    else:
-        # in float32, as on a GPU
-        out.copy_(small_product_reference(x.float(), weight, gate, norm_weight, eps))
+        small_product_triton(x, weight, gate, norm_weight, eps, out, convolution)
+        return out
+    # in float32, as on a GPU
+    out.copy_(small_product_reference(x.float(), weight, gate, norm_weight, eps))
+    if convolution is not None:
+        inputs.copy_(causal_conv1d_update_reference(inputs.float(), *convolution))
     return out
 
 

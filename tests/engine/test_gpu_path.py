@@ -38,9 +38,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         gated = x * torch.nn.functional.silu(options["z"])
         options["out"].copy_(gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps) * weight)
 
-    def recorded(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def recorded(x: torch.Tensor, *arguments: Any, **convolution: Any) -> torch.Tensor:
         tokens.append(len(x))
-        return small_product(x, *arguments)
+        return small_product(x, *arguments, **convolution)
 
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep_weight)
     for module in (mamba2, projections):

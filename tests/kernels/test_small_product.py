@@ -4,7 +4,12 @@ import pytest
 import torch
 from scan_inputs import DEVICE, TOLERANCES, in_float64, relative_error
 
-from vllm_longmamba.kernels import prefers_small_product, small_product, small_product_reference
+from vllm_longmamba.kernels import (
+    causal_conv1d_update_reference,
+    prefers_small_product,
+    small_product,
+    small_product_reference,
+)
 
 module = sys.modules["vllm_longmamba.kernels.small_product"]
 
@@ -47,6 +52,65 @@ def test_small_product_half_precision(dtype: torch.dtype):
     check(product_inputs(2, 70, 600, dtype, has_norm=True), dtype)
 
 
+def convolution(
+    tokens: int, channels: int, width: int, dtype: torch.dtype = torch.float32, has_bias: bool = True
+) -> dict[str, torch.Tensor | None]:
+    """vLLM's layout of the state, channels innermost; the slots run backwards in a column of a table."""
+    generator = torch.Generator().manual_seed(channels)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+    slots = torch.arange(tokens, 0, -1, dtype=torch.int32, device=DEVICE)
+    return {
+        "conv_weight": normal(channels, width),
+        "conv_bias": normal(channels) if has_bias else None,
+        "conv_state": normal(tokens + 2, width - 1, channels + 3)[..., 3:].transpose(1, 2),
+        "state_indices": torch.stack([slots, slots + 1], 1)[:, 0],
+    }
+
+
+def check_convolved(
+    inputs: dict[str, torch.Tensor | None], conv: dict[str, torch.Tensor | None], silu: bool = True
+) -> torch.Tensor:
+    """Returns the state before."""
+    before, own = conv["conv_state"].clone(), in_float64(conv)
+    channels, tolerance = len(conv["conv_weight"]), TOLERANCES[inputs["x"].dtype]
+    product = small_product_reference(**in_float64(inputs)).to(inputs["x"].dtype)
+    names = ("conv_weight", "conv_bias", "conv_state", "state_indices")
+    expected = causal_conv1d_update_reference(product[:, :channels].double(), *(own[name] for name in names), silu)
+    out = small_product(**inputs, **conv, silu=silu)
+    is_row = conv["state_indices"] != 0
+    assert relative_error(out[is_row, :channels], expected[is_row]) < tolerance
+    assert relative_error(out[:, channels:], product[:, channels:].double()) < tolerance
+    assert relative_error(conv["conv_state"], own["conv_state"]) < tolerance
+    return before
+
+
+@pytest.mark.parametrize(("channels", "width", "has_bias"), [(69, 4, True), (33, 3, False), (24, 2, True)])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_small_product_and_convolution(tokens: int, channels: int, width: int, has_bias: bool):
+    check_convolved(product_inputs(tokens, 70, 40), convolution(tokens, channels, width, has_bias=has_bias))
+
+
+def test_small_product_and_convolution_without_activation():
+    check_convolved(product_inputs(2, 70, 40), convolution(2, 30, 4), silu=False)
+
+
+def test_small_product_and_convolution_in_half_precision():
+    dtype = torch.float16
+    check_convolved(product_inputs(2, 70, 600, dtype), convolution(2, 30, 4, dtype))
+
+
+def test_small_product_and_convolution_leave_the_null_block_alone():
+    conv = convolution(3, 30, 4)
+    conv["state_indices"][1] = 0
+    before = check_convolved(product_inputs(3, 70, 40), conv)
+    # the null block, the slot that row 1 had, and one that nobody named
+    for slot in (0, 2, 4):
+        torch.testing.assert_close(conv["conv_state"][slot], before[slot], rtol=0, atol=0)
+
+
 def test_small_product_allocates_its_result():
     inputs = product_inputs(2, 6, 8)
     assert relative_error(small_product(**inputs), small_product_reference(**in_float64(inputs))) < 2e-6
@@ -62,10 +126,14 @@ def test_small_product_allocates_its_result():
         ({"gate": torch.zeros(2, 8)}, "belong together"),
         ({"gate": torch.zeros(2, 8), "norm_weight": torch.zeros(7)}, r"norm_weight must have shape \(8,\)"),
         ({"out": torch.zeros(2, 6, dtype=torch.float64)}, "out must be torch.float32"),
+        (convolution(2, 7, 4), "must have shape"),
+        (convolution(2, 4, 4) | {"conv_bias": torch.zeros(5)}, r"bias must have shape \(4,\)"),
     ],
 )
-def test_small_product_refuses(changed: dict[str, torch.Tensor], message: str):
-    arguments = product_inputs(2, 6, 8) | {name: tensor.to(DEVICE) for name, tensor in changed.items()}
+def test_small_product_refuses(changed: dict[str, torch.Tensor | None], message: str):
+    arguments = product_inputs(2, 6, 8) | {
+        name: None if tensor is None else tensor.to(DEVICE) for name, tensor in changed.items()
+    }
     with pytest.raises(ValueError, match=message):
         small_product(**arguments)
 

@@ -29,7 +29,8 @@ class DeciMambaMixer(DecimatedMixer, LongMambaMixer):
         x_of_decodes, z = projected.index_select(0, rows).chunk(2, dim=-1)
         scanned = torch.empty(z.shape, dtype=z.dtype, device=z.device)
         if decodes > 0:
-            self._decode(x_of_decodes[:decodes], z[:decodes], after, FilterRows(), scanned[:decodes])
+            convolved = self._convolve_decodes(x_of_decodes[:decodes], after)
+            self._decode(convolved, z[:decodes], after, FilterRows(), scanned[:decodes])
         kept = rows[decodes:] - decodes
         where = (after.query_start_loc_p, after.state_indices_tensor_p, after.has_initial_states_p)
         x, dt, B, C = (tensor.index_select(0, kept) for tensor in (x, dt, B, C))

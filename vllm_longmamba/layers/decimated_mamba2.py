@@ -25,7 +25,7 @@ class WholeMambaMixer2(LongMambaMixer2):
             hidden_states: (tokens, d_model).
             output: (tokens, d_model), written in place.
         """
-        projected = self.project_in(hidden_states)
+        projected = project(self.in_proj, hidden_states)
         scanned = self._empty_scanned(projected)
         self.conv_ssm_forward(projected, scanned)
         self._gate_and_project_out(scanned, projected, output)

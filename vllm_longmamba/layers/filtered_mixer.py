@@ -18,7 +18,6 @@ from vllm_longmamba.kernels import (
     compile_ahead,
     selective_state_update,
 )
-from vllm_longmamba.layers.projections import compile_product, project
 from vllm_longmamba.layers.prompt_filter import PromptFilter
 
 
@@ -41,7 +40,6 @@ class FilteredMixer:
     A: torch.nn.Parameter
     D: torch.nn.Parameter
     conv1d: Any
-    in_proj: Any
     out_proj: Any
     activation: str
     kv_cache: tuple[torch.Tensor, ...]
@@ -153,15 +151,11 @@ class FilteredMixer:
             some_rows = torch.empty(len(arguments["x"]), dtype=torch.int32, device="meta")
             filters = {"dt_threshold": self.dt_threshold, "token_rows": some_rows}
             compile_ahead(selective_state_update, arguments | filters, most_decodes, PER_DECODE_TOKEN)
-        self._compile_products()
+        self._compile_products(arguments["state_indices"])
 
-    def project_in(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The layer's first projection: (tokens, d_model) to (tokens, features)."""
-        return project(self.in_proj, hidden_states)
-
-    def _compile_products(self) -> None:
-        """Those of a decode step."""
-        compile_product(self.in_proj)
+    def _compile_products(self, slots: torch.Tensor) -> None:
+        """Start to compile those of a decode step; slots: (batch,) of the states."""
+        raise NotImplementedError
 
     def _convolve_prompts(self, x: torch.Tensor, metadata: Any, **filter_arguments: Any) -> torch.Tensor:
         weights = self._conv_weights()
@@ -174,7 +168,7 @@ class FilteredMixer:
             metadata.query_start_loc_p,
             metadata.state_indices_tensor_p,
             metadata.has_initial_states_p,
-            silu=self.activation in ("silu", "swish"),
+            silu=self._has_silu,
             # `_run_prefill`, which follows, notes the first call.
             check=self._most_prompt_tokens is not None,
             **filter_arguments,
@@ -191,8 +185,22 @@ class FilteredMixer:
         arguments = {"x": x, "weight": weights, "bias": bias, "conv_state": state, "state_indices": slots[:, 0]}
         if self._most_decodes is not None:
             compile_ahead(causal_conv1d_update, arguments, self._most_decodes, PER_DECODE_TOKEN)
-        convolved = causal_conv1d_update(**arguments, silu=self.activation in ("silu", "swish"))
+        convolved = causal_conv1d_update(**arguments, silu=self._has_silu)
         return convolved
+
+    def _decode_convolution(self, slots: torch.Tensor) -> dict[str, Any]:
+        """For a product whose launch also has the convolution; slots: (batch,) of the states."""
+        return {
+            "conv_weight": self._conv_weights(),
+            "conv_bias": self.conv1d.bias,
+            "conv_state": self._conv_state(),
+            "state_indices": slots,
+            "silu": self._has_silu,
+        }
+
+    @property
+    def _has_silu(self) -> bool:
+        return self.activation in ("silu", "swish")
 
     def _conv_weights(self) -> torch.Tensor:
         # On CPUs with bfloat16 instructions vLLM packs the weight for a kernel of its own, and keeps a copy.

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.mamba.ops.ssu_dispatch import selective_state_up
 
 from vllm_longmamba.kernels import MOST_PROJECTED, filter_dt_, selective_scan
 from vllm_longmamba.layers.filtered_mixer import FilteredMixer
-from vllm_longmamba.layers.projections import compile_product, project
+from vllm_longmamba.layers.projections import compile_product, is_small, project
 from vllm_longmamba.layers.step_metadata import FilterRows, LongMamba1Backend
 
 
@@ -37,15 +37,22 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
             return None
         num_decodes, num_prefills = metadata.num_decode_tokens, metadata.num_prefill_tokens
         tokens = num_decodes + num_prefills
-        x, z = self.project_in(hidden_states[:tokens]).chunk(2, dim=-1)
+        convolves = num_prefills == 0 and self._convolves_in_projection(num_decodes)
+        convolution = self._decode_convolution(metadata.state_indices_tensor_d[:, 0]) if convolves else {}
+        x, z = project(self.in_proj, hidden_states[:tokens], **convolution).chunk(2, dim=-1)
         rows = metadata.filter_rows or FilterRows()
         scanned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if num_decodes > 0:
-            self._decode(x[:num_decodes], z[:num_decodes], metadata, rows, scanned[:num_decodes])
+            convolved = x if convolves else self._convolve_decodes(x[:num_decodes], metadata)
+            self._decode(convolved, z[:num_decodes], metadata, rows, scanned[:num_decodes])
         if num_prefills > 0:
             self._prefill(x[num_decodes:], z[num_decodes:], metadata, rows, scanned[num_decodes:])
         project(self.out_proj, scanned, output[:tokens])
         return None
+
+    def _convolves_in_projection(self, decodes: int) -> bool:
+        """Whether a step of so many decode tokens and no prompts has the convolution in the launch of in_proj."""
+        return self.runs_own_kernels() and self._updates_state and is_small(self.in_proj, decodes)
 
     def _prefill(self, x: torch.Tensor, z: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor) -> None:
         if self.runs_own_kernels():
@@ -96,7 +103,6 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
         )
 
     def _decode(self, x: torch.Tensor, z: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor) -> None:
-        x = self._convolve_decodes(x, metadata)
         states, state, dt_bias = metadata.state_indices_tensor_d, self.kv_cache[1], self.dt_proj.bias
         if self.runs_own_kernels() and self._updates_state:
             self._update(x, z, states[:, 0], rows.decode, out)
@@ -151,8 +157,8 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
         dt, B, C = self._ssm_transform(x)
         return dt.transpose(-2, -1), B, C
 
-    def _compile_products(self) -> None:
-        super()._compile_products()
+    def _compile_products(self, slots: torch.Tensor) -> None:
+        compile_product(self.in_proj, **self._decode_convolution(slots))
         compile_product(self.x_proj)
         compile_product(self.out_proj)
 

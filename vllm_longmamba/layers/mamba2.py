@@ -92,8 +92,8 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
         gate = projected[:, : self.tped_intermediate_size]
         return GatedNorm(gate, self.norm.weight, self.norm.variance_epsilon)
 
-    def _compile_products(self) -> None:
-        super()._compile_products()
+    def _compile_products(self, slots: torch.Tensor) -> None:
+        compile_product(self.in_proj)
         if self._has_norm_kernel():
             projected = self.norm.weight.new_empty((1, self.in_proj.output_size_per_partition))
             compile_product(self.out_proj, self._gated_norm(projected))

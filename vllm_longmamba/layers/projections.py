@@ -44,7 +44,11 @@ def is_small(layer: Any, tokens: int) -> bool:
 
 
 def project(
-    layer: Any, x: torch.Tensor, out: torch.Tensor | None = None, norm: GatedNorm | None = None
+    layer: Any,
+    x: torch.Tensor,
+    out: torch.Tensor | None = None,
+    norm: GatedNorm | None = None,
+    **convolution: Any,
 ) -> torch.Tensor:
     """Apply one of vLLM's linear layers without a bias.
 
@@ -53,6 +57,7 @@ def project(
         x: (tokens, K).
         out: (tokens, N) to write to, or None.
         norm: in front of the product; only where `is_small`.
+        convolution: behind it, as `small_product` takes it; only where `is_small`.
 
     Returns:
         (tokens, N), ``out`` where given.
@@ -60,7 +65,7 @@ def project(
     weight = plain_weight(layer)
     projected: torch.Tensor
     if weight is not None and is_small(layer, len(x)):
-        projected = small_product(x, weight, *(norm or NO_NORM), out)
+        projected = small_product(x, weight, *(norm or NO_NORM), out, **convolution)
     elif weight is not None and out is not None:
         # The same product without a copy of the result.
         projected = torch.mm(x, weight.t(), out=out)
@@ -71,7 +76,7 @@ def project(
     return projected
 
 
-def compile_product(layer: Any, norm: GatedNorm | None = None) -> None:
+def compile_product(layer: Any, norm: GatedNorm | None = None, **convolution: Any) -> None:
     """Start to compile this project's kernel for `project`, where it would run."""
     weight = plain_weight(layer)
     most = max((tokens for tokens in range(1, MOST_SMALL + 1) if is_small(layer, tokens)), default=0)
@@ -79,12 +84,12 @@ def compile_product(layer: Any, norm: GatedNorm | None = None) -> None:
         return
     gate, norm_weight, _ = norm or NO_NORM
     arguments = {"x": weight.new_empty((1, weight.shape[1])), "weight": weight, "gate": gate}
-    compile_ahead(small_product, arguments | {"norm_weight": norm_weight}, most, ("x", "gate"))
+    arguments |= {"norm_weight": norm_weight, **convolution}
+    compile_ahead(small_product, arguments, most, ("x", "gate", "state_indices"))
 
 
 def _project_in(hidden_states: torch.Tensor, features: int, layer_name: LayerNameType) -> torch.Tensor:
-    projected: torch.Tensor = _mixer(layer_name).project_in(hidden_states)
-    return projected
+    return project(_mixer(layer_name).in_proj, hidden_states)
 
 
 def _project_in_fake(hidden_states: torch.Tensor, features: int, layer_name: LayerNameType) -> torch.Tensor:
