@@ -20,9 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from support.decode_case import BYTES_PER_US, SHAPES, Case
+from support.decode_case import SHAPES, Case
 from support.environment import environment, environment_line
 from support.graph_timing import microseconds
+from support.h200 import BYTES_PER_US
 
 from vllm_longmamba.kernels import small_product_reference
 from vllm_longmamba.kernels.small_product_triton import small_product_triton

@@ -4,9 +4,10 @@
 
 Both engines have vLLM's defaults, that of the state's type included. For each model both are started, each in a process
 of its own, then they take turns while the other waits.
-Prefill: the time to the first token of one prompt, or of a batch. Decode: from one step to the next by the clock, and
-the time in which the GPU runs kernels, with a table of them. Writes whole_models.json as it goes, and at the end
-whole_models.md (and a plot where matplotlib is installed); `support/report.py` makes these from the JSON alone.
+Prefill: the time to the first token of one prompt, or of a batch. Decode: from one step to the next. Both by the clock,
+and then by the profiler the time in which the GPU runs kernels, with tables of them. Writes whole_models.json as it
+goes, and at the end whole_models.md (and a plot where matplotlib is installed); `support/report.py` makes these from
+the JSON alone.
 """
 
 import argparse
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from support import engine_process
 from support.engine_process import EngineProcess
 from support.environment import environment
-from support.report import decode_lines, write_report
+from support.report import KERNEL_LENGTHS, decode_lines, write_report
 from support.shapes import MODELS, write_model
 
 LENGTHS = [4096, 8192, 16384, 24576, 32768, 40960, 49152, 65536, 81920, 98304]
@@ -99,7 +100,7 @@ def take_turns(pair: Pair, repeats: int, modes: tuple[str, ...], method: str, *a
 
 
 def measure_prefill(pair: Pair, given: argparse.Namespace, result: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Time prompts; yields after each figure, so that it can be saved."""
+    """Time prompts, then profile them; yields after each figure, so that it can be saved."""
     for mode in MODES:
         # twice: the first run compiles and tunes
         for _ in range(2):
@@ -110,8 +111,13 @@ def measure_prefill(pair: Pair, given: argparse.Namespace, result: dict[str, Any
         repeats = given.repeats + 4 if length <= SHORT else given.repeats
         result["prefill"][str(length)] = take_turns(pair, repeats, modes, "generate", 1, length, 1)
         yield f"prefill {length}", result["prefill"][str(length)]
-    if given.tiny:
-        return
+    if not given.tiny:
+        yield from measure_batch(pair, result)
+    yield from profile_prefill(pair, result)
+
+
+def measure_batch(pair: Pair, result: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Time a batch, and take the memory of a long prompt; yields after each figure."""
     result["batch"] = take_turns(pair, 3, MODES[:2], "generate", *BATCH, 1)
     yield f"prefill {BATCH[0]} x {BATCH[1]}", result["batch"]
     result["peak_gib"] = {}
@@ -121,6 +127,23 @@ def measure_prefill(pair: Pair, given: argparse.Namespace, result: dict[str, Any
         engine("generate", 1, 65536, 1)
         result["peak_gib"][mode] = engine("on_worker", engine_process.peak_memory, False)
     yield "peak GiB", result["peak_gib"]
+
+
+def profile_prefill(pair: Pair, result: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Add steps, GPU seconds and at some lengths kernels, of one run of each mode; yields each figure that has them."""
+    prompts = [(f"prefill {length}", figure, 1, int(length)) for length, figure in result["prefill"].items()]
+    if "batch" in result:
+        prompts.append((f"prefill {BATCH[0]} x {BATCH[1]}", result["batch"], *BATCH))
+    for what, figure, count, length in prompts:
+        profiled = {mode: pair.run(mode, "profile_prompts", count, length) for mode in figure}
+        if not profiled["on"]["gpu"]:
+            # there is no GPU
+            continue
+        for mode, recorded in profiled.items():
+            if count > 1 or length not in KERNEL_LENGTHS:
+                del recorded["kernels"]
+            figure[mode] |= recorded
+        yield what, figure
 
 
 def measure_decode(pair: Pair, given: argparse.Namespace, result: dict[str, Any]) -> Iterator[str]:
@@ -149,11 +172,16 @@ def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def describe(figure: dict[str, Any]) -> str:
     if not isinstance(figure["stock"], dict):
         return str(figure)
-    stock = figure["stock"]["median"]
-    return ", ".join(
-        f"{mode} {1e3 * value['median']:.2f} ms" + (f" ({stock / value['median']:.3f} x)" if mode != "stock" else "")
-        for mode, value in figure.items()
-    )
+    return ", ".join(f"{mode} {_describe_mode(value, figure['stock'])}" for mode, value in figure.items())
+
+
+def _describe_mode(value: dict[str, Any], stock: dict[str, Any]) -> str:
+    parts = []
+    for key, name in (("median", ""), ("gpu", "GPU ")):
+        if key in value and key in stock:
+            times = "" if value is stock else f" ({stock[key] / value[key]:.3f} x)"
+            parts.append(f"{name}{1e3 * value[key]:.2f} ms{times}")
+    return " ".join(parts)
 
 
 def main() -> None:

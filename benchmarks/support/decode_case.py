@@ -8,8 +8,8 @@ import torch
 from vllm_longmamba.kernels import causal_conv1d_update_triton as conv_module
 from vllm_longmamba.kernels import selective_state_update_triton as update_module
 
-# H200: bytes/s measured by a copy, in bytes a microsecond
-BYTES_PER_US = 4.3e6
+from .h200 import BYTES_PER_US
+
 # several times the largest batch, and far more than the GPU keeps to itself
 CACHE_BYTES = 2e9
 MOST_CALLS = 400

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from .shapes import CACHE_GIB, GIB, MAX_LENGTH
-from .step_recorder import MARGIN, PROFILED, SKIPPED, start_recording, stop_recording
+from .step_recorder import (
+    MARGIN,
+    PROFILED,
+    SKIPPED,
+    start_prompts,
+    start_recording,
+    stop_prompts,
+    stop_recording,
+)
 
 # A start, with everything to be compiled, takes 1 to 2 minutes.
 LONGEST_SECONDS = 300
@@ -106,6 +114,13 @@ class _Engine:
         self.generate(batch, 16, SKIPPED + steps + PROFILED + MARGIN)
         recorded: dict[str, Any] = self.on_worker(stop_recording)
         return recorded
+
+    def profile_prompts(self, prompts: int, length: int) -> dict[str, Any]:
+        """Steps and kernels of a batch of equal prompts, see `stop_prompts`; not to be timed."""
+        self.on_worker(start_prompts)
+        self.generate(prompts, length, 1)
+        profiled: dict[str, Any] = self.on_worker(stop_prompts, prompts * length)
+        return profiled
 
     def on_worker(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function in the process of the model."""

@@ -1,4 +1,4 @@
-"""Functions for a worker of vLLM: decode steps by the clock, and their kernels by the profiler."""
+"""Functions for a worker of vLLM: decode steps by the clock, and kernels of decode and prefill by the profiler."""
 
 import statistics
 import time
@@ -10,6 +10,52 @@ PROFILED = 12
 # Steps that may hold fewer requests, because some began or ended earlier.
 MARGIN = 64
 
+# Name of a kernel (or copy), begin and end in microseconds.
+Event = tuple[str, float, float]
+
+
+def start_profile() -> Any:
+    """A profiler of what the GPU does from now on; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    profile.start()
+    return profile
+
+
+def stop_profile(profile: Any) -> list[Event]:
+    """What ran on the GPU since `start_profile`, which returned ``profile``."""
+    import torch
+
+    if profile is None:
+        return []
+    torch.cuda.synchronize()
+    profile.stop()
+    return [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+
+
+def kernel_times(events: list[Event], units: int) -> dict[str, Any]:
+    """What the GPU did, of one of ``units`` equal parts.
+
+    Returns:
+        gpu: seconds in which a kernel ran (kernels that overlap count once); kernels: by name, microseconds and calls.
+    """
+    kernels: dict[str, tuple[float, float]] = {}
+    busy, last = 0.0, float("-inf")
+    for name, begin, end in sorted(events, key=lambda event: event[1]):
+        time_before, calls = kernels.get(name, (0.0, 0.0))
+        kernels[name] = (time_before + (end - begin) / units, calls + 1 / units)
+        busy += max(0.0, end - max(begin, last))
+        last = max(last, end)
+    return {"gpu": 1e-6 * busy / units, "kernels": kernels}
+
 
 class _StepRecorder:
     """Stands for the model runner's `execute_model` and counts the calls that hold one token of each request."""
@@ -18,7 +64,7 @@ class _StepRecorder:
         self._execute, self._batch, self._steps = execute, batch, steps
         self._count, self._profile = 0, None
         self.times: list[float] = []
-        self.events: list[tuple[str, float, float]] = []
+        self.events: list[Event] = []
 
     def __call__(self, scheduler_output: Any, *args: Any, **options: Any) -> Any:
         if scheduler_output.total_num_scheduled_tokens == self._batch:
@@ -27,25 +73,12 @@ class _StepRecorder:
         return self._execute(scheduler_output, *args, **options)
 
     def _before_step(self, since_timed: int) -> None:
-        import torch
-
         if -self._steps < since_timed <= 0:
             self.times.append(time.perf_counter())
-        elif not torch.cuda.is_available():
-            return
         elif since_timed == 1:
-            torch.cuda.synchronize()
-            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-            self._profile.start()
-        elif since_timed == 1 + PROFILED and self._profile is not None:
-            torch.cuda.synchronize()
-            self._profile.stop()
-            self.events = [
-                (event.name, event.time_range.start, event.time_range.end)
-                for event in self._profile.events()
-                if event.device_type == torch.autograd.DeviceType.CUDA
-            ]
-            self._profile = None
+            self._profile = start_profile()
+        elif since_timed == 1 + PROFILED:
+            self.events = stop_profile(self._profile)
 
     def check(self) -> None:
         import torch
@@ -63,18 +96,55 @@ def stop_recording(worker: Any) -> dict[str, Any]:
     """What was recorded, of one step.
 
     Returns:
-        clock: median seconds from one step to the next; gpu: seconds in which a kernel ran (kernels that overlap count
-        once); kernels: by name, microseconds and calls.
+        clock: median seconds from one step to the next; gpu, kernels: see `kernel_times`.
     """
     recorder = worker.model_runner.execute_model
     del worker.model_runner.execute_model
     recorder.check()
     intervals = [end - begin for begin, end in zip(recorder.times, recorder.times[1:], strict=False)]
-    kernels: dict[str, tuple[float, float]] = {}
-    busy, last = 0.0, 0.0
-    for name, begin, end in sorted(recorder.events, key=lambda event: event[1]):
-        time_before, calls = kernels.get(name, (0.0, 0.0))
-        kernels[name] = (time_before + (end - begin) / PROFILED, calls + 1 / PROFILED)
-        busy += max(0.0, end - max(begin, last))
-        last = max(last, end)
-    return {"clock": statistics.median(intervals), "gpu": 1e-6 * busy / PROFILED, "kernels": kernels}
+    return {"clock": statistics.median(intervals), **kernel_times(recorder.events, PROFILED)}
+
+
+class _PromptRecorder:
+    """Stands for the model runner's `execute_model` while the profiler runs, and counts steps and their tokens."""
+
+    def __init__(self, execute: Any) -> None:
+        self._execute = execute
+        self.steps = self.tokens = 0
+        self.profile = start_profile()
+
+    def __call__(self, scheduler_output: Any, *args: Any, **options: Any) -> Any:
+        tokens = scheduler_output.total_num_scheduled_tokens
+        self.steps += tokens > 0
+        self.tokens += tokens
+        return self._execute(scheduler_output, *args, **options)
+
+
+def start_prompts(worker: Any) -> None:
+    """Profile from now on, while nothing runs; prompts of which one token each is generated come next."""
+    worker.model_runner.execute_model = _PromptRecorder(worker.model_runner.execute_model)
+
+
+def stop_prompts(worker: Any, tokens: int) -> dict[str, Any]:
+    """What was profiled of these prompts, all steps together.
+
+    Args:
+        worker: that ran them; they have ended.
+        tokens: of all prompts.
+
+    Returns:
+        steps: how many there were; gpu, kernels: see `kernel_times`.
+
+    Raises:
+        RuntimeError: the steps held other tokens than those of the prompts, or the profiler saw no kernel of a GPU.
+    """
+    import torch
+
+    recorder = worker.model_runner.execute_model
+    del worker.model_runner.execute_model
+    events = stop_profile(recorder.profile)
+    if recorder.tokens != tokens:
+        raise RuntimeError(f"{recorder.steps} steps held {recorder.tokens} tokens; the prompts have {tokens}")
+    if torch.cuda.is_available() and not events:
+        raise RuntimeError(f"the profiler saw no kernel in {recorder.steps} steps")
+    return {"steps": recorder.steps, **kernel_times(events, 1)}
