@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,8 +25,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 MODELS = ("mamba-1.4b", "mamba2-1.3b", "zamba2-1.2b")
 TRAIN_LENGTHS = {"mamba-1.4b": 2048, "mamba2-1.3b": 2048, "zamba2-1.2b": 4096}
 MODES = ("stock", "longmamba")
-# Bytes as tokens: the sequences are no text the model knows, but dummy weights know none.
-TOKENIZER = ROOT / "examples" / "passkey-mamba2-4m"
 CALIBRATED = re.compile(r"LongMamba: calibrated in ([0-9.]+) s on (\d+) sequences of the training length of (\d+)")
 
 # Run by a process for each start; argv: the arguments of LLM as JSON.
@@ -85,14 +82,15 @@ def _environment() -> dict[str, str]:
 
 
 def _write_model(name: str, folder: Path, tiny: bool) -> Path:
+    from support.byte_documents import add_tokenizer
     from support.shapes import model_config
 
     config = model_config(name, tiny)
     if config.model_type == "zamba2":
         config.max_position_embeddings = TRAIN_LENGTHS[name]
     config.save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TOKENIZER / file, folder / file)
+    # Bytes as tokens: the sequences are no text the model knows, but dummy weights know none.
+    add_tokenizer(folder)
     return folder
 
 

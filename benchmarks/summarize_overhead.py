@@ -23,7 +23,6 @@ import json
 import math
 import os
 import random
-import shutil
 import statistics
 import sys
 import tempfile
@@ -40,13 +39,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from support.byte_documents import INSTRUCTION, TOKENIZER, add_tokenizer, make_documents, prompt_of, write_jsonl
 from support.environment import environment
 from support.shapes import CACHE_GIB, GIB, MODELS, write_model
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-EXAMPLE_MODEL = EXAMPLES / "passkey-mamba2-4m"
-# A byte-level tokenizer: a document of n ASCII characters has n tokens, whatever the shape.
-INSTRUCTION = "TL;DR:"
+EXAMPLE_MODEL = TOKENIZER
 WARM_UP_DOCUMENTS = 8
 
 
@@ -71,18 +68,11 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def make_documents(count: int, shortest: int, longest: int) -> list[str]:
-    """Pieces of a book, with an unlike beginning each, so that no two share a prefix."""
-    book = (EXAMPLES / "texts" / "haystack.txt").read_text(encoding="ascii")
-    rng = random.Random(0)
-    documents = []
-    for number in range(count):
-        length = round(shortest * (longest / shortest) ** (number / max(count - 1, 1)))
-        start = rng.randrange(len(book))
-        text = f"Document {number}. " + book[start:] + book * math.ceil(length / len(book))
-        documents.append(text[:length])
-    rng.shuffle(documents)
-    return documents
+def even_lengths(count: int, shortest: int, longest: int) -> list[int]:
+    """Lengths whose logarithms are evenly spread between both, in random order."""
+    lengths = [round(shortest * (longest / shortest) ** (number / max(count - 1, 1))) for number in range(count)]
+    random.Random(0).shuffle(lengths)
+    return lengths
 
 
 def engine_options(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -96,8 +86,7 @@ def engine_options(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if given.shape is None:
         return options | {"model": str(EXAMPLE_MODEL), "dtype": "float32"}
     model = write_model(given.shape, folder / "model", given.tiny)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(EXAMPLE_MODEL / file, model)
+    add_tokenizer(model)
     return options | {
         "model": str(model),
         "dtype": "float32" if given.tiny else "bfloat16",
@@ -117,7 +106,7 @@ class BareRun:
         from vllm import LLM, SamplingParams
 
         self._llm = LLM(**options, disable_log_stats=True)
-        self._prompts: list[Any] = [f"{document}\n\n{INSTRUCTION}" for document in documents]
+        self._prompts: list[Any] = [prompt_of(document) for document in documents]
         if tokenized:
             tokenizer = self._llm.get_tokenizer()
             self._prompts = [{"prompt_token_ids": tokenizer.encode(prompt)} for prompt in self._prompts]
@@ -143,10 +132,7 @@ class JobRun:
         from vllm_longmamba.summarize.settings import JobSettings, Sampling
 
         self._folder = folder
-        self._input = folder / "documents.jsonl"
-        with self._input.open("w") as lines:
-            for number, document in enumerate(documents):
-                lines.write(json.dumps({"id": str(number), "text": document}) + "\n")
+        self._input = write_jsonl(folder / "documents.jsonl", documents)
         self._sampling = Sampling(max_tokens=max_tokens)
         self._settings = JobSettings
         self._loop = asyncio.new_event_loop()
@@ -201,7 +187,7 @@ class JobRun:
 def main() -> None:
     begin = time.perf_counter()
     given = arguments()
-    documents = make_documents(given.documents, *given.tokens)
+    documents = make_documents(even_lengths(given.documents, *given.tokens), seed=0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         options = engine_options(given, folder)
