@@ -261,7 +261,8 @@ def _receptive(evidence: Evidence) -> str:
         distances = [f"{length:.0f}" for method in record["distance"].values() for length in method.values()]
         rows.append([name_of(model), *shares, *distances])
         pictures.append(f"![Receptive fields of {name_of(model)}](pictures/evidence-receptive-{model}.png)")
-    head = ["model", "global channels", "tokens kept, 16k", "plain, 2k", "plain, 16k", "default, 16k"]
+    head = ["model", "global channels", "kept, 16k"]
+    head += ["distance: plain, 2k", "distance: plain, 16k", "distance: default, 16k"]
     return "\n\n".join([markdown(head, rows), *pictures])
 
 
