@@ -4,15 +4,17 @@
 
 Needs a CUDA build of vLLM and a GPU with programmatic dependent launch (compute capability 9.0). One CUDA graph has all
 layers, with weights and states of their own, so that they come from memory. In front of Mamba-2's out_proj the kernel
-also takes the gated norm. Checks its results, and writes small_products.json and .md: microseconds of a layer, with
-every launch size of each product alone, then with the best of all.
+also takes the gated norm, behind Mamba-1's in_proj the convolution. Checks its results, and writes small_products.json
+and .md: microseconds of a layer, with every launch size of each product alone, then with the best of all.
 """
 
 import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,8 @@ class Layers:
 
         ops.fused_add_rms_norm(self.hidden, self.residual, self.norm_weight, EPS)
         self._product("in_proj", layer, sizes)
-        self.case.conv(layer)
+        if not (self.case.rank and sizes.get("in_proj")):
+            self.case.conv(layer)
         if self.case.rank:
             self._product("x_proj", layer, sizes)
             self.case.update_with_projection(layer)
@@ -90,7 +93,7 @@ class Layers:
     def _product(self, name: str, layer: int, sizes: Mapping[str, Sizes | None]) -> None:
         weight, (x, out), gates = self.weights[name][layer], self.ends[name], self._gates(name)
         if sizes.get(name) is not None:
-            small_product_triton(x, weight, *gates, EPS, out, sizes[name])
+            small_product_triton(x, weight, *gates, EPS, out, self._convolution(name, layer), sizes[name])
             return
         if gates[0] is not None:
             self._gated_norm()
@@ -102,6 +105,23 @@ class Layers:
         is_normed = name == "out_proj" and not self.case.rank
         return (self.case.z, self.gated_norm_weight) if is_normed else (None, None)
 
+    def _convolution(self, name: str, layer: int) -> tuple[Any, ...] | None:
+        """That of Mamba-1, behind in_proj."""
+        if name != "in_proj" or not self.case.rank:
+            return None
+        return self.case.weight, self.case.bias, self.case.conv_state, self.case.slots[layer], True
+
+    def compile_all(self) -> None:
+        """Start to compile every launch that is tried, in threads; a launch waits for its own."""
+        for name, sizes in itertools.product(self.ends, SIZES):
+            given = (*self.ends[name], self.weights[name][0], *self._gates(name))
+            x, out, weight, *gates = (None if tensor is None else tensor.to("meta") for tensor in given)
+            convolution = self._convolution(name, 0)
+            if convolution is not None:
+                *tensors, has_silu = convolution
+                convolution = (*(tensor.to("meta") for tensor in tensors), has_silu)
+            small_product_triton(x, weight, *gates, EPS, out, convolution, sizes)
+
     def _gated_norm(self) -> None:
         from vllm.model_executor.layers.mamba.ops.layernorm_gated import _layer_norm_fwd
 
@@ -112,7 +132,7 @@ class Layers:
         """Of a product of random numbers against float32, as a share of the largest result."""
         weight, gates = self.weights[name][0], self._gates(name)
         x, out = (torch.randn_like(tensor) for tensor in self.ends[name])
-        small_product_triton(x, weight, *gates, EPS, out, sizes)
+        small_product_triton(x, weight, *gates, EPS, out, None, sizes)
         expected = small_product_reference(x.float(), weight, *gates, EPS)
         return float((out - expected).abs().max() / expected.abs().max())
 
@@ -162,10 +182,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     given = parser.parse_args()
+    import_module("vllm_longmamba.kernels.compile_ahead")._MOST_THREADS = os.cpu_count() or 1
     given.out.mkdir(parents=True, exist_ok=True)
     document: dict[str, Any] = {"environment": environment(), "results": []}
     for name, batch in itertools.product(given.shapes, given.batches):
         layers = Layers(name, batch, given.layers)
+        layers.compile_all()
         document["results"].append({"shape": name, "batch": batch, **measure(layers)})
         print(markdown({**document, "results": document["results"][-1:]}).splitlines()[-1], flush=True)
         (given.out / "small_products.json").write_text(json.dumps(document, indent=1) + "\n")
