@@ -10,18 +10,19 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Tokens for which it pays, by the most features of the weight, on an H200: benchmarks/small_products.py.
 MOST_TOKENS = {1024: 4, 4096: 2}
 MOST_SMALL = max(MOST_TOKENS.values())
+# Numbers of a weight. Larger ones were not measured; the vendor's library has fewer waits in them.
+MOST_WEIGHT = 1 << 25
 
 
-def prefers_small_product(tokens: int, features: int, device: torch.device) -> bool:
+def prefers_small_product(tokens: int, weight: torch.Tensor) -> bool:
     """Whether `small_product` is faster there than the vendor's library.
 
     Args:
         tokens: rows of the input.
-        features: rows of the weight.
-        device: of both. The kernel reads ahead while the one in front of it ends, which not every GPU can.
+        weight: (N, K). The kernel reads it while the one in front of it ends, which not every GPU can.
     """
-    most = next((most for limit, most in MOST_TOKENS.items() if features <= limit), 1)
-    return 0 < tokens <= most and supports_dependent_launch(device)
+    most = next((most for limit, most in MOST_TOKENS.items() if len(weight) <= limit), 1)
+    return 0 < tokens <= most and weight.numel() <= MOST_WEIGHT and supports_dependent_launch(weight.device)
 
 
 def small_product(

@@ -139,19 +139,22 @@ def test_small_product_refuses(changed: dict[str, torch.Tensor | None], message:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "features", "preferred"),
+    ("tokens", "features", "inputs", "preferred"),
     [
-        (0, 160, False),
-        (1, 16384, True),
-        (2, 16384, False),
-        (2, 2048, True),
-        (3, 2048, False),
-        (4, 160, True),
-        (5, 160, False),
+        (0, 160, 4096, False),
+        (1, 8512, 2048, True),
+        (2, 8512, 2048, False),
+        (2, 2048, 4096, True),
+        (3, 2048, 4096, False),
+        (4, 160, 4096, True),
+        (5, 160, 4096, False),
+        (1, 16384, 4096, False),
     ],
 )
-def test_few_tokens_prefer_it(tokens: int, features: int, preferred: bool, monkeypatch: pytest.MonkeyPatch):
-    device = torch.device("cuda")
+def test_few_tokens_prefer_it(
+    tokens: int, features: int, inputs: int, preferred: bool, monkeypatch: pytest.MonkeyPatch
+):
+    weight = torch.empty(features, inputs, device="meta")
     for supports in (True, False):
         monkeypatch.setattr(module, "supports_dependent_launch", lambda _, supports=supports: supports)
-        assert prefers_small_product(tokens, features, device) == (preferred and supports)
+        assert prefers_small_product(tokens, weight) == (preferred and supports)

@@ -40,7 +40,7 @@ def plain_weight(layer: Any) -> torch.Tensor | None:
 def is_small(layer: Any, tokens: int) -> bool:
     """Whether `project` runs this project's kernel, the only way in which it takes a norm."""
     weight = plain_weight(layer)
-    return weight is not None and prefers_small_product(tokens, len(weight), weight.device)
+    return weight is not None and prefers_small_product(tokens, weight)
 
 
 def project(
