@@ -10,7 +10,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Tokens for which it pays, by the most features of the weight, on an H200: benchmarks/small_products.py.
 MOST_TOKENS = {1024: 4, 4096: 2}
 MOST_SMALL = max(MOST_TOKENS.values())
-# Numbers of a weight. Larger ones were not measured; the vendor's library has fewer waits in them.
+# Numbers of a weight; larger ones were not measured.
 MOST_WEIGHT = 1 << 25
 
 
