@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # The engine and kernel tests on a GPU machine, several processes at once: bash tests/run_on_gpu.sh [LOG_FOLDER]
 # Needs a CUDA build of vLLM and this package installed. Prints pytest's closing line of each group; fails if one fails.
+# GROUPS_TO_RUN="NAME ..." chooses groups, AT_ONCE is how many run together, GROUP_SECONDS when one is ended.
+# The first engines on a machine compile the same kernels, each for itself: run one small group before the rest.
 set -u
 cd "$(dirname "$0")"
 logs=${1:-$(mktemp -d)}
@@ -11,6 +13,7 @@ names=() pids=()
 group() { # NAME COMMAND...: in the background, its output to a log
   local name=$1
   shift
+  while [ "$(jobs -rp | wc -l)" -ge "${AT_ONCE:-6}" ]; do wait -n; done
   timeout "${GROUP_SECONDS:-400}" "$@" >"$logs/$name.log" 2>&1 &
   names+=("$name") pids+=($!)
 }
