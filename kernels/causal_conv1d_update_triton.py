@@ -10,7 +10,7 @@ import triton.language as tl
 from .compile_ahead import launch
 from .dispatch import UNALIGNED, supports_dependent_launch
 from .reference import NULL_SLOT
-from .triton_helpers import silu
+from .triton_helpers import convolve_last
 
 
 @triton.jit(do_not_specialize=["batch", "index_stride"], do_not_specialize_on_alignment=UNALIGNED)
@@ -54,14 +54,7 @@ def _causal_conv1d_update_kernel(
         tl.extra.cuda.gdc_launch_dependents()
 
     x = tl.load(x_ptr + row[:, None] * x_stride + channel[None, :], mask=is_own, other=0.0)
-    # all threads have read the old state before any writes the new one
-    tl.debug_barrier()
-    for k in tl.static_range(WIDTH - 2):
-        tl.store(state_ptrs + k * tap_stride, window[k + 1], mask=has_state)
-    tl.store(state_ptrs + (WIDTH - 2) * tap_stride, x.to(state_ptr.dtype.element_ty), mask=has_state)
-    y += last_weight * x.to(tl.float32)
-    if SILU:
-        y = silu(y)
+    y = convolve_last(y, last_weight, x, window, state_ptrs, tap_stride, has_state, WIDTH, SILU)
     tl.store(out_ptr + row[:, None] * out_stride + channel[None, :], y.to(out_ptr.dtype.element_ty), mask=is_own)
 
 

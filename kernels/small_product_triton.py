@@ -10,7 +10,7 @@ import triton.language as tl
 from .compile_ahead import launch
 from .dispatch import UNALIGNED, supports_dependent_launch
 from .reference import NULL_SLOT
-from .triton_helpers import silu
+from .triton_helpers import convolve_last, silu
 
 # A weight is read once.
 _ONCE: tl.constexpr = tl.constexpr("evict_first")
@@ -92,14 +92,7 @@ def _small_product_kernel(
         out *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
     out = out.to(out_ptr.dtype.element_ty)
     if CHANNELS > 0:
-        # all threads have read the old state before any writes the new one
-        tl.debug_barrier()
-        for tap in tl.static_range(WIDTH - 2):
-            tl.store(state_ptrs + tap * tap_stride, window[tap + 1], mask=has_state)
-        tl.store(state_ptrs + (WIDTH - 2) * tap_stride, out.to(conv_state_ptr.dtype.element_ty), mask=has_state)
-        convolved += last_weight * out.to(tl.float32)
-        if SILU:
-            convolved = silu(convolved)
+        convolved = convolve_last(convolved, last_weight, out, window, state_ptrs, tap_stride, has_state, WIDTH, SILU)
         out = tl.where(is_channel, convolved.to(out_ptr.dtype.element_ty), out)
     out_ptrs = out_ptr + row[:, None] * out_stride + feature[None, :]
     tl.store(out_ptrs, out, mask=is_row & (feature < N)[None, :])

@@ -33,6 +33,23 @@ def silu(v):
 
 
 @triton.jit
+def convolve_last(y, weight, x, window, state_ptrs, tap_stride, has_state, WIDTH: tl.constexpr, SILU: tl.constexpr):
+    """Add the newest input to a convolution, and move the state by it.
+
+    y: the sum over the WIDTH - 1 inputs of `window`, which came from `state_ptrs`, `tap_stride` apart. weight: of x.
+    """
+    # all threads have read the old state before any writes the new one
+    tl.debug_barrier()
+    for tap in tl.static_range(WIDTH - 2):
+        tl.store(state_ptrs + tap * tap_stride, window[tap + 1], mask=has_state)
+    tl.store(state_ptrs + (WIDTH - 2) * tap_stride, x.to(state_ptrs.dtype.element_ty), mask=has_state)
+    y += weight * x.to(tl.float32)
+    if SILU:
+        y = silu(y)
+    return y
+
+
+@triton.jit
 def filtered_dt(raw, dt_bias, threshold, is_prompt, FILTER: tl.constexpr):
     """``softplus(raw + dt_bias)``, and 0 where LongMamba filters a prompt token: where it is at most the threshold."""
     dt = softplus(raw.to(tl.float32) + dt_bias)
