@@ -19,12 +19,11 @@ from .reference import (
 )
 from .selective_scan import selective_scan
 from .selective_state_update import MOST_PROJECTED, selective_state_update
-from .small_product import MOST_SMALL, prefers_small_product, small_product
+from .small_product import most_small_tokens, small_product
 from .ssd import ssd, ssd_supports
 
 __all__ = [
     "MOST_PROJECTED",
-    "MOST_SMALL",
     "PER_DECODE_TOKEN",
     "causal_conv1d",
     "causal_conv1d_reference",
@@ -33,7 +32,7 @@ __all__ = [
     "compile_ahead",
     "filter_dt_",
     "filter_dt_reference",
-    "prefers_small_product",
+    "most_small_tokens",
     "selective_scan",
     "selective_scan_reference",
     "selective_state_update",

@@ -14,15 +14,15 @@ MOST_SMALL = max(MOST_TOKENS.values())
 MOST_WEIGHT = 1 << 25
 
 
-def prefers_small_product(tokens: int, weight: torch.Tensor) -> bool:
-    """Whether `small_product` is faster there than the vendor's library.
+def most_small_tokens(weight: torch.Tensor) -> int:
+    """Up to how many tokens `small_product` is faster than the vendor's library; 0 where it never is.
 
     Args:
-        tokens: rows of the input.
         weight: (N, K). The kernel reads it while the one in front of it ends, which not every GPU can.
     """
-    most = next((most for limit, most in MOST_TOKENS.items() if len(weight) <= limit), 1)
-    return 0 < tokens <= most and weight.numel() <= MOST_WEIGHT and supports_dependent_launch(weight.device)
+    if weight.numel() > MOST_WEIGHT or not supports_dependent_launch(weight.device):
+        return 0
+    return next((most for limit, most in MOST_TOKENS.items() if len(weight) <= limit), 1)
 
 
 def small_product(
@@ -63,6 +63,8 @@ def small_product(
         ValueError: for a wrong shape, dtype, stride or device.
     """
     _check(x, weight, gate, norm_weight)
+    if any((tensor is None) != (conv_weight is None) for tensor in (conv_state, state_indices)):
+        raise ValueError("conv_weight, conv_state and state_indices belong together, but some of them came as None")
     shape = (len(x), len(weight))
     out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
     check_tensor("out", out, shape, (x.dtype,), x.device, contiguous=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import random_token_ids
 
-from vllm_longmamba.layers import mamba2, projections
+from vllm_longmamba.layers import mamba1, mamba2, projections
 from vllm_longmamba.layers.filtered_mixer import FilteredMixer
 from vllm_longmamba.layers.mamba2 import LongMambaMixer2
 
@@ -43,9 +43,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return small_product(x, *arguments, **convolution)
 
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep_weight)
-    for module in (mamba2, projections):
-        monkeypatch.setattr(module, "plain_weight", lambda layer: layer.weight)
-    monkeypatch.setattr(projections, "prefers_small_product", lambda tokens, *_: 0 < tokens <= 2)
+    for module in (mamba1, projections):
+        monkeypatch.setattr(module, "unquantized_weight", lambda layer: layer.weight)
+    monkeypatch.setattr(projections, "most_small_tokens", lambda _: 2)
     monkeypatch.setattr(projections, "small_product", recorded)
     monkeypatch.setattr(LongMambaMixer2, "_has_norm_kernel", lambda _: True)
     monkeypatch.setattr(mamba2, "_layer_norm_fwd", gated_norm)

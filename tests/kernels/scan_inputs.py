@@ -78,3 +78,29 @@ def in_float64(inputs: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of what was expected."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def conv_update_inputs(
+    batch: int, channels: int = 20, width: int = 4, dtype: torch.dtype = torch.float32, has_bias: bool = True,
+    is_dim_first: bool = False,
+) -> dict[str, torch.Tensor | None]:  # fmt: skip
+    """Arguments of causal_conv1d_update.
+
+    x is a slice of a projection, slots run backwards in a column of a table, and lie further apart than needed.
+    """
+    generator = torch.Generator().manual_seed(batch + channels)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+    window = (channels, width - 1) if is_dim_first else (width - 1, channels)
+    state = normal(batch + 2, channels * (width - 1) + 7)[:, 7:].unflatten(1, window)
+    slots = torch.arange(batch, 0, -1, dtype=torch.int32, device=DEVICE)
+    return {
+        "x": normal(batch, channels + 9)[:, 3 : 3 + channels],
+        "weight": normal(channels, width),
+        "bias": normal(channels) if has_bias else None,
+        # vLLM's layout: channels innermost
+        "conv_state": state if is_dim_first else state.transpose(1, 2),
+        "state_indices": torch.stack([slots, slots + 1], 1)[:, 0],
+    }

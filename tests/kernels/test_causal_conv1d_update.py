@@ -1,31 +1,8 @@
 import pytest
 import torch
-from scan_inputs import DEVICE, TOLERANCES, in_float64, relative_error
+from scan_inputs import TOLERANCES, conv_update_inputs, in_float64, relative_error
 
 from vllm_longmamba.kernels import causal_conv1d_update, causal_conv1d_update_reference
-
-
-def update_inputs(
-    batch: int, channels: int = 20, width: int = 4, dtype: torch.dtype = torch.float32, has_bias: bool = True,
-    is_dim_first: bool = False,
-) -> dict[str, torch.Tensor | None]:  # fmt: skip
-    """x is a slice of a projection, slots run backwards in a column of a table, and lie further apart than needed."""
-    generator = torch.Generator().manual_seed(batch + channels)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
-
-    window = (channels, width - 1) if is_dim_first else (width - 1, channels)
-    state = normal(batch + 2, channels * (width - 1) + 7)[:, 7:].unflatten(1, window)
-    slots = torch.arange(batch, 0, -1, dtype=torch.int32, device=DEVICE)
-    return {
-        "x": normal(batch, channels + 9)[:, 3 : 3 + channels],
-        "weight": normal(channels, width),
-        "bias": normal(channels) if has_bias else None,
-        # vLLM's layout: channels innermost
-        "conv_state": state if is_dim_first else state.transpose(1, 2),
-        "state_indices": torch.stack([slots, slots + 1], 1)[:, 0],
-    }
 
 
 def check(inputs: dict[str, torch.Tensor | None], dtype: torch.dtype = torch.float32, **options: bool) -> None:
@@ -42,30 +19,30 @@ def check(inputs: dict[str, torch.Tensor | None], dtype: torch.dtype = torch.flo
 @pytest.mark.parametrize("channels", [5, 300], ids=["one-block", "blocks"])
 @pytest.mark.parametrize("batch", [1, 5, 18, 130])
 def test_causal_conv1d_update(batch: int, channels: int, width: int):
-    check(update_inputs(batch, channels, width))
+    check(conv_update_inputs(batch, channels, width))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_causal_conv1d_update_half_precision(dtype: torch.dtype):
-    check(update_inputs(5, dtype=dtype), dtype)
+    check(conv_update_inputs(5, dtype=dtype), dtype)
 
 
 def test_causal_conv1d_update_without_bias_and_activation():
-    check(update_inputs(5, has_bias=False), silu=False)
+    check(conv_update_inputs(5, has_bias=False), silu=False)
 
 
 def test_causal_conv1d_update_of_a_state_with_channels_first():
-    check(update_inputs(5, is_dim_first=True))
+    check(conv_update_inputs(5, is_dim_first=True))
 
 
 def test_causal_conv1d_update_goes_on_where_it_left_off():
-    inputs = update_inputs(3)
+    inputs = conv_update_inputs(3)
     check(inputs)
     check(inputs | {"x": -inputs["x"]})
 
 
 def test_causal_conv1d_update_leaves_null_block_alone():
-    inputs = update_inputs(6)
+    inputs = conv_update_inputs(6)
     inputs["state_indices"][2] = 0
     before = inputs["conv_state"].clone()
     check(inputs)
@@ -75,7 +52,7 @@ def test_causal_conv1d_update_leaves_null_block_alone():
 
 
 def test_causal_conv1d_update_of_an_empty_batch():
-    assert causal_conv1d_update(**update_inputs(0)).shape == (0, 20)
+    assert causal_conv1d_update(**conv_update_inputs(0)).shape == (0, 20)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +68,6 @@ def test_causal_conv1d_update_of_an_empty_batch():
     ],
 )
 def test_causal_conv1d_update_rejects(name: str, wrong: torch.Tensor, message: str):
-    inputs = {key: tensor.cpu() for key, tensor in update_inputs(2).items()}
+    inputs = {key: tensor.cpu() for key, tensor in conv_update_inputs(2).items()}
     with pytest.raises(ValueError, match=message):
         causal_conv1d_update(**(inputs | {name: wrong}))

@@ -1,12 +1,13 @@
 import sys
+from typing import Any
 
 import pytest
 import torch
-from scan_inputs import DEVICE, TOLERANCES, in_float64, relative_error
+from scan_inputs import DEVICE, TOLERANCES, conv_update_inputs, in_float64, relative_error
 
 from vllm_longmamba.kernels import (
     causal_conv1d_update_reference,
-    prefers_small_product,
+    most_small_tokens,
     small_product,
     small_product_reference,
 )
@@ -52,22 +53,11 @@ def test_small_product_half_precision(dtype: torch.dtype):
     check(product_inputs(2, 70, 600, dtype, has_norm=True), dtype)
 
 
-def convolution(
-    tokens: int, channels: int, width: int, dtype: torch.dtype = torch.float32, has_bias: bool = True
-) -> dict[str, torch.Tensor | None]:
-    """vLLM's layout of the state, channels innermost; the slots run backwards in a column of a table."""
-    generator = torch.Generator().manual_seed(channels)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
-
-    slots = torch.arange(tokens, 0, -1, dtype=torch.int32, device=DEVICE)
-    return {
-        "conv_weight": normal(channels, width),
-        "conv_bias": normal(channels) if has_bias else None,
-        "conv_state": normal(tokens + 2, width - 1, channels + 3)[..., 3:].transpose(1, 2),
-        "state_indices": torch.stack([slots, slots + 1], 1)[:, 0],
-    }
+def convolution(tokens: int, channels: int, width: int, *given: Any, **options: Any) -> dict[str, torch.Tensor | None]:
+    """Of `conv_update_inputs`, without its input."""
+    inputs = conv_update_inputs(tokens, channels, width, *given, **options)
+    names = {"weight": "conv_weight", "bias": "conv_bias", "conv_state": "conv_state", "state_indices": "state_indices"}
+    return {name: inputs[own] for own, name in names.items()}
 
 
 def check_convolved(
@@ -127,6 +117,8 @@ def test_small_product_allocates_its_result():
         ({"gate": torch.zeros(2, 8), "norm_weight": torch.zeros(7)}, r"norm_weight must have shape \(8,\)"),
         ({"out": torch.zeros(2, 6, dtype=torch.float64)}, "out must be torch.float32"),
         (convolution(2, 7, 4), "must have shape"),
+        (convolution(2, 4, 4) | {"conv_state": None}, "belong together"),
+        (convolution(2, 4, 4) | {"state_indices": None}, "belong together"),
         (convolution(2, 4, 4) | {"conv_bias": torch.zeros(5)}, r"bias must have shape \(4,\)"),
     ],
 )
@@ -157,4 +149,4 @@ def test_few_tokens_prefer_it(
     weight = torch.empty(features, inputs, device="meta")
     for supports in (True, False):
         monkeypatch.setattr(module, "supports_dependent_launch", lambda _, supports=supports: supports)
-        assert prefers_small_product(tokens, weight) == (preferred and supports)
+        assert (0 < tokens <= most_small_tokens(weight)) == (preferred and supports)

@@ -58,7 +58,7 @@ class Linear(torch.nn.Module):
 @pytest.mark.parametrize(("is_plain", "is_small"), [(False, False), (True, False), (True, True)])
 def test_all_ways_give_the_same(is_plain: bool, is_small: bool, has_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(projections, "plain_weight", lambda layer: layer.weight if is_plain else None)
-    monkeypatch.setattr(projections, "prefers_small_product", lambda *_: is_small)
+    monkeypatch.setattr(projections, "most_small_tokens", lambda _: 2 if is_small else 0)
     x, weight = torch.randn(2, 6), torch.randn(5, 6)
     out = torch.empty(2, 5) if has_out else None
     projected = project(Linear(weight), x, out)
@@ -68,7 +68,7 @@ def test_all_ways_give_the_same(is_plain: bool, is_small: bool, has_out: bool, m
 
 def test_with_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(projections, "plain_weight", lambda layer: layer.weight)
-    monkeypatch.setattr(projections, "prefers_small_product", lambda *_: True)
+    monkeypatch.setattr(projections, "most_small_tokens", lambda _: 1)
     x, weight, norm = torch.randn(1, 6), torch.randn(5, 6), GatedNorm(torch.randn(1, 6), torch.randn(6), 1e-3)
     expected = small_product_reference(x, weight, *norm)
     torch.testing.assert_close(project(Linear(weight), x, norm=norm), expected)

@@ -105,6 +105,11 @@ class FilteredMixer:
         """Whether this layer runs the kernels of this project on prompts; vLLM's elsewhere, as far as it has some."""
         return bool(self.A.is_cuda)
 
+    @property
+    def _runs_own_decodes(self) -> bool:
+        """Whether it runs them on decode steps as well."""
+        return self.runs_own_kernels() and self._updates_state
+
     @contextmanager
     def _step(self, metadata: Any) -> Iterator[None]:
         """While it lasts, this layer finds other metadata of the step."""
@@ -179,7 +184,7 @@ class FilteredMixer:
         weights, bias, state = self._conv_weights(), self.conv1d.bias, self._conv_state()
         slots = metadata.state_indices_tensor_d
         convolved: torch.Tensor
-        if not (self.runs_own_kernels() and self._updates_state):
+        if not self._runs_own_decodes:
             convolved = vllm_causal_conv1d_update(x, state, weights, bias, self.activation, conv_state_indices=slots)
             return convolved
         arguments = {"x": x, "weight": weights, "bias": bias, "conv_state": state, "state_indices": slots[:, 0]}

@@ -4,14 +4,13 @@ from typing import Any
 
 import torch
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn
 from vllm.model_executor.layers.mamba.ops.ssu_dispatch import selective_state_update as vllm_selective_state_update
 
 from vllm_longmamba.kernels import MOST_PROJECTED, filter_dt_, selective_scan
 from vllm_longmamba.layers.filtered_mixer import FilteredMixer
-from vllm_longmamba.layers.projections import compile_product, is_small, project
+from vllm_longmamba.layers.projections import compile_product, is_small, project, unquantized_weight
 from vllm_longmamba.layers.step_metadata import FilterRows, LongMamba1Backend
 
 
@@ -52,7 +51,7 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
 
     def _convolves_in_projection(self, decodes: int) -> bool:
         """Whether a step of so many decode tokens and no prompts has the convolution in the launch of in_proj."""
-        return self.runs_own_kernels() and self._updates_state and is_small(self.in_proj, decodes)
+        return self._runs_own_decodes and is_small(self.in_proj, decodes)
 
     def _prefill(self, x: torch.Tensor, z: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor) -> None:
         if self.runs_own_kernels():
@@ -104,7 +103,7 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
 
     def _decode(self, x: torch.Tensor, z: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor) -> None:
         states, state, dt_bias = metadata.state_indices_tensor_d, self.kv_cache[1], self.dt_proj.bias
-        if self.runs_own_kernels() and self._updates_state:
+        if self._runs_own_decodes:
             self._update(x, z, states[:, 0], rows.decode, out)
             return
         dt, B, C = self._dt_B_C(x)
@@ -137,18 +136,17 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
         self, x: torch.Tensor, z: torch.Tensor, slots: torch.Tensor, token_rows: torch.Tensor | None, out: torch.Tensor
     ) -> None:
         """Everything between convolution and out_proj; for few sequences, dt_proj in the launch of the update."""
-        layer = self.dt_proj
-        is_plain = type(layer) is ColumnParallelLinear and isinstance(layer.quant_method, UnquantizedLinearMethod)
-        can_project = is_plain and not self.is_lora_enabled
+        dt_weight = None if self.is_lora_enabled else unquantized_weight(self.dt_proj)
 
         def arguments(projects_dt: bool) -> dict[str, Any]:
             dt, B, C = self._low_rank_dt_B_C(x) if projects_dt else self._dt_B_C(x)
             where = {"state": self.kv_cache[1], "state_indices": slots, "out": out}
-            weight = layer.weight if projects_dt else None
-            return {**self._recurrence(x, dt, B, C), "z": z, "dt_bias": layer.bias, "dt_weight": weight, **where}
+            weight = dt_weight if projects_dt else None
+            bias = self.dt_proj.bias
+            return {**self._recurrence(x, dt, B, C), "z": z, "dt_bias": bias, "dt_weight": weight, **where}
 
-        projects_dt = can_project and x.numel() <= MOST_PROJECTED
-        if can_project and self._most_decodes is not None:
+        projects_dt = dt_weight is not None and x.numel() <= MOST_PROJECTED
+        if dt_weight is not None and self._most_decodes is not None:
             # vLLM's warm-up; the way that this batch does not take.
             self._compile_decode(arguments(not projects_dt), self._most_decodes)
         self._run_decode(token_rows, **arguments(projects_dt))

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name, direct_register_custom_op
 
-from vllm_longmamba.kernels import MOST_SMALL, compile_ahead, prefers_small_product, small_product
+from vllm_longmamba.kernels import compile_ahead, most_small_tokens, small_product
 
 
 class GatedNorm(NamedTuple):
@@ -26,21 +26,32 @@ class GatedNorm(NamedTuple):
 NO_NORM = (None, None, 0.0)
 
 
-def plain_weight(layer: Any) -> torch.Tensor | None:
-    """The weight (N, K) of a layer that does no more than multiply by it: on a GPU, without quantization or LoRA."""
+def unquantized_weight(layer: Any) -> torch.Tensor | None:
+    """The weight (N, K) of a layer that multiplies by it as it is: on a GPU, without quantization or LoRA."""
     if type(layer) not in (ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear):
         return None
-    adds_up = type(layer) is RowParallelLinear and layer.tp_size > 1
-    if adds_up or layer.bias is not None or not isinstance(layer.quant_method, UnquantizedLinearMethod):
+    if not isinstance(layer.quant_method, UnquantizedLinearMethod):
         return None
     weight: torch.Tensor = layer.weight
     return weight if weight.is_cuda else None
 
 
+def plain_weight(layer: Any) -> torch.Tensor | None:
+    """The same of a layer that does no more than that: it adds no bias, and nothing of other ranks."""
+    weight = unquantized_weight(layer)
+    if weight is None or layer.bias is not None:
+        return None
+    return None if type(layer) is RowParallelLinear and layer.tp_size > 1 else weight
+
+
 def is_small(layer: Any, tokens: int) -> bool:
     """Whether `project` runs this project's kernel, the only way in which it takes a norm."""
     weight = plain_weight(layer)
-    return weight is not None and prefers_small_product(tokens, weight)
+    return weight is not None and _are_few(tokens, weight)
+
+
+def _are_few(tokens: int, weight: torch.Tensor) -> bool:
+    return bool(0 < tokens <= most_small_tokens(weight))
 
 
 def project(
@@ -64,7 +75,7 @@ def project(
     """
     weight = plain_weight(layer)
     projected: torch.Tensor
-    if weight is not None and is_small(layer, len(x)):
+    if weight is not None and _are_few(len(x), weight):
         projected = small_product(x, weight, *(norm or NO_NORM), out, **convolution)
     elif weight is not None and out is not None:
         # The same product without a copy of the result.
@@ -79,8 +90,7 @@ def project(
 def compile_product(layer: Any, norm: GatedNorm | None = None, **convolution: Any) -> None:
     """Start to compile this project's kernel for `project`, where it would run."""
     weight = plain_weight(layer)
-    most = max((tokens for tokens in range(1, MOST_SMALL + 1) if is_small(layer, tokens)), default=0)
-    if weight is None or most == 0:
+    if weight is None or not (most := most_small_tokens(weight)):
         return
     gate, norm_weight, _ = norm or NO_NORM
     arguments = {"x": weight.new_empty((1, weight.shape[1])), "weight": weight, "gate": gate}
