@@ -21,11 +21,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from support.compile_together import compile_together
 from support.decode_case import SHAPES, Case, conv_module, update_module
 from support.environment import environment, environment_line
 from support.graph_timing import microseconds
 
-from vllm_longmamba.kernels import PER_DECODE_TOKEN, compile_ahead
+from vllm_longmamba.kernels import PER_DECODE_TOKEN
+from vllm_longmamba.kernels.compile_ahead import meta_calls
 
 BATCHES = (1, 4, 16, 64, 256, 512)
 CONV_SIZES = [
@@ -39,24 +41,19 @@ PROJECTED_BATCHES = (1, 2, 4, 8, 16)
 
 def compile_all(shapes: list[str], dtypes: list[torch.dtype]) -> None:
     """Compile all variants in threads."""
-    compile_ahead_module = sys.modules[compile_ahead.__module__]
-    compile_ahead_module._MOST_THREADS = 32
-    for name, dtype in itertools.product(shapes, dtypes):
-        case = Case(SHAPES[name], 8, dtype)
-        for call in compile_ahead_module.meta_calls(case.update_arguments(0), 8, PER_DECODE_TOKEN):
-            for sizes in case.update_sizes():
-                update_module.selective_state_update_triton(**call, sizes=sizes)
-            if case.rank:
-                given = call | {"dt": case.low_rank_dt.to("meta"), "dt_weight": case.dt_weight.to("meta")}
-                for sizes in PROJECTION_SIZES:
-                    update_module.selective_state_update_triton(**given, sizes=sizes)
-        for call in compile_ahead_module.meta_calls(case.conv_arguments(0), 8, PER_DECODE_TOKEN):
-            for sizes in CONV_SIZES:
-                conv_module.causal_conv1d_update_triton(**call, sizes=sizes)
-    for future in list(compile_ahead_module._pending.values()):
-        if future.exception() is not None:
-            print(f"not compiled: {future.exception()!r}"[:300])
-    compile_ahead_module._pending.clear()
+    with compile_together():
+        for name, dtype in itertools.product(shapes, dtypes):
+            case = Case(SHAPES[name], 8, dtype)
+            for call in meta_calls(case.update_arguments(0), 8, PER_DECODE_TOKEN):
+                for sizes in case.update_sizes():
+                    update_module.selective_state_update_triton(**call, sizes=sizes)
+                if case.rank:
+                    given = call | {"dt": case.low_rank_dt.to("meta"), "dt_weight": case.dt_weight.to("meta")}
+                    for sizes in PROJECTION_SIZES:
+                        update_module.selective_state_update_triton(**given, sizes=sizes)
+            for call in meta_calls(case.conv_arguments(0), 8, PER_DECODE_TOKEN):
+                for sizes in CONV_SIZES:
+                    conv_module.causal_conv1d_update_triton(**call, sizes=sizes)
 
 
 def measure(case: Case, without_pdl: bool) -> dict[str, Any]:

@@ -11,10 +11,8 @@ and .md: microseconds of a layer, with every launch size of each product alone, 
 import argparse
 import itertools
 import json
-import os
 import sys
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from support.compile_together import compile_together
 from support.decode_case import SHAPES, Case
 from support.environment import environment, environment_line
 from support.graph_timing import microseconds
 from support.h200 import BYTES_PER_US
 
 from vllm_longmamba.kernels import small_product_reference
+from vllm_longmamba.kernels.compile_ahead import meta_calls
 from vllm_longmamba.kernels.small_product_triton import small_product_triton
 
 EPS = 1e-5
@@ -112,15 +112,15 @@ class Layers:
         return self.case.weight, self.case.bias, self.case.conv_state, self.case.slots[layer], True
 
     def compile_all(self) -> None:
-        """Start to compile every launch that is tried, in threads; a launch waits for its own."""
-        for name, sizes in itertools.product(self.ends, SIZES):
-            given = (*self.ends[name], self.weights[name][0], *self._gates(name))
-            x, out, weight, *gates = (None if tensor is None else tensor.to("meta") for tensor in given)
-            convolution = self._convolution(name, 0)
-            if convolution is not None:
-                *tensors, has_silu = convolution
-                convolution = (*(tensor.to("meta") for tensor in tensors), has_silu)
-            small_product_triton(x, weight, *gates, EPS, out, convolution, sizes)
+        """Compile every launch that is tried, in threads."""
+        with compile_together():
+            for name, sizes in itertools.product(self.ends, SIZES):
+                gates, convolution = self._gates(name), self._convolution(name, 0)
+                given = (*self.ends[name], self.weights[name][0], *gates, *(convolution or ()))
+                # In their layout, for which kernels are compiled.
+                [call] = meta_calls(dict(enumerate(given)), 1, ())
+                x, out, weight, gate, norm_weight, *parts = call.values()
+                small_product_triton(x, weight, gate, norm_weight, EPS, out, tuple(parts) or None, sizes)
 
     def _gated_norm(self) -> None:
         from vllm.model_executor.layers.mamba.ops.layernorm_gated import _layer_norm_fwd
@@ -182,7 +182,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     given = parser.parse_args()
-    import_module("vllm_longmamba.kernels.compile_ahead")._MOST_THREADS = os.cpu_count() or 1
     given.out.mkdir(parents=True, exist_ok=True)
     document: dict[str, Any] = {"environment": environment(), "results": []}
     for name, batch in itertools.product(given.shapes, given.batches):

@@ -39,11 +39,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from support.byte_documents import INSTRUCTION, TOKENIZER, add_tokenizer, make_documents, prompt_of, write_jsonl
+from support.byte_documents import EXAMPLE_MODEL, INSTRUCTION, add_tokenizer, make_documents, prompt_of, write_jsonl
 from support.environment import environment
 from support.shapes import CACHE_GIB, GIB, MODELS, write_model
 
-EXAMPLE_MODEL = TOKENIZER
 WARM_UP_DOCUMENTS = 8
 
 

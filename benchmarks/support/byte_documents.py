@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-TOKENIZER = EXAMPLES / "passkey-mamba2-4m"
+EXAMPLE_MODEL = EXAMPLES / "passkey-mamba2-4m"
 # As `longmamba summarize` asks a base model.
 INSTRUCTION = "TL;DR:"
 
@@ -44,7 +44,7 @@ def write_jsonl(file: Path, documents: Sequence[str]) -> Path:
 def add_tokenizer(model: Path) -> None:
     """Give a model's folder the tokenizer of the example models, one token a byte."""
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TOKENIZER / file, model / file)
+        shutil.copyfile(EXAMPLE_MODEL / file, model / file)
 
 
 def remove_end_token(model: Path) -> None:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scan_kernels import scan_inputs, stock_scan
 
+from support.h200 import BYTES_PER_US
 from vllm_longmamba.kernels import causal_conv1d, causal_conv1d_triton, selective_scan, selective_scan_triton
 
 
@@ -135,7 +136,7 @@ def conv() -> None:
                 metadata=Metadata,
             )
         )
-        floor = 4 * tokens * channels / 4.3e6
+        floor = 4 * tokens * channels / BYTES_PER_US
         print(f"conv {tokens} x {channels}: stock {stock:.1f}, bytes {floor:.1f}")
         for part, wide, group, warps in (
             (16, 128, 4, 1), (16, 128, 8, 1), (16, 128, 16, 1), (16, 256, 8, 2), (32, 128, 4, 1), (32, 128, 8, 1),
