@@ -59,7 +59,7 @@ def _filtered(engine: Engine) -> Filtered:
 
     def attach(worker: Any) -> None:
         for mixer in filtered_mixers(worker.get_model()):
-            mixer.dt_recorder = recorder
+            mixer.dt_recorder = recorder.record
 
     engine.llm.collective_rpc(attach)
     text = (EXAMPLES / "texts" / "haystack.txt").read_text()
