@@ -26,7 +26,7 @@ from support.environment import environment, environment_line
 from support.graph_timing import microseconds
 from support.h200 import BYTES_PER_US
 
-from vllm_longmamba.kernels import small_product_reference
+from vllm_longmamba.kernels import gated_norm, small_product_reference
 from vllm_longmamba.kernels.compile_ahead import meta_calls
 from vllm_longmamba.kernels.small_product_triton import small_product_triton
 
@@ -96,8 +96,7 @@ class Layers:
             small_product_triton(x, weight, *gates, EPS, out, self._convolution(name, layer), sizes[name])
             return
         if gates[0] is not None:
-            self._gated_norm()
-            x = self.normalized
+            x = gated_norm(self.case.out, *gates, EPS, self.normalized)
         torch.mm(x, weight.t(), out=out)
 
     def _gates(self, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -121,12 +120,6 @@ class Layers:
                 [call] = meta_calls(dict(enumerate(given)), 1, ())
                 x, out, weight, gate, norm_weight, *parts = call.values()
                 small_product_triton(x, weight, gate, norm_weight, EPS, out, tuple(parts) or None, sizes)
-
-    def _gated_norm(self) -> None:
-        from vllm.model_executor.layers.mamba.ops.layernorm_gated import _layer_norm_fwd
-
-        options = {"z": self.case.z, "out": self.normalized, "norm_before_gate": False, "is_rms_norm": True}
-        _layer_norm_fwd(self.case.out, self.gated_norm_weight, None, EPS, **options)
 
     def largest_error(self, name: str, sizes: Sizes) -> float:
         """Of a product of random numbers against float32, as a share of the largest result."""

@@ -8,10 +8,12 @@ from .causal_conv1d import causal_conv1d
 from .causal_conv1d_update import causal_conv1d_update
 from .compile_ahead import PER_DECODE_TOKEN, compile_ahead
 from .filter_dt import filter_dt_
+from .gated_norm import gated_norm
 from .reference import (
     causal_conv1d_reference,
     causal_conv1d_update_reference,
     filter_dt_reference,
+    gated_norm_reference,
     selective_scan_reference,
     selective_state_update_reference,
     small_product_reference,
@@ -19,11 +21,12 @@ from .reference import (
 )
 from .selective_scan import selective_scan
 from .selective_state_update import MOST_PROJECTED, selective_state_update
-from .small_product import most_small_tokens, small_product
+from .small_product import MOST_SMALL, most_small_tokens, small_product
 from .ssd import ssd, ssd_supports
 
 __all__ = [
     "MOST_PROJECTED",
+    "MOST_SMALL",
     "PER_DECODE_TOKEN",
     "causal_conv1d",
     "causal_conv1d_reference",
@@ -32,6 +35,8 @@ __all__ = [
     "compile_ahead",
     "filter_dt_",
     "filter_dt_reference",
+    "gated_norm",
+    "gated_norm_reference",
     "most_small_tokens",
     "selective_scan",
     "selective_scan_reference",

@@ -62,7 +62,7 @@ def causal_conv1d(
     if check:
         _check(*arguments, out)
         _check_filter(x, len(state_indices), *filters)
-    if x.numel() == 0 or len(state_indices) == 0:
+    if x.numel() == 0 or state_indices.shape[0] == 0:
         return out
     if uses_triton(x):
         from .causal_conv1d_triton import causal_conv1d_triton

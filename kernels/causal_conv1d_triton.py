@@ -144,7 +144,7 @@ def causal_conv1d_triton(
     dt, dt_bias, dt_threshold, seq_rows, seq_prompt_tokens, silu, out,
 ) -> None:  # fmt: skip
     """Launch for checked arguments; see :func:`kernels.causal_conv1d.causal_conv1d`."""
-    (tokens, channels), nseq = x.shape, len(state_indices)
+    (tokens, channels), nseq = x.shape, state_indices.shape[0]
     is_filtered = dt_threshold is not None
     block = LARGEST_BLOCK
     while channels % block and block > SMALLEST_BLOCK:

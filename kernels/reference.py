@@ -243,6 +243,12 @@ def selective_state_update_reference(
     return out.copy_((y if z is None else y * functional.silu(z.to(y.dtype))) * is_row)
 
 
+def gated_norm_reference(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """See :func:`kernels.gated_norm.gated_norm`."""
+    x = x * functional.silu(gate.to(x.dtype))
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+
+
 def small_product_reference(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -252,6 +258,5 @@ def small_product_reference(
 ) -> torch.Tensor:
     """See :func:`kernels.small_product.small_product`."""
     if gate is not None and norm_weight is not None:
-        x = x * functional.silu(gate.to(x.dtype))
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm_weight.to(x.dtype)
+        x = gated_norm_reference(x, gate, norm_weight, eps)
     return x @ weight.to(x.dtype).t()

@@ -71,7 +71,7 @@ def selective_scan(
     filters = (dt_threshold, seq_rows, seq_prompt_tokens)
     if check:
         _check(*tensors, *filters, out)
-    if x.numel() == 0 or len(state_indices) == 0:
+    if x.numel() == 0 or state_indices.shape[0] == 0:
         return out
     if uses_triton(x):
         from .selective_scan_triton import selective_scan_triton

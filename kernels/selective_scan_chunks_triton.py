@@ -68,7 +68,7 @@ def _selective_scan_walk_kernel(
 ):  # fmt: skip
     """Replace what each chunk adds by the state that it starts from, chunk after chunk. In place in chunk_state.
 
-    A: (d_state, d_inner). launch_pdl: see `_selective_scan_kernel`.
+    launch_pdl: see `_selective_scan_kernel`.
     """
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
@@ -93,7 +93,7 @@ def _selective_scan_walk_kernel(
     for k in tl.static_range(STATES):
         n = tl.program_id(1) * STATES + k
         end = tl.where(n < d_state, d_inner, 0)
-        A = A + (tl.load(A_ptr + n * d_inner + channel, mask=channel < end, other=0.0) * 1.4426950408889634,)
+        A = A + (tl.load(A_ptr + channel * d_state + n, mask=channel < end, other=0.0) * 1.4426950408889634,)
         h_n = tl.load(state_ptr + slot * state_stride + channel * d_state + n, mask=channel < end, other=0.0)
         h = h + (tl.where(is_initial, h_n.to(tl.float32), 0.0),)
         state_ptrs = state_ptrs + (chunk_state_ptr + first * (d_inner * d_state) + n * d_inner + channel,)

@@ -90,7 +90,7 @@ def _selective_scan_kernel(
 ):  # fmt: skip
     """A block of channels of a sequence or of a chunk. EMIT: its outputs; otherwise what it adds to the state.
 
-    A: (d_state, d_inner). launch_pdl: the kernel may start while the one in front of it ends (programmatic dependent
+    launch_pdl: the kernel may start while the one in front of it ends (programmatic dependent
     launch); a run that follows the walk over chunks waits for it as late as it can.
     """
     part = tl.program_id(1)
@@ -139,7 +139,7 @@ def _selective_scan_kernel(
     A = ()
     for n in tl.static_range(d_state):
         # exp(dt A) = exp2(dt A log2(e))
-        A = A + (tl.load(A_ptr + n * d_inner + channel) * 1.4426950408889634,)
+        A = A + (tl.load(A_ptr + channel * d_state + n) * 1.4426950408889634,)
 
     # token offsets in int64: tokens x row stride passes 2^31
     base = start.to(tl.int64)
@@ -244,7 +244,7 @@ def selective_scan_triton(
     Args:
         chunk: tokens a chunk, a power of two; 0 for whole sequences, None to choose.
     """
-    (tokens, d_inner), d_state, nseq = x.shape, A.shape[1], len(state_indices)
+    (tokens, d_inner), d_state, nseq = x.shape, A.shape[1], state_indices.shape[0]
     words, per_word, padded = _pack(B, C)
     blocks = triton.cdiv(d_inner, BLOCK_CHANNELS)
     chunk = _chunk_size(tokens, d_inner) if chunk is None else chunk
@@ -253,8 +253,6 @@ def selective_scan_triton(
     chunk_state = torch.empty((kept, d_state, d_inner), dtype=torch.float32, device=x.device)
     chunk_dt = torch.empty((kept, d_inner), dtype=torch.float32, device=x.device)
     has_initial_state = has_initial_state.view(torch.uint8)
-    # a warp reads a state of neighbouring channels at a time
-    A = A.t().contiguous()
     launch_pdl = supports_dependent_launch(x.device)
     # an NVIDIA compiler option
     limits = {"maxnreg": MAX_REGISTERS} if is_nvidia(x.device) else {}

@@ -9,6 +9,7 @@ from .reference import causal_conv1d_update_reference, small_product_reference
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Tokens for which it pays, by the most features of the weight, on an H200: benchmarks/small_products.py.
 MOST_TOKENS = {1024: 4, 4096: 2}
+# `small_product` takes no more.
 MOST_SMALL = max(MOST_TOKENS.values())
 # Numbers of a weight; larger ones were not measured.
 MOST_WEIGHT = 1 << 25
@@ -22,7 +23,7 @@ def most_small_tokens(weight: torch.Tensor) -> int:
     """
     if weight.numel() > MOST_WEIGHT or not supports_dependent_launch(weight.device):
         return 0
-    return next((most for limit, most in MOST_TOKENS.items() if len(weight) <= limit), 1)
+    return next((most for limit, most in MOST_TOKENS.items() if weight.shape[0] <= limit), 1)
 
 
 def small_product(

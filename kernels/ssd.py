@@ -73,7 +73,7 @@ def ssd(
     if check:
         _check(*tensors, out)
         _check_filter(x, len(state_indices), *filters)
-    if x.numel() == 0 or len(state_indices) == 0:
+    if x.numel() == 0 or state_indices.shape[0] == 0:
         return out
     if uses_triton(x):
         from .ssd_triton import ssd_triton

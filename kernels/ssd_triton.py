@@ -87,7 +87,7 @@ def ssd_triton(
     (tokens, nheads, headdim), (ngroups, d_state) = x.shape, B.shape[1:]
     sizes = (FLOAT32_SIZES if x.dtype == torch.float32 else Sizes()) if sizes is None else sizes
     block, segment = sizes.block, sizes.segment or _segment(tokens, nheads)
-    nseq = len(state_indices)
+    nseq = state_indices.shape[0]
     parts, blocks = tokens // segment + nseq, tokens // block + nseq
     float32 = {"dtype": torch.float32, "device": x.device}
     softplus_dt, decay, weight = torch.empty((3, nheads, tokens), **float32)
@@ -120,7 +120,7 @@ def ssd_triton(
         **large, HEADS=heads, num_warps=_warps(sizes.state_warps, heads * headdim), num_stages=sizes.state_stages,
     )  # fmt: skip
     size = headdim * d_state
-    launch(_ssd_walk_kernel, (triton.cdiv(size, 1024), nheads, len(state_indices)), x)(
+    launch(_ssd_walk_kernel, (triton.cdiv(size, 1024), nheads, nseq), x)(
         state, segment_state, segment_decay, *where, has_initial_state.view(torch.uint8),
         state.stride(0), index_stride, nheads=nheads, size=size, NULL=NULL_SLOT, SEGMENT=segment,
         BLOCK_SIZE=1024, AHEAD=4, num_warps=4,

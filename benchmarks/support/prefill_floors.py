@@ -20,7 +20,7 @@ CLASSES = (PRODUCTS, SCAN, CONVOLUTION, GATED_NORM, ADD_AND_NORM, REST)
 _PATTERNS = {
     SCAN: r"selective_scan|selective_state_update|^_ssd_|^_filter_dt|^_(chunk_\w+|state_passing|bmm_chunk)_fwd_kernel",
     CONVOLUTION: r"causal_conv1d",
-    GATED_NORM: r"^_layer_norm_fwd_1pass_kernel|^triton_\w*rsqrt_silu",
+    GATED_NORM: r"^_gated_norm_kernel|^_layer_norm_fwd_1pass_kernel|^triton_\w*rsqrt_silu",
     ADD_AND_NORM: r"^triton_\w*rms_norm|fused_add_rms_norm",
     PRODUCTS: r"nvjet|gemm|cublas|^_small_product_kernel",
 }

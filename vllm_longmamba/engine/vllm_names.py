@@ -129,11 +129,6 @@ SIGNATURES = [
         "state x dt A B C D dt_bias z dt_softplus state_batch_indices dst_state_batch_indices",
         "mamba1.py",
     ),
-    (
-        "vllm.model_executor.layers.mamba.ops.layernorm_gated:_layer_norm_fwd",
-        "x weight bias eps z out group_size norm_before_gate is_rms_norm",
-        "mamba2.py",
-    ),
     ("vllm.utils.torch_utils:async_tensor_h2d", "data device dtype", "step_metadata.py"),
     ("vllm.utils.torch_utils:set_random_seed", "seed", "worker.py"),
     ("vllm.v1.request:Request.__init__", "self request_id prompt_token_ids sampling_params", "at_start.py"),

@@ -211,7 +211,8 @@ class FilteredMixer:
         # On CPUs with bfloat16 instructions vLLM packs the weight for a kernel of its own, and keeps a copy.
         weights: torch.Tensor | None = getattr(self.conv1d, "_cpu_unpacked_conv_weight", None)
         if weights is None:
-            weights = self.conv1d.weight.view(self.conv1d.weight.size(0), self.conv1d.weight.size(2))
+            weight = self.conv1d.weight.data
+            weights = weight.view(weight.size(0), weight.size(2))
         return weights
 
     def _conv_state(self) -> torch.Tensor:

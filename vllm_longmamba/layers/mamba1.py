@@ -136,7 +136,7 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
         self, x: torch.Tensor, z: torch.Tensor, slots: torch.Tensor, token_rows: torch.Tensor | None, out: torch.Tensor
     ) -> None:
         """Everything between convolution and out_proj; for few sequences, dt_proj in the launch of the update."""
-        dt_weight = None if self.is_lora_enabled else unquantized_weight(self.dt_proj)
+        dt_weight = self._dt_weight()
 
         def arguments(projects_dt: bool) -> dict[str, Any]:
             dt, B, C = self._low_rank_dt_B_C(x) if projects_dt else self._dt_B_C(x)
@@ -152,8 +152,18 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
         self._run_decode(token_rows, **arguments(projects_dt))
 
     def _dt_B_C(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # noqa: N802
+        weight = self._dt_weight()
+        # Of tensors that are parts of others, vLLM knows products on AMD's GPUs to be wrong.
+        if weight is not None and torch.version.hip is None:
+            dt, B, C = self._low_rank_dt_B_C(x)
+            return torch.mm(dt, weight.t()), B, C
         dt, B, C = self._ssm_transform(x)
         return dt.transpose(-2, -1), B, C
+
+    def _dt_weight(self) -> torch.Tensor | None:
+        """That of dt_proj, where it can be multiplied by as it is; its bias is the kernels'."""
+        weight = None if self.is_lora_enabled else unquantized_weight(self.dt_proj)
+        return None if weight is None else weight.data
 
     def _compile_products(self, slots: torch.Tensor) -> None:
         compile_product(self.in_proj, **self._decode_convolution(slots))
@@ -161,7 +171,7 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
         compile_product(self.out_proj)
 
     def _low_rank_dt_B_C(self, x: torch.Tensor) -> list[torch.Tensor]:  # noqa: N802
-        """What `_ssm_transform` has in front of dt_proj, for an update that multiplies by its weight itself."""
+        """What vLLM's `_ssm_transform` has in front of dt_proj."""
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
         parts = torch.split(project(self.x_proj, x), sizes, dim=-1)
         if not self.use_rms_norm:

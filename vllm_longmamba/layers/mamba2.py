@@ -7,13 +7,12 @@ import torch
 from vllm.config.mamba import MambaBackendEnum
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
-from vllm.model_executor.layers.mamba.ops.layernorm_gated import _layer_norm_fwd
 from vllm.model_executor.layers.mamba.ops.ssd_checkpoint import store_prefill_checkpoint
 from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
 from vllm.model_executor.layers.mamba.ops.ssu_dispatch import reset_replayssm_ring_trackers
 from vllm.utils.torch_utils import _encode_layer_name
 
-from vllm_longmamba.kernels import filter_dt_, ssd, ssd_supports
+from vllm_longmamba.kernels import filter_dt_, gated_norm, ssd, ssd_supports
 from vllm_longmamba.layers.filtered_mixer import FilteredMixer
 from vllm_longmamba.layers.projections import GatedNorm, compile_product, is_small, plain_weight, project
 from vllm_longmamba.layers.step_metadata import FilterRows, LongMamba2Backend
@@ -36,7 +35,7 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
         return super().get_kv_cache_spec(vllm_config)
 
     def forward(self, hidden_states: torch.Tensor, mup_vector: torch.Tensor | None = None) -> torch.Tensor:
-        """See vLLM's `MambaMixer2`. Its kernel of the gated norm is faster than what its compiler makes of the norm.
+        """See vLLM's `MambaMixer2`. A kernel of the gated norm is faster than what its compiler makes of the norm.
 
         Args:
             hidden_states: (tokens, d_model).
@@ -64,7 +63,7 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
         return torch.empty(shape, dtype=projected.dtype, device=projected.device)
 
     def _has_norm_kernel(self) -> bool:
-        """Whether the gated norm is that of vLLM's kernel: on a GPU, over all channels of one rank."""
+        """Whether the gated norm has a kernel of its own: on a GPU, over all channels of one rank."""
         return bool(self.A.is_cuda and self.use_rms_norm and self.norm.n_groups == 1 and self.tp_size == 1)
 
     def project_out(
@@ -81,12 +80,9 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
             (tokens, d_model)
         """
         norm = self._gated_norm(projected)
-        if is_small(self.out_proj, len(scanned)):
+        if is_small(self.out_proj, scanned.shape[0]):
             return project(self.out_proj, scanned, out, norm)
-        normalized = torch.empty_like(scanned)
-        options = {"z": norm.gate, "out": normalized, "norm_before_gate": False, "is_rms_norm": True}
-        _layer_norm_fwd(scanned, norm.weight, None, norm.eps, **options)
-        return project(self.out_proj, normalized, out)
+        return project(self.out_proj, gated_norm(scanned, *norm), out)
 
     def _gated_norm(self, projected: torch.Tensor) -> GatedNorm:
         gate = projected[:, : self.tped_intermediate_size]
@@ -182,14 +178,14 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
         self, convolved: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
     ) -> None:
         x, B, C = self.split_hidden_states_B_C_fn(convolved)
-        is_filtered = rows.prefill_rows is not None
+        tokens, is_filtered = dt.shape[0], rows.prefill_rows is not None
         self._run_prefill(
             ssd,
             **self._recurrence(
-                x.view(len(dt), -1, self.head_dim),
+                x.view(tokens, -1, self.head_dim),
                 dt,
-                B.view(len(dt), -1, self.ssm_state_size),
-                C.view(len(dt), -1, self.ssm_state_size),
+                B.view(tokens, -1, self.ssm_state_size),
+                C.view(tokens, -1, self.ssm_state_size),
             ),
             dt_bias=self.dt_bias,
             state=self.kv_cache[1],
@@ -199,7 +195,7 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
             dt_threshold=self.dt_threshold if is_filtered else None,
             seq_rows=rows.prefill_rows,
             seq_prompt_tokens=rows.prefill_prompt_tokens,
-            out=out.view(len(dt), -1, self.head_dim),
+            out=out.view(tokens, -1, self.head_dim),
         )
 
     def _prefill_by_vllm(

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name, direct_register_custom_op
 
-from vllm_longmamba.kernels import compile_ahead, most_small_tokens, small_product
+from vllm_longmamba.kernels import MOST_SMALL, compile_ahead, most_small_tokens, small_product
 
 
 class GatedNorm(NamedTuple):
@@ -46,12 +46,10 @@ def plain_weight(layer: Any) -> torch.Tensor | None:
 
 def is_small(layer: Any, tokens: int) -> bool:
     """Whether `project` runs this project's kernel, the only way in which it takes a norm."""
+    if not 0 < tokens <= MOST_SMALL:
+        return False
     weight = plain_weight(layer)
-    return weight is not None and _are_few(tokens, weight)
-
-
-def _are_few(tokens: int, weight: torch.Tensor) -> bool:
-    return bool(0 < tokens <= most_small_tokens(weight))
+    return weight is not None and tokens <= most_small_tokens(weight)
 
 
 def project(
@@ -73,17 +71,17 @@ def project(
     Returns:
         (tokens, N), ``out`` where given.
     """
-    weight = plain_weight(layer)
+    weight, tokens = plain_weight(layer), x.shape[0]
     projected: torch.Tensor
-    if weight is not None and _are_few(len(x), weight):
-        projected = small_product(x, weight, *(norm or NO_NORM), out, **convolution)
-    elif weight is not None and out is not None:
-        # The same product without a copy of the result.
-        projected = torch.mm(x, weight.t(), out=out)
-    else:
+    if weight is None:
         projected = layer(x)[0]
-        if out is not None:
-            projected = out.copy_(projected)
+        return projected if out is None else out.copy_(projected)
+    # vLLM's parameters answer every question in Python, which takes time.
+    weight = weight.data
+    if 0 < tokens <= MOST_SMALL and tokens <= most_small_tokens(weight):
+        projected = small_product(x, weight, *(norm or NO_NORM), out, **convolution)
+    else:
+        projected = torch.mm(x, weight.t(), out=out)
     return projected
 
 
