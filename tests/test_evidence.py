@@ -1,4 +1,4 @@
-"""benchmarks/evidence.py: which cells are run in which order, on what text, and what becomes of their records."""
+"""benchmarks/evidence.py: which cells are run in which order, and which records are taken for them."""
 
 import json
 import lzma
@@ -18,7 +18,11 @@ SETTINGS: dict[str, Any] = {
     "train_length": 512,
     "engine": {"dtype": "float32"},
     "start_seconds": 0,
-    "texts": {"novels": {"digits": [0, 1]}, "numbers": {"digits": [5, 1000]}, "sentences": {"repeat": "All is well. "}},
+    "texts": {
+        "novels": {"digits": [0, 1]},
+        "numbers": {"digits": [5, 1000], "piece": {"tokens": 20, "least_digits": 100}},
+        "sentences": {"repeat": "All is well. "},
+    },
     "shortest_document": 600,
     "documents": 1,
     "ruler_tokens": 8,
@@ -108,6 +112,41 @@ def test_records_of_other_settings_are_not_taken() -> None:
     assert other.key != first.key
 
 
+def test_a_rule_of_pieces_has_keys_of_its_own() -> None:
+    from support.evidence_plan import Plan, Setting, Unit
+
+    def keys(rule: dict[str, Any]) -> dict[str, str]:
+        cells = {"methods": ["plain"], "tasks": ["passkey"], "texts": ["novels", "numbers"]}
+        work = [cells | {"lengths": [9], "questions": 1}]
+        settings = SETTINGS | {"work": work, "texts": SETTINGS["texts"] | {"numbers": rule}}
+        return {unit.text: unit.key for _, unit in Plan(settings, ["model"]).units({})}
+
+    rules = [{"digits": [5, 1000], **piece} for piece in ({}, *({"piece": {"tokens": n}} for n in (10, 20)))]
+    assert len({keys(rule)["numbers"] for rule in rules}) == 3
+    assert len({keys(rule)["novels"] for rule in rules}) == 1
+    whole = Unit("model", "plain", Setting(theta=1), "passkey", "numbers", 9, 1)
+    assert keys(rules[0])["numbers"] == whole.key
+
+
+def test_records_of_the_page_keep_their_keys() -> None:
+    """Those of haystacks that are not pieces are taken for the cells of evidence.json, the others are not."""
+    from support.evidence_plan import Plan, Setting, Unit, read_settings
+
+    found: dict[str, list[Any]] = {}
+    for file in sorted((ROOT / "benchmarks" / "results" / "evidence").glob("*.jsonl")):
+        for record in map(json.loads, file.read_text().splitlines()):
+            if "unit" in record:
+                unit = Unit(**record["unit"] | {"setting": Setting(**record["unit"]["setting"])})
+                assert record["key"] == unit.key
+                found.setdefault(unit.model, []).append(unit)
+    for model, units in found.items():
+        planned = {unit.key for _, unit in Plan(read_settings(), [model]).units({})}
+        methods = {"default", "plain"}
+        mine = [unit for unit in units if unit.method in methods and unit.task == "passkey" and unit.length > 2048]
+        assert {unit.text for unit in mine if unit.key in planned} >= {"novels", "sentences"}
+        assert not [unit for unit in mine if unit.text == "numbers" and not unit.pieces and unit.key in planned]
+
+
 def test_half_a_line_is_no_record(tmp_path: Path) -> None:
     from support.evidence_plan import Records
 
@@ -119,23 +158,6 @@ def test_half_a_line_is_no_record(tmp_path: Path) -> None:
     with growing.open("a") as file:
         file.write('1, 2]}}\n{"key": "d"}\n')
     assert set(records.all()) == {"a", "b", "c", "d"}
-
-
-def test_texts_are_told_apart_by_their_digits(tmp_path: Path) -> None:
-    from support.evidence_texts import Texts, digits, read_documents
-
-    (tmp_path / "one.txt.xz").write_bytes(lzma.compress(b"Call me Ishmael. " * 9 + b"\n<|doc|>\n" + b"In 1066, " * 9))
-    (tmp_path / "two.txt").write_text("Born on 1 May 1901.")
-    documents = read_documents(tmp_path)
-    assert [book.name for book in documents] == ["one-0", "one-1", "two-0"]
-    assert digits("a1b2") == 500
-
-    texts = Texts(documents, SETTINGS["texts"], lambda texts: [[ord(one) for one in text] for text in texts])
-    assert [book.name for book in texts.documents("novels")] == ["one-0"]
-    assert [book.name for book in texts.documents("numbers")] == ["one-1", "two-0"]
-    assert "".join(map(chr, texts.haystack("numbers", 5))).count("1066") == 9
-    assert len(texts.haystack("sentences", 1000)) >= 1000
-    assert set(texts.books(100)) == {"one-0"}
 
 
 def test_values_found_is_rulers_score() -> None:
@@ -184,40 +206,6 @@ def test_a_factor_on_dt_is_one_on_the_weights(name: str, monkeypatch: pytest.Mon
         if hasattr(layer.mixer, "eps"):
             layer.mixer.eps *= 0.5**2
     torch.testing.assert_close(plain.last_logprobs(prompt, 50), before, atol=1e-6, rtol=0)
-
-
-def test_records_become_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import results_page
-
-    def cell(method: str, length: int, **result: Any) -> dict[str, Any]:
-        task = "text" if "books" in result else "passkey"
-        unit = {
-            "model": "tiny", "method": method, "task": task, "text": "" if task == "text" else "novels",
-            "length": length, "count": 4, "searching": False, "setting": {},
-        }  # fmt: skip
-        return {"key": f"{method} {length} {task}", "unit": unit, **result}
-
-    book = {"nats": 300.0, "tokens": 100, "all_nats": 100.0, "all_tokens": 50}
-    records = [
-        {"key": "engine", "model": "tiny", "hardware": "an abacus"},
-        cell("plain", 2048, found=3),
-        cell("default", 131072, found=1),
-        cell("default", 2048, books={"a": book, "b": book | {"nats": 500.0}}),
-        *(cell(f"default{seed}", 16384, found=found) for seed, found in (("", 2), (", seed 1", 3), (", seed 2", 4))),
-    ]
-    results = tmp_path / "results"
-    (tmp_path / "new.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    results_page.add_records(tmp_path / "new.jsonl", results / "evidence")
-    (tmp_path / "new.jsonl").write_text(json.dumps(cell("plain", 2048, found=4)) + "\n")
-    results_page.add_records(tmp_path / "new.jsonl", results / "evidence")
-    known = results_page.tables(results)
-    assert "| model, method | 2k | 16k | 128k |" in known["evidence-passkey-novels"]()
-    assert "| tiny, plain | 1.00 |  |  |" in known["evidence-passkey-novels"]()
-    assert "| tiny, **default** |  | 0.50 | 0.25 |" in known["evidence-passkey-novels"]()
-    assert "| tiny, **default** | 4.000 |" in known["evidence-text"]()
-    assert "| tiny, **default** | 2.000 |" in known["evidence-text-all"]()
-    assert "| tiny | **default** | 0.75 ± 0.25 |" in known["evidence-sequences"]()
-    assert "an abacus" in known["evidence-conditions"]()
 
 
 @pytest.mark.slow

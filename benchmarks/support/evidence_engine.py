@@ -5,7 +5,7 @@ import lzma
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,4 +251,4 @@ def description_key(model: str, decimamba: str) -> str:
 
 def unit_record(unit: Unit, seconds: float, result: Mapping[str, Any]) -> dict[str, Any]:
     """A line of the records."""
-    return {"key": unit.key, "unit": asdict(unit), "seconds": round(seconds, 2), **result}
+    return {"key": unit.key, "unit": unit.settings(), "seconds": round(seconds, 2), **result}

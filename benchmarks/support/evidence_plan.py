@@ -13,6 +13,13 @@ from vllm_longmamba.evaluate.store import settings_key
 # As in `longmamba tune`: within this much of the most keys found, settings count as equally good at finding them.
 FOUND_TOLERANCE = 0.05
 SEARCH = "search, "
+SETTINGS = Path(__file__).resolve().parent.parent / "evidence.json"
+
+
+def read_settings(file: Path = SETTINGS) -> dict[str, Any]:
+    """Contents of a settings file."""
+    settings: dict[str, Any] = json.loads(file.read_text())
+    return settings
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Unit:
         length: tokens of a prompt.
         count: questions; windows of each document where the task is "text".
         searching: on the text that is kept for searches.
+        pieces: rule of the haystack as JSON where it is pieces of documents; otherwise "".
     """
 
     model: str
@@ -66,6 +74,7 @@ class Unit:
     length: int
     count: int
     searching: bool = False
+    pieces: str = ""
 
     @property
     def name(self) -> str:
@@ -76,6 +85,11 @@ class Unit:
     def key(self) -> str:
         """Stands for all of it."""
         return _key(self)
+
+    def settings(self) -> dict[str, Any]:
+        """What a record has of it; no `pieces` where there are none."""
+        every = asdict(self)
+        return every if self.pieces else {name: value for name, value in every.items() if name != "pieces"}
 
     def tokens(self, documents: int) -> int:
         """About how many tokens it takes.
@@ -88,7 +102,7 @@ class Unit:
 
 @cache
 def _key(unit: Unit) -> str:
-    return settings_key(asdict(unit))
+    return settings_key(unit.settings())
 
 
 Record = dict[str, Any]
@@ -132,6 +146,11 @@ class Plan:
         tried = self.settings["methods"][method]["search"]
         return [Setting(**dict(zip(tried, values, strict=True))) for values in product(*tried.values())]
 
+    def pieces(self, text: str) -> str:
+        """The rule of a kind of haystack, as a unit has it."""
+        rule = self.settings["texts"].get(text, {})
+        return json.dumps(rule, sort_keys=True) if "piece" in rule else ""
+
     def found(self, model: str, method: str, records: Mapping[str, Record]) -> Setting | None:
         """The setting of a method, that of a search by its records; None while those are not complete."""
         given = self.settings["methods"][method]
@@ -164,21 +183,20 @@ class Plan:
 
     def _search_units(self, model: str, method: str, setting: Setting) -> Iterator[Unit]:
         for cells in self.settings["search"]:
-            yield from _cells_of(model, f"{SEARCH}{method}: {setting.label()}", setting, cells, searching=True)
+            yield from self._cells_of(model, f"{SEARCH}{method}: {setting.label()}", setting, cells, searching=True)
 
     def _cells(self, model: str, work: Mapping[str, Any], records: Mapping[str, Record]) -> Iterator[Unit]:
         for method in work["methods"]:
             setting = self.found(model, method, records)
             if setting is not None:
-                yield from _cells_of(model, method, setting, work)
+                yield from self._cells_of(model, method, setting, work)
 
-
-def _cells_of(
-    model: str, method: str, setting: Setting, cells: Mapping[str, Any], searching: bool = False
-) -> Iterator[Unit]:
-    for task, text, length in product(cells["tasks"], cells.get("texts", [""]), cells["lengths"]):
-        count = cells["windows"] if task == "text" else cells["questions"]
-        yield Unit(model, method, setting, task, text, length, count, searching)
+    def _cells_of(
+        self, model: str, method: str, setting: Setting, cells: Mapping[str, Any], searching: bool = False
+    ) -> Iterator[Unit]:
+        for task, text, length in product(cells["tasks"], cells.get("texts", [""]), cells["lengths"]):
+            count = cells["windows"] if task == "text" else cells["questions"]
+            yield Unit(model, method, setting, task, text, length, count, searching, self.pieces(text))
 
 
 def score(records: Sequence[Record]) -> tuple[float, float]:

@@ -1,6 +1,5 @@
 """The tables of docs/evidence.md, from the records of `evidence.py`."""
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -8,14 +7,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from vllm_longmamba.evaluate.statistics import share_interval
-
-from .evidence_plan import SEARCH, Record, Setting, score
+from .evidence_cells import RULER, Evidence
+from .evidence_plan import SEARCH, Setting, score
 from .markdown import markdown
 from .numbers_tables import numbers_tables
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
-RULER = ("S1", "S2", "MK1", "MV", "MQ")
 KINDS = {"novels": "novels", "numbers": "text full of numbers", "sentences": "repeated sentences"}
 DEFAULT = "default"
 # What every table shows; the others stand in the table of options.
@@ -26,71 +23,6 @@ NAMES = {"ref2k-mamba1-36m": "Mamba-1, 36M", "ref2k-mamba2-36m": "Mamba-2, 36M"}
 SUMMARY = (32768, 65536)
 # Lengths at which options and rivals are compared.
 OPTIONS = (16384, 32768)
-
-
-class Evidence:
-    """The records of all models.
-
-    Args:
-        folder: with one *.jsonl a model.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.cells: dict[tuple[str, str, str, str, int], Record] = {}
-        self.searched: dict[tuple[str, str], list[Record]] = defaultdict(list)
-        self.engines: dict[str, Record] = {}
-        self.inspected: dict[str, Record] = {}
-        # Of evidence_numbers.py: a record a window; those of one model are expected.
-        self.variations: dict[str, list[Record]] = defaultdict(list)
-        for file in sorted(folder.glob("*.jsonl")):
-            for line in file.read_text().splitlines():
-                record = json.loads(line)
-                if "variation" in record:
-                    self.variations[record["variation"]].append(record)
-                    continue
-                if "distance" in record:
-                    self.inspected[record["model"]] = record
-                    continue
-                if "unit" not in record:
-                    self.engines.setdefault(record["model"], record)
-                    continue
-                unit = record["unit"]
-                if unit["searching"]:
-                    self.searched[unit["model"], unit["method"]].append(record)
-                else:
-                    key = (unit["model"], unit["method"], unit["task"], unit["text"], unit["length"])
-                    # Of two with another number of questions, the larger one.
-                    if key not in self.cells or self.cells[key]["unit"]["count"] < unit["count"]:
-                        self.cells[key] = record
-        self.models = sorted({model for model, *_ in self.cells})
-        self.methods = list(dict.fromkeys(method for _, method, *_ in self.cells))
-
-    def share(self, model: str, method: str, task: str, text: str, length: int) -> tuple[float, float, float] | None:
-        """Share of the numbers found, with its 95 % interval; None where it was not measured."""
-        record = self.cells.get((model, method, task, text, length))
-        if record is None:
-            return None
-        scores = _scores(record)
-        return (sum(scores) / len(scores), *share_interval(scores))
-
-    def loss(self, model: str, method: str, length: int, of: str = "") -> float | None:
-        """Nats a token over the last 100 tokens of the windows; over all of them where `of` is "all_"."""
-        record = self.cells.get((model, method, "text", "", length))
-        if record is None:
-            return None
-        books = record["books"].values()
-        return float(sum(book[f"{of}nats"] for book in books) / sum(book[f"{of}tokens"] for book in books))
-
-    def ruler(self, model: str, method: str, length: int, tasks: Sequence[str] = RULER) -> float | None:
-        """Mean score of RULER's tasks; None where one of them was not measured."""
-        shares = [self.share(model, method, task, "", length) for task in tasks]
-        return None if None in shares else mean(share[0] for share in shares if share is not None)
-
-
-def _scores(record: Record) -> list[float]:
-    if "scores" in record:
-        return list(record["scores"])
-    return [1.0] * record["found"] + [0.0] * (record["unit"]["count"] - record["found"])
 
 
 def evidence_tables(folder: Path) -> dict[str, Callable[[], str]]:

@@ -1,24 +1,23 @@
 """The haystacks of `evidence_numbers.py`: windows of text, and what becomes of their digits."""
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
 from vllm_longmamba.evaluate.texts import Encoder
 
+from .evidence_plan import read_settings
 from .evidence_texts import Texts
 
-_TEXTS = json.loads((Path(__file__).resolve().parent.parent / "evidence.json").read_text())["texts"]
+_TEXTS = read_settings()["texts"]
 # Kinds of documents, by the rules of evidence.py.
 DOCUMENTS = {kind: _TEXTS[kind] for kind in ("novels", "numbers")}
 # Tokens of a window, and how far apart windows may begin.
 WINDOW, STRIDE = 16384, 2048
 # Digits in 1,000 tokens that a window of "numbers" has at least; the other windows of these documents are another kind.
-MANY_DIGITS = 25
+MANY_DIGITS = _TEXTS["numbers"]["piece"]["least_digits"]
 FEW = "few "
 
 
@@ -76,11 +75,11 @@ class Windows:
 
     @cached_property
     def _digits(self) -> torch.Tensor:
-        return torch.tensor([self.encoder.encode(str(digit))[-1] for digit in range(10)])
+        return torch.tensor(self._texts.digit_tokens)
 
     @cached_property
     def _whole(self) -> dict[str, torch.Tensor]:
-        return {documents: torch.tensor(self._texts.haystack(documents, WINDOW)) for documents in DOCUMENTS}
+        return {documents: torch.tensor(self._texts.whole(documents)) for documents in DOCUMENTS}
 
     @cached_property
     def _starts(self) -> dict[str, list[int]]:
