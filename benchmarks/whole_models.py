@@ -5,7 +5,8 @@
 Both engines have vLLM's defaults, that of the state's type included. For each model both are started, each in a process
 of its own, then they take turns while the other waits.
 Prefill: the time to the first token of one prompt, or of a batch. Decode: from one step to the next. Both by the clock,
-and then by the profiler the time in which the GPU runs kernels, with tables of them. Writes whole_models.json as it
+and what the GPU takes: for a prompt the time in which kernels run, by the profiler; for a decode step its CUDA graph,
+replayed one time after the other. Tables of the kernels are the profiler's. Writes whole_models.json as it
 goes, and at the end whole_models.md (and a plot where matplotlib is installed); `support/report.py` makes these from
 the JSON alone.
 """

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -124,13 +125,16 @@ def test_kernels_that_overlap_count_once() -> None:
 
 
 class Runner:
-    """Stands for a model runner; notes what it runs."""
+    """Stands for a model runner; notes what it runs, and replays CUDA graphs."""
 
-    def __init__(self, log: list[str]) -> None:
-        self._log = log
+    def __init__(self, log: list[str], replays: int = 0) -> None:
+        self._log, self._replays = log, replays
 
     def execute_model(self, scheduler_output: Any) -> str:
-        self._log.append(f"step of {scheduler_output.total_num_scheduled_tokens}")
+        tokens = scheduler_output.total_num_scheduled_tokens
+        self._log.append(f"step of {tokens}")
+        for _ in range(self._replays):
+            torch.cuda.CUDAGraph.replay(f"graph of {tokens}")
         return "output"
 
 
@@ -177,17 +181,36 @@ def test_other_tokens_in_a_profile(log: list[str]) -> None:
         stop_prompts(worker, 16)
 
 
-def test_decode_steps_are_timed_and_then_profiled(log: list[str]) -> None:
+def test_decode_steps_are_timed_and_then_profiled(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from support import step_recorder
     from support.step_recorder import PROFILED, SKIPPED, start_recording, stop_recording
 
-    worker = SimpleNamespace(model_runner=Runner(log))
+    replayed: list[Any] = []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", replayed.append)
+    monkeypatch.setattr(step_recorder, "graph_seconds", {"graph of 2": 0.25}.__getitem__)
+    worker = SimpleNamespace(model_runner=Runner(log, replays=1))
     start_recording(worker, 2, 3)
     run_steps(worker, 32, *[2] * (SKIPPED + 3 + PROFILED + 5))
     recorded = stop_recording(worker)
-    assert recorded["gpu"] == pytest.approx(5e-6 / PROFILED)
+    assert recorded["gpu"] == 0.25
+    assert recorded["kernels"] == {"a": (5.0 / PROFILED, 1 / PROFILED)}
     assert log.index("start") == 1 + SKIPPED + 3
     assert log.index("stop profile") == log.index("start") + PROFILED + 1
     assert (log.count("start"), log.count("stop profile")) == (1, 1)
+    # Noted, and replayed all the same; the method is as it was.
+    assert replayed == ["graph of 32"] + ["graph of 2"] * (SKIPPED + 3 + PROFILED + 5)
+    assert torch.cuda.CUDAGraph.replay == replayed.append
+
+
+def test_decode_steps_in_more_than_one_graph(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from support.step_recorder import PROFILED, SKIPPED, start_recording, stop_recording
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: None)
+    worker = SimpleNamespace(model_runner=Runner(log, replays=2))
+    start_recording(worker, 2, 3)
+    run_steps(worker, *[2] * (SKIPPED + 3 + PROFILED + 1))
+    with pytest.raises(RuntimeError, match="one CUDA graph by default, but it replayed 2"):
+        stop_recording(worker)
 
 
 def figure(stock: float, on: float, off: float | None = None, **more: Any) -> dict[str, Any]:

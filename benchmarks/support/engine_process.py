@@ -78,7 +78,7 @@ class _Engine:
 
         # What a user's engine has, but for room for two engines on one GPU and few CUDA graphs to capture.
         arguments: dict[str, Any] = {
-            "load_format": "dummy", "skip_tokenizer_init": True, "enable_prefix_caching": False, "seed": 0,
+            "load_format": "dummy", "skip_tokenizer_init": True, "seed": 0,
             "max_num_seqs": max(options["batches"]), "gpu_memory_utilization": 0.05,
         }  # fmt: skip
         if options["tiny"]:

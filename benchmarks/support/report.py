@@ -14,7 +14,8 @@ from support.prefill_floors import floor_lines
 KERNEL_LENGTHS = (8192, 65536)
 PROFILED = (
     "GPU time of prefill: the time in which kernels run, overlaps once, in one run of each mode that is profiled and "
-    "not timed. Floors, of bytes and of arithmetic on an H200: support/prefill_floors.py."
+    "not timed. GPU time of a decode step: its CUDA graph, replayed one time after the other. Floors, of bytes and of "
+    "arithmetic on an H200: support/prefill_floors.py."
 )
 
 

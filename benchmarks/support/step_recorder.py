@@ -2,11 +2,15 @@
 
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # Steps in front of those that are timed, and those behind them that are profiled.
 SKIPPED = 8
 PROFILED = 12
+# Replays of a step's CUDA graph, one after the other.
+REPLAYS = 20
 # Steps that may hold fewer requests, because some began or ended earlier.
 MARGIN = 64
 
@@ -57,20 +61,42 @@ def kernel_times(events: list[Event], units: int) -> dict[str, Any]:
     return {"gpu": 1e-6 * busy / units, "kernels": kernels}
 
 
+def graph_seconds(graph: Any) -> float:
+    """What a CUDA graph takes on the GPU, from one replay to the next: nothing waits for the host."""
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    begin.record()
+    for _ in range(REPLAYS):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    milliseconds: float = begin.elapsed_time(end)
+    return 1e-3 * milliseconds / REPLAYS
+
+
 class _StepRecorder:
-    """Stands for the model runner's `execute_model` and counts the calls that hold one token of each request."""
+    """Stands for the model runner's `execute_model` and counts the calls that hold one token of each request.
+
+    Attributes:
+        graphs: CUDA graphs that the last such call replayed.
+    """
 
     def __init__(self, execute: Any, batch: int, steps: int) -> None:
         self._execute, self._batch, self._steps = execute, batch, steps
         self._count, self._profile = 0, None
         self.times: list[float] = []
         self.events: list[Event] = []
+        self.graphs: list[Any] = []
 
     def __call__(self, scheduler_output: Any, *args: Any, **options: Any) -> Any:
-        if scheduler_output.total_num_scheduled_tokens == self._batch:
-            self._count += 1
-            self._before_step(self._count - SKIPPED - self._steps)
-        return self._execute(scheduler_output, *args, **options)
+        if scheduler_output.total_num_scheduled_tokens != self._batch:
+            return self._execute(scheduler_output, *args, **options)
+        self._count += 1
+        self._before_step(self._count - SKIPPED - self._steps)
+        with _noted_replays() as self.graphs:
+            return self._execute(scheduler_output, *args, **options)
 
     def _before_step(self, since_timed: int) -> None:
         if -self._steps < since_timed <= 0:
@@ -85,6 +111,27 @@ class _StepRecorder:
 
         if len(self.times) < self._steps or (torch.cuda.is_available() and not self.events):
             raise RuntimeError(f"only {self._count} steps held {self._batch} requests; raise MARGIN")
+        if self.events and len(self.graphs) != 1:
+            raise RuntimeError(f"a step is one CUDA graph by default, but it replayed {len(self.graphs)}")
+
+
+@contextmanager
+def _noted_replays() -> Iterator[list[Any]]:
+    """Lists the CUDA graphs that are replayed meanwhile."""
+    import torch
+
+    graphs: list[Any] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def noted(graph: Any) -> None:
+        graphs.append(graph)
+        replay(graph)
+
+    torch.cuda.CUDAGraph.replay = noted
+    try:
+        yield graphs
+    finally:
+        torch.cuda.CUDAGraph.replay = replay
 
 
 def start_recording(worker: Any, batch: int, steps: int) -> None:
@@ -96,13 +143,15 @@ def stop_recording(worker: Any) -> dict[str, Any]:
     """What was recorded, of one step.
 
     Returns:
-        clock: median seconds from one step to the next; gpu, kernels: see `kernel_times`.
+        clock: median seconds from one step to the next; gpu: see `graph_seconds`, 0 without a GPU; kernels: see
+            `kernel_times`. Sampling is not in the graph.
     """
     recorder = worker.model_runner.execute_model
     del worker.model_runner.execute_model
     recorder.check()
     intervals = [end - begin for begin, end in zip(recorder.times, recorder.times[1:], strict=False)]
-    return {"clock": statistics.median(intervals), **kernel_times(recorder.events, PROFILED)}
+    gpu = graph_seconds(recorder.graphs[0]) if recorder.events else 0.0
+    return {"clock": statistics.median(intervals), **kernel_times(recorder.events, PROFILED), "gpu": gpu}
 
 
 class _PromptRecorder:
