@@ -9,6 +9,7 @@ MIXER2 = "vllm.model_executor.layers.mamba.mamba_mixer2:MambaMixer2"
 MAMBA1 = "vllm.v1.attention.backends.mamba1_attn"
 MAMBA2 = "vllm.v1.attention.backends.mamba2_attn"
 MAMBA = "vllm.v1.attention.backends.mamba_attn"
+CHECKPOINT = "vllm.model_executor.layers.mamba.checkpoint"
 STATE = "vllm.v1.worker.gpu.model_states.mamba_hybrid:MambaHybridModelState"
 
 # What must exist: (module:name, used by).
@@ -134,6 +135,11 @@ SIGNATURES = [
         "x weight bias eps z out group_size norm_before_gate is_rms_norm",
         "mamba2.py",
     ),
+    (
+        "vllm.model_executor.layers.mamba.ops.ssd_checkpoint:store_prefill_checkpoint",
+        "checkpoint chunk_idx x conv_state chunk_states ssm_state query_start_loc",
+        "mamba2.py",
+    ),
     ("vllm.utils.torch_utils:async_tensor_h2d", "data device dtype", "step_metadata.py"),
     ("vllm.utils.torch_utils:set_random_seed", "seed", "worker.py"),
     ("vllm.v1.request:Request.__init__", "self request_id prompt_token_ids sampling_params", "at_start.py"),
@@ -196,6 +202,7 @@ KEYWORDS = [
     ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.reload_weights", "weights_iterator weights_path", "reload.py"),
     ("vllm.model_executor.layers.mamba.ops.causal_conv1d:causal_conv1d_fn", "metadata", "mamba1.py"),
     ("vllm.model_executor.layers.mamba.ops.ssu_dispatch:selective_state_update", "out", "mamba1.py"),
+    ("vllm.model_executor.layers.mamba.ops.ssd_checkpoint:store_prefill_checkpoint", "state_len", "mamba2.py"),
     (f"{STATE}.prepare_attn", "for_capture", "model_state.py"),
     (
         "vllm.v1.core.sched.scheduler:Scheduler.__init__",
@@ -230,8 +237,8 @@ FIELDS = [
     ("vllm.config.mamba:MambaConfig", "backend enable_stochastic_rounding", "filtered_mixer.py"),
     (
         "vllm.config:CacheConfig",
-        "enable_prefix_caching use_replayssm",
-        "filtered_mixer.py, prefix_cache.py",
+        "enable_prefix_caching mamba_cache_mode use_replayssm",
+        "filtered_mixer.py, mamba2.py, prefix_cache.py",
     ),
     ("vllm.config:LoadConfig", "load_format", "table_lookup.py"),
     ("vllm.config:CompilationConfig", "static_forward_context cudagraph_mode", "step_metadata.py"),
@@ -248,9 +255,10 @@ FIELDS = [
     ),
     (
         f"{MAMBA2}:Mamba2AttentionMetadata",
-        "num_prefills num_prefill_tokens num_decodes num_decode_tokens",
-        "filtered_mixer.py, step_metadata.py",
+        "num_prefills num_prefill_tokens num_decodes num_decode_tokens checkpoint_chunk_idx checkpoint_meta",
+        "filtered_mixer.py, mamba2.py, step_metadata.py",
     ),
+    (f"{CHECKPOINT}:MambaPrefillCheckpointMetadata", "checkpoint_offsets", "mamba2.py"),
     (
         "vllm.v1.worker.gpu.input_batch:InputBatch",
         "num_reqs num_reqs_after_padding idx_mapping_np prompt_lens is_prefilling_np",
