@@ -9,7 +9,7 @@ import torch
 # numbers there and has nothing of their alignment, but would be compiled anew for each.
 UNALIGNED = (
     "query_start_loc_ptr", "state_indices_ptr", "has_initial_state_ptr", "seq_rows_ptr",
-    "seq_prompt_tokens_ptr", "token_rows_ptr",
+    "seq_prompt_tokens_ptr", "token_rows_ptr", "checkpoints_ptr",
 )  # fmt: skip
 
 

@@ -100,6 +100,8 @@ def ssd_reference(
     dt_threshold: torch.Tensor | None = None,
     seq_rows: torch.Tensor | None = None,
     seq_prompt_tokens: torch.Tensor | None = None,
+    checkpoints: torch.Tensor | None = None,
+    checkpoint_state: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mamba-2 (arXiv 2405.21060, section 5): one decay per head, and the filter per head.
 
@@ -111,6 +113,8 @@ def ssd_reference(
         state: (slots, nheads, headdim, d_state), updated in place.
         query_start_loc, state_indices, has_initial_state, dt_threshold, seq_rows, seq_prompt_tokens: as in
             :func:`kernels.selective_scan.selective_scan`, with nheads channels.
+        checkpoints: (sequences,): behind how many tokens of this call a sequence's state is also wanted, 0 for none.
+        checkpoint_state: (sequences, nheads, headdim, d_state), updated in place: the states there.
 
     Returns:
         (tokens, nheads, headdim) in ``x.dtype``.
@@ -133,6 +137,8 @@ def ssd_reference(
             feed = (dt_t[:, None] * x[token])[:, :, None] * B[token][:, None, :]
             h = torch.exp(dt_t * A)[:, None, None] * h + feed
             out[token] = torch.einsum("hpn,hn->hp", h, C[token]) + D[:, None] * x[token]
+            if checkpoints is not None and checkpoint_state is not None and token + 1 - start == checkpoints[sequence]:
+                checkpoint_state[sequence] = h.to(checkpoint_state.dtype)
         state[slot] = h.to(state.dtype)
     return out
 

@@ -28,6 +28,8 @@ def ssd(
     dt_threshold: torch.Tensor | None = None,
     seq_rows: torch.Tensor | None = None,
     seq_prompt_tokens: torch.Tensor | None = None,
+    checkpoints: torch.Tensor | None = None,
+    checkpoint_state: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     check: bool = True,
 ) -> torch.Tensor:
@@ -58,6 +60,10 @@ def ssd(
             None switches the filter off.
         seq_rows: (sequences,) int32: each sequence's row; needed with ``dt_threshold``.
         seq_prompt_tokens: (sequences,) int32: how many of a sequence's first tokens in this call are prompt tokens.
+        checkpoints: (sequences,) int32: behind how many of a sequence's tokens of this call its state is also wanted, 0
+            for a sequence where it is not, at most its tokens. None: of no sequence.
+        checkpoint_state: (sequences, nheads, headdim, d_state) in ``state.dtype``, contiguous, to write these states
+            to; needed with ``checkpoints``. Sequences without a checkpoint and padding are left alone.
         out: (tokens, nheads, headdim) in ``x.dtype``, laid out like ``x``, to write to. None allocates it.
         check: False leaves the checks out, for a caller whose arguments of this layout have passed them before.
 
@@ -70,17 +76,19 @@ def ssd(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     tensors = (x, dt, A, B, C, D, dt_bias, state, query_start_loc, state_indices, has_initial_state)
     filters = (dt_threshold, seq_rows, seq_prompt_tokens)
+    wanted = (checkpoints, checkpoint_state)
     if check:
         _check(*tensors, out)
         _check_filter(x, len(state_indices), *filters)
+        _check_checkpoints(x, state, len(state_indices), *wanted)
     if x.numel() == 0 or state_indices.shape[0] == 0:
         return out
     if uses_triton(x):
         from .ssd_triton import ssd_triton
 
-        ssd_triton(*tensors, *filters, out)
+        ssd_triton(*tensors, *filters, out, *wanted)
         return out
-    y = ssd_reference(x.float(), *tensors[1:], *filters)
+    y = ssd_reference(x.float(), *tensors[1:], *filters, *wanted)
     is_padding = (state_indices == 0).repeat_interleave(query_start_loc.diff(), output_size=len(x))
     out.copy_(torch.where(is_padding[:, None, None], out, y.to(out.dtype)))
     return out
@@ -136,3 +144,16 @@ def _check_filter(
     check_tensor("dt_threshold", dt_threshold, (rows, x.shape[1]), (torch.float32,), x.device)
     check_tensor("seq_rows", seq_rows, (sequences,), (torch.int32,), x.device)
     check_tensor("seq_prompt_tokens", seq_prompt_tokens, (sequences,), (torch.int32,), x.device)
+
+
+def _check_checkpoints(
+    x: torch.Tensor, state: torch.Tensor, sequences: int, checkpoints: torch.Tensor | None,
+    checkpoint_state: torch.Tensor | None,
+) -> None:  # fmt: skip
+    if checkpoints is None and checkpoint_state is None:
+        return
+    if checkpoints is None or checkpoint_state is None:
+        raise ValueError("checkpoints and checkpoint_state need each other; one of them came as None")
+    shape = (sequences, *state.shape[1:])
+    check_tensor("checkpoints", checkpoints, (sequences,), (torch.int32,), x.device)
+    check_tensor("checkpoint_state", checkpoint_state, shape, (state.dtype,), x.device)

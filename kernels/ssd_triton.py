@@ -1,7 +1,8 @@
 """Triton launches of :mod:`kernels.ssd`; imported by the wrapper only where Triton can run.
 
 A sequence is cut into segments that run in parallel: ``_ssd_segment_state_kernel`` sums up what each adds to the state,
-``_ssd_walk_kernel`` finds the state that each starts from, and ``_ssd_scan_kernel`` writes the outputs.
+``_ssd_walk_kernel`` finds the state that each starts from, and ``_ssd_scan_kernel`` writes the outputs. Where states
+inside sequences are asked for, ``_ssd_checkpoint_kernel`` finds them from those of the segments.
 """
 
 # mypy: ignore-errors
@@ -15,6 +16,7 @@ from .compile_ahead import launch
 from .dispatch import is_nvidia
 from .reference import NULL_SLOT
 from .ssd_blocks_triton import _ssd_prepare_kernel, _ssd_walk_kernel
+from .ssd_checkpoint_triton import _ssd_checkpoint_kernel
 from .ssd_scan_triton import _ssd_scan_kernel, _ssd_segment_state_kernel
 
 IS_HIP = torch.version.hip is not None
@@ -77,7 +79,7 @@ def _segment(tokens: int, nheads: int) -> int:
 
 def ssd_triton(
     x, dt, A, B, C, D, dt_bias, state, query_start_loc, state_indices, has_initial_state,
-    dt_threshold, seq_rows, seq_prompt_tokens, out, sizes=None,
+    dt_threshold, seq_rows, seq_prompt_tokens, out, checkpoints=None, checkpoint_state=None, sizes=None,
 ) -> None:  # fmt: skip
     """Launch for checked arguments; see :func:`kernels.ssd.ssd`.
 
@@ -125,6 +127,13 @@ def ssd_triton(
         state.stride(0), index_stride, nheads=nheads, size=size, NULL=NULL_SLOT, SEGMENT=segment,
         BLOCK_SIZE=1024, AHEAD=4, num_warps=4,
     )  # fmt: skip
+    if checkpoints is not None:
+        # with one head a program, as in the exact way
+        launch(_ssd_checkpoint_kernel, (nheads, nseq), x)(
+            x, A, B, softplus_dt, weight, total, segment_state, checkpoint_state, *where, checkpoints,
+            tokens, blocks, x.stride(0), B.stride(0), index_stride,
+            **large, num_warps=_warps(sizes.exact_warps, headdim), num_stages=sizes.state_stages,
+        )  # fmt: skip
     scan = (
         x, B, C, D, out, softplus_dt, decay, weight, total, product, segment_state, *where, *search,
         tokens, blocks, x.stride(0), B.stride(0), C.stride(0), out.stride(0), index_stride,

@@ -52,6 +52,8 @@ def ssd_arguments(tokens: int, device: str = "cpu") -> dict[str, Any]:
         "A": -torch.ones(nheads, device=device), "B": B.view(tokens, 1, -1), "C": C.view(tokens, 1, -1),
         "D": torch.ones(nheads, device=device), "dt_bias": torch.zeros(nheads, device=device),
         "state": torch.zeros(3, nheads, headdim, d_state, device=device), **where(tokens, nheads, device),
+        "checkpoints": torch.zeros(1, dtype=torch.int32, device=device),
+        "checkpoint_state": torch.zeros(1, nheads, headdim, d_state, device=device),
         "out": torch.zeros(tokens, nheads, headdim, dtype=torch.bfloat16, device=device),
     }  # fmt: skip
 
@@ -89,6 +91,7 @@ def conv_update_arguments(tokens: int, device: str = "cpu") -> dict[str, Any]:
     }  # fmt: skip
 
 
+METADATA = ("query_start_loc", "has_initial_state", "seq_rows", "seq_prompt_tokens", "token_rows", "checkpoints")
 OPERATIONS = {
     selective_scan: (scan_arguments, PER_PROMPT_TOKEN),
     ssd: (ssd_arguments, PER_PROMPT_TOKEN),
@@ -184,7 +187,8 @@ def test_kernels_do_not_depend_on_where_metadata_begins() -> None:
     seen = set()
     for name in (
         "causal_conv1d_triton", "causal_conv1d_update_triton", "filter_dt_triton", "selective_scan_triton",
-        "selective_scan_chunks_triton", "selective_state_update_triton", "ssd_blocks_triton", "ssd_scan_triton",
+        "selective_scan_chunks_triton", "selective_state_update_triton", "ssd_blocks_triton", "ssd_checkpoint_triton",
+        "ssd_scan_triton",
     ):  # fmt: skip
         for kernel in vars(importlib.import_module(f"vllm_longmamba.kernels.{name}")).values():
             if getattr(kernel, "__name__", "").endswith("_kernel") and hasattr(kernel, "params"):
@@ -213,7 +217,7 @@ def test_nothing_is_left_to_compile(function: Any) -> None:
     try:
         for tokens in (1, 20, 65, 1025, 5000):
             call = arguments(tokens, "cuda")
-            for name in ("query_start_loc", "has_initial_state", "seq_rows", "seq_prompt_tokens", "token_rows"):
+            for name in METADATA:
                 if name in call:
                     call[name] = torch.cat([call[name][:1], call[name]])[1:]
             function(**call)

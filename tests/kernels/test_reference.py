@@ -73,7 +73,12 @@ def test_ssd_reference(is_filtered: bool):
     inputs["C"] = torch.randn(tokens, ngroups, d_state, generator=generator, dtype=torch.float64)
     inputs["state"] = torch.randn(5, nheads, headdim, d_state, generator=generator, dtype=torch.float64)
     state = inputs["state"].clone()
-    out = ssd_reference(**inputs)
+    checkpoints = [3, 0, 3]
+    checkpoint_state = torch.full((3, nheads, headdim, d_state), 7.0, dtype=torch.float64)
+    out = ssd_reference(
+        **inputs, checkpoints=torch.tensor(checkpoints, dtype=torch.int32), checkpoint_state=checkpoint_state
+    )
+    assert (checkpoint_state[1] == 7.0).all()
 
     starts = inputs["query_start_loc"].tolist()
     for sequence, slot in enumerate(inputs["state_indices"].tolist()):
@@ -92,6 +97,9 @@ def test_ssd_reference(is_filtered: bool):
                         h[n] += dt * x * inputs["B"][token, group, n].item()
                         y += h[n] * inputs["C"][token, group, n].item()
                     assert out[token, head, p].item() == pytest.approx(y, rel=1e-10, abs=1e-10)
+                    if position + 1 == checkpoints[sequence]:
+                        found = checkpoint_state[sequence, head, p]
+                        torch.testing.assert_close(found, torch.tensor(h, dtype=torch.float64), **EXACT)
                 torch.testing.assert_close(
                     inputs["state"][slot, head, p], torch.tensor(h, dtype=torch.float64), **EXACT
                 )

@@ -71,6 +71,15 @@ def ssd_inputs(
     return inputs
 
 
+def with_checkpoints(inputs: dict, checkpoints: tuple[int, ...]) -> dict:
+    """Also ask for the states behind so many tokens; what must be left alone is 7."""
+    state = inputs["state"]
+    return inputs | {
+        "checkpoints": torch.tensor(checkpoints, dtype=torch.int32, device=DEVICE),
+        "checkpoint_state": torch.full_like(state[0], 7.0).expand(len(checkpoints), -1, -1, -1).contiguous(),
+    }
+
+
 def check(inputs: dict, run=ssd) -> None:
     expected_inputs = in_float64(inputs)
     expected = ssd_reference(**expected_inputs)
@@ -81,6 +90,11 @@ def check(inputs: dict, run=ssd) -> None:
     # what feeds the state is rounded to x's type in front of the matrix products
     tolerance = max(TOLERANCES[inputs["x"].dtype], TOLERANCES[inputs["state"].dtype])
     assert relative_error(inputs["state"], expected_inputs["state"]) < tolerance
+    for sequence in range(len(inputs.get("checkpoints", ()))):
+        found, wanted = (states["checkpoint_state"][sequence] for states in (inputs, expected_inputs))
+        assert relative_error(found, wanted) < tolerance
+        if inputs["checkpoints"][sequence] == 0:
+            assert (found == 7.0).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -120,6 +134,49 @@ def test_ssd_segments(lengths: tuple[int, ...], is_factored: bool):
     check(ssd_inputs(lengths, (2, 16, 1, 16), strongest=20.0), run)
 
 
+@pytest.mark.skipif(not RUNS_TRITON, reason="segments exist on a GPU and in Triton's interpreter only")
+@pytest.mark.parametrize(
+    "checkpoints", [(16, 0, 32, 0, 64, 96), (37, 1, 5, 0, 65, 33)], ids=["between-blocks", "in-blocks"]
+)
+def test_ssd_checkpoints_of_segments(checkpoints: tuple[int, ...]):
+    from vllm_longmamba.kernels.ssd_triton import Sizes, ssd_triton
+
+    def run(**inputs: torch.Tensor | None) -> None:
+        ssd_triton(**inputs, sizes=Sizes(block=16, segment=32))
+
+    # their ends among the checkpoints: of a segment, of a block and of neither
+    inputs = ssd_inputs((70, 1, 64, 0, 65, 96), (4, 16, 2, 16))
+    inputs["A"] = torch.tensor([-0.1, -4.0, -20.0, -100.0], device=DEVICE)
+    check(with_checkpoints(inputs, checkpoints), run)
+
+
+@pytest.mark.parametrize(
+    ("d_state", "is_filtered"), [(20, False), (64, True), (128, True)], ids=["d_state-20-plain", "64", "128"]
+)
+def test_ssd_checkpoints(d_state: int, is_filtered: bool):
+    inputs = ssd_inputs((70, 3, 40), (2, 32, 1, d_state), is_filtered=is_filtered)
+    check(with_checkpoints(inputs, (64, 0, 27)))
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["state-fp32", "state-bf16"])
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(torch.float16, id="fp16")])
+def test_ssd_checkpoints_half_precision(dtype: torch.dtype, state_dtype: torch.dtype):
+    check(with_checkpoints(ssd_inputs((70, 9), (2, 64, 1, 128), dtype, state_dtype), (45, 9)))
+
+
+def test_ssd_continues_from_a_checkpoint():
+    inputs = with_checkpoints(ssd_inputs((90,), (2, 16, 1, 16)), (48,))
+    expected = ssd(**inputs)
+    rest = {name: inputs[name][48:] for name in ("x", "dt", "B", "C")}
+    rest["query_start_loc"] = torch.tensor([0, 42], dtype=torch.int32, device=DEVICE)
+    rest["seq_prompt_tokens"] = inputs["seq_prompt_tokens"] - 48
+    rest["has_initial_state"] = torch.full_like(inputs["has_initial_state"], True)
+    rest["state"] = torch.cat([torch.zeros_like(inputs["checkpoint_state"]), inputs["checkpoint_state"]])
+    found = ssd(**(inputs | rest | {"checkpoints": None, "checkpoint_state": None}))
+    assert relative_error(found, expected[48:]) < TOLERANCES[torch.float32]
+    assert relative_error(rest["state"][1], inputs["state"][1]) < TOLERANCES[torch.float32]
+
+
 @pytest.mark.parametrize("lengths", [(), (0,)], ids=["no-sequences", "no-tokens"])
 def test_ssd_empty(lengths: tuple[int, ...]):
     inputs = ssd_inputs(lengths)
@@ -129,7 +186,7 @@ def test_ssd_empty(lengths: tuple[int, ...]):
 
 
 def test_ssd_leaves_null_block_alone():
-    inputs = ssd_inputs((4, 40, 0, 3))
+    inputs = with_checkpoints(ssd_inputs((4, 40, 0, 3)), (2, 20, 0, 3))
     inputs["state_indices"][1] = 0
     before = inputs["state"].clone()
     out = torch.full_like(inputs["x"], 7.0)
@@ -142,6 +199,7 @@ def test_ssd_leaves_null_block_alone():
     # the null block, the slot of the sequence without tokens, and a slot that nobody named
     for slot in (0, 2, 5):
         torch.testing.assert_close(inputs["state"][slot], before[slot], rtol=0, atol=0)
+    assert (inputs["checkpoint_state"][1] == 7.0).all()
 
 
 @pytest.mark.parametrize("cut", [1, 32, 41], ids=["after-1", "after-a-block", "after-41"])
@@ -175,12 +233,16 @@ def wrong_arguments() -> dict[str, tuple[str, torch.Tensor | None, str]]:
         "query_start_loc": ("query_start_loc", zeros(2, dtype=torch.int64), "query_start_loc must be torch.int32"),
         "dt_threshold": ("dt_threshold", zeros(3, 5), "dt_threshold must have shape"),
         "seq_rows": ("seq_rows", None, "seq_rows"),
+        "checkpoints": ("checkpoints", zeros(1, dtype=torch.int64), "checkpoints must be torch.int32"),
+        "checkpoints-alone": ("checkpoint_state", None, "checkpoints and checkpoint_state need each other"),
+        "checkpoint_state": ("checkpoint_state", zeros(1, 4, 16, 17), "checkpoint_state must have shape"),
         "out": ("out", zeros(4, 4, 16, dtype=torch.bfloat16), "out must be torch.float32"),
     }
 
 
 @pytest.mark.parametrize(("name", "wrong", "message"), wrong_arguments().values(), ids=wrong_arguments().keys())
 def test_ssd_rejects(name: str, wrong: torch.Tensor | None, message: str):
-    inputs = {key: tensor.cpu() if tensor is not None else None for key, tensor in ssd_inputs((4,)).items()}
+    inputs = with_checkpoints(ssd_inputs((4,)), (2,))
+    inputs = {key: tensor.cpu() if tensor is not None else None for key, tensor in inputs.items()}
     with pytest.raises(ValueError, match=message):
         ssd(**(inputs | {name: wrong}))

@@ -9,6 +9,7 @@ MIXER2 = "vllm.model_executor.layers.mamba.mamba_mixer2:MambaMixer2"
 MAMBA1 = "vllm.v1.attention.backends.mamba1_attn"
 MAMBA2 = "vllm.v1.attention.backends.mamba2_attn"
 MAMBA = "vllm.v1.attention.backends.mamba_attn"
+CHECKPOINT = "vllm.model_executor.layers.mamba.checkpoint"
 STATE = "vllm.v1.worker.gpu.model_states.mamba_hybrid:MambaHybridModelState"
 
 # What must exist: (module:name, used by).
@@ -42,6 +43,7 @@ SYMBOLS = [
     ("vllm.config:ModelConfig.is_hybrid", "refusals.py"),
     ("vllm.forward_context:get_forward_context", "mamba1.py, mamba2.py"),
     ("vllm.model_executor.layers.mamba.mamba_utils:is_conv_state_dim_first", "filtered_mixer.py"),
+    (f"{MIXER2}._warmup_ssd_kernels", "mamba2.py overrides it"),
     (f"{MIXER1}._ssm_transform", "mamba1.py"),
     ("vllm.model_executor.layers.mamba.abstract:MambaBase.get_attn_backend", "mamba1.py, mamba2.py"),
     ("vllm.v1.attention.backends.utils:NULL_BLOCK_ID", "step_metadata.py"),
@@ -129,6 +131,11 @@ SIGNATURES = [
         "state x dt A B C D dt_bias z dt_softplus state_batch_indices dst_state_batch_indices",
         "mamba1.py",
     ),
+    (
+        "vllm.model_executor.layers.mamba.ops.ssd_checkpoint:store_prefill_checkpoint",
+        "checkpoint chunk_idx x conv_state chunk_states ssm_state query_start_loc",
+        "mamba2.py",
+    ),
     ("vllm.utils.torch_utils:async_tensor_h2d", "data device dtype", "step_metadata.py"),
     ("vllm.utils.torch_utils:set_random_seed", "seed", "worker.py"),
     ("vllm.v1.request:Request.__init__", "self request_id prompt_token_ids sampling_params", "at_start.py"),
@@ -191,6 +198,7 @@ KEYWORDS = [
     ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.reload_weights", "weights_iterator weights_path", "reload.py"),
     ("vllm.model_executor.layers.mamba.ops.causal_conv1d:causal_conv1d_fn", "metadata", "mamba1.py"),
     ("vllm.model_executor.layers.mamba.ops.ssu_dispatch:selective_state_update", "out", "mamba1.py"),
+    ("vllm.model_executor.layers.mamba.ops.ssd_checkpoint:store_prefill_checkpoint", "state_len", "mamba2.py"),
     (f"{STATE}.prepare_attn", "for_capture", "model_state.py"),
     (
         "vllm.v1.core.sched.scheduler:Scheduler.__init__",
@@ -225,8 +233,8 @@ FIELDS = [
     ("vllm.config.mamba:MambaConfig", "backend enable_stochastic_rounding", "filtered_mixer.py"),
     (
         "vllm.config:CacheConfig",
-        "enable_prefix_caching use_replayssm",
-        "filtered_mixer.py, prefix_cache.py",
+        "enable_prefix_caching mamba_cache_mode use_replayssm",
+        "filtered_mixer.py, mamba2.py, prefix_cache.py",
     ),
     ("vllm.config:LoadConfig", "load_format", "table_lookup.py"),
     ("vllm.config:CompilationConfig", "static_forward_context cudagraph_mode", "step_metadata.py"),
@@ -243,9 +251,10 @@ FIELDS = [
     ),
     (
         f"{MAMBA2}:Mamba2AttentionMetadata",
-        "num_prefills num_prefill_tokens num_decodes num_decode_tokens",
-        "filtered_mixer.py, step_metadata.py",
+        "num_prefills num_prefill_tokens num_decodes num_decode_tokens checkpoint_chunk_idx checkpoint_meta",
+        "filtered_mixer.py, mamba2.py, step_metadata.py",
     ),
+    (f"{CHECKPOINT}:MambaPrefillCheckpointMetadata", "checkpoint_offsets", "mamba2.py"),
     (
         "vllm.v1.worker.gpu.input_batch:InputBatch",
         "num_reqs num_reqs_after_padding idx_mapping_np prompt_lens is_prefilling_np",

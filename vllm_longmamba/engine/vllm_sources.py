@@ -1,6 +1,6 @@
 """What functions of vLLM must still do for the plugin, by patterns that drift.py looks up in their sources."""
 
-from vllm_longmamba.engine.vllm_names import MAMBA, MIXER1, MIXER2, STATE
+from vllm_longmamba.engine.vllm_names import CHECKPOINT, MAMBA, MIXER1, MIXER2, STATE
 
 # What a function must still do, looked up in its source: (module:name, pattern, what the plugin counts on, used by).
 SOURCES = [
@@ -92,6 +92,18 @@ SOURCES = [
         r"ring_start is not None and self\._updates_replayssm_trackers[\s\S]*reset_replayssm_ring_trackers\("
         r"\s+ring_start,\s+prev_num_accepted,\s+prev_query_len,\s+state_indices_tensor_p,",
         "a prompt empties the rings that FlashInfer keeps",
+        "mamba2.py",
+    ),
+    (
+        f"{CHECKPOINT}:compute_mamba_prefill_checkpoints",
+        r"offsets\.append\(position - query_start if valid else 0\)",
+        "a checkpoint is a number of tokens of the step, 0 for none",
+        "mamba2.py",
+    ),
+    (
+        f"{CHECKPOINT}:MambaPrefillCheckpointBuilder.build",
+        r"checkpoint_offsets_tensor = async_tensor_h2d\(\s+checkpoint_offsets,\s+dtype=torch\.int32",
+        "checkpoints are int32 on the device",
         "mamba2.py",
     ),
     (

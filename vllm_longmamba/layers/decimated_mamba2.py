@@ -80,7 +80,7 @@ class DeciMambaMixer2(DecimatedMixer, WholeMambaMixer2):
                 self.conv_ssm_forward(projected[:decodes], scanned[:decodes])
         convolved = convolved.index_select(0, rows[decodes:] - decodes)
         dt = torch.split(projected[decodes:], sizes, dim=-1)[2]
-        if self.runs_own_kernels() and self._has_own_ssd(after):
+        if self.runs_own_kernels() and self._has_own_ssd:
             self._ssd(convolved, dt, after, FilterRows(), scanned[decodes:])
         else:
             states = self._ssd_by_vllm(convolved, dt, after, scanned[decodes:])

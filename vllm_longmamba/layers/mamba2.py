@@ -12,7 +12,7 @@ from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_c
 from vllm.model_executor.layers.mamba.ops.ssu_dispatch import reset_replayssm_ring_trackers
 from vllm.utils.torch_utils import _encode_layer_name
 
-from vllm_longmamba.kernels import filter_dt_, gated_norm, ssd, ssd_supports
+from vllm_longmamba.kernels import compile_ahead, filter_dt_, gated_norm, ssd, ssd_supports
 from vllm_longmamba.layers.filtered_mixer import FilteredMixer
 from vllm_longmamba.layers.projections import GatedNorm, compile_product, is_small, plain_weight, project
 from vllm_longmamba.layers.step_metadata import FilterRows, LongMamba2Backend
@@ -57,6 +57,11 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
         torch.ops.vllm.mamba_mixer2(projected, scanned, name)
         output = torch.ops.vllm.longmamba_project_out(scanned, projected, hidden_states.shape[-1], name)
         return output
+
+    def _warmup_ssd_kernels(self, projected_states: torch.Tensor) -> None:
+        """See vLLM's `MambaMixer2`; to try launch sizes of its SSD kernels takes long, and they may not be needed."""
+        if not (self.runs_own_kernels() and self._has_own_ssd):
+            super()._warmup_ssd_kernels(projected_states)
 
     def _empty_scanned(self, projected: torch.Tensor) -> torch.Tensor:
         shape = (projected.shape[0], self.tped_intermediate_size)
@@ -153,8 +158,14 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
         self, x_B_C: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
     ) -> None:
         """Convolution and SSM of prompts."""
-        if self._has_own_ssd(metadata):
-            self._ssd(self._convolve_prompts(x_B_C, metadata), dt, metadata, rows, out)
+        if self._has_own_ssd:
+            convolved = self._convolve_prompts(x_B_C, metadata)
+            if metadata.checkpoint_chunk_idx is None:
+                self._ssd(convolved, dt, metadata, rows, out)
+            else:
+                states = self._empty_states(metadata.num_prefills, dt.device)
+                self._ssd(convolved, dt, metadata, rows, out, states)
+                self._store_checkpoints(x_B_C, states, metadata.prefill_numbers, metadata)
         else:
             self._prefill_by_vllm(x_B_C, dt, metadata, rows, out)
         if self._empties_rings:
@@ -171,31 +182,73 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
         is_flashinfer = self.mamba_config.backend == MambaBackendEnum.FLASHINFER
         return bool(self.use_replayssm and is_flashinfer and self._updates_replayssm_trackers)
 
-    def _has_own_ssd(self, metadata: Any) -> bool:
-        return ssd_supports(self.head_dim, self.ssm_state_size) and metadata.checkpoint_chunk_idx is None
+    @property
+    def _has_own_ssd(self) -> bool:
+        return bool(ssd_supports(self.head_dim, self.ssm_state_size))
 
     def _ssd(
-        self, convolved: torch.Tensor, dt: torch.Tensor, metadata: Any, rows: FilterRows, out: torch.Tensor
+        self,
+        convolved: torch.Tensor,
+        dt: torch.Tensor,
+        metadata: Any,
+        rows: FilterRows,
+        out: torch.Tensor,
+        checkpoint_states: torch.Tensor | None = None,
     ) -> None:
+        """Writes checkpoint_states, (num_prefills, nheads, headdim, d_state), where given: for `_store_checkpoints`."""
         x, B, C = self.split_hidden_states_B_C_fn(convolved)
         tokens, is_filtered = dt.shape[0], rows.prefill_rows is not None
-        self._run_prefill(
-            ssd,
+        arguments = {
             **self._recurrence(
                 x.view(tokens, -1, self.head_dim),
                 dt,
                 B.view(tokens, -1, self.ssm_state_size),
                 C.view(tokens, -1, self.ssm_state_size),
             ),
-            dt_bias=self.dt_bias,
-            state=self.kv_cache[1],
-            query_start_loc=metadata.query_start_loc_p,
-            state_indices=metadata.state_indices_tensor_p,
-            has_initial_state=metadata.has_initial_states_p,
-            dt_threshold=self.dt_threshold if is_filtered else None,
-            seq_rows=rows.prefill_rows,
-            seq_prompt_tokens=rows.prefill_prompt_tokens,
-            out=out.view(tokens, -1, self.head_dim),
+            "dt_bias": self.dt_bias,
+            "state": self.kv_cache[1],
+            "query_start_loc": metadata.query_start_loc_p,
+            "state_indices": metadata.state_indices_tensor_p,
+            "has_initial_state": metadata.has_initial_states_p,
+            "dt_threshold": self.dt_threshold if is_filtered else None,
+            "seq_rows": rows.prefill_rows,
+            "seq_prompt_tokens": rows.prefill_prompt_tokens,
+            "out": out.view(tokens, -1, self.head_dim),
+        }
+        if checkpoint_states is not None:
+            offsets = metadata.checkpoint_meta.checkpoint_offsets
+            arguments |= {"checkpoints": offsets, "checkpoint_state": checkpoint_states}
+        elif self._most_prompt_tokens is not None and self.cache_config.mamba_cache_mode == "align":
+            # There are none in vLLM's warm-up, but later.
+            some = torch.empty(metadata.num_prefills, dtype=torch.int32, device="meta")
+            later = {"checkpoints": some, "checkpoint_state": self._empty_states(len(some), some.device)}
+            compile_ahead(ssd, arguments | later, self._most_prompt_tokens)
+        self._run_prefill(ssd, **arguments)
+
+    def _empty_states(self, number: int, device: torch.device) -> torch.Tensor:
+        state = self.kv_cache[1]
+        return torch.empty((number, *state.shape[1:]), dtype=state.dtype, device=device)
+
+    def _store_checkpoints(
+        self, x_B_C: torch.Tensor, states: torch.Tensor, indices: torch.Tensor, metadata: Any
+    ) -> None:
+        """Put the states that the prefix cache keeps from within prompts into the blocks that it has for them.
+
+        Args:
+            x_B_C: (tokens, x + B + C), what went into the convolution.
+            states: (states, nheads, headdim, d_state).
+            indices: (num_prefills,) int64, which of the states is each prompt's; any where the cache keeps none.
+            metadata: of the step.
+        """
+        store_prefill_checkpoint(
+            metadata.checkpoint_meta,
+            indices,
+            x_B_C.transpose(0, 1),
+            self._conv_state(),
+            states,
+            self.kv_cache[1],
+            metadata.query_start_loc_p,
+            state_len=self.conv_kernel_size - 1,
         )
 
     def _prefill_by_vllm(
@@ -203,7 +256,7 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
     ) -> None:
         """Convolution and filter in one launch, then vLLM's SSD kernels, as in its `conv_ssm_forward`.
 
-        For shapes that our kernels do not take, and for states inside a prompt that prefix caching keeps.
+        For shapes that our kernels do not take.
         """
         state, slots = self.kv_cache[1], metadata.state_indices_tensor_p
         filters: dict[str, torch.Tensor | None] = {}
@@ -213,16 +266,7 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
         convolved = self._convolve_prompts(x_B_C, metadata, **filters)
         states = self._ssd_by_vllm(convolved, dt, metadata, out)
         if metadata.checkpoint_chunk_idx is not None:
-            store_prefill_checkpoint(
-                metadata.checkpoint_meta,
-                metadata.checkpoint_chunk_idx,
-                x_B_C.transpose(0, 1),
-                self._conv_state(),
-                states,
-                state,
-                metadata.query_start_loc_p,
-                state_len=self.conv_kernel_size - 1,
-            )
+            self._store_checkpoints(x_B_C, states, metadata.checkpoint_chunk_idx, metadata)
             states = states[metadata.last_chunk_indices_p]
         state[slots] = states
 

@@ -55,9 +55,15 @@ class LongMamba1Metadata(Mamba1AttentionMetadata):  # type: ignore[misc]
 
 @dataclass
 class LongMamba2Metadata(Mamba2AttentionMetadata):  # type: ignore[misc]
-    """Metadata of a step for Mamba-2 layers. `filter_rows` is None where the engine runs without the filter."""
+    """Metadata of a step for Mamba-2 layers. `filter_rows` is None where the engine runs without the filter.
+
+    Attributes:
+        prefill_numbers: (num_prefills,) int64 on the device, 0, 1, 2 and so on: which of our checkpoint states is each
+            prompt's. None where no prompt of the step has a checkpoint.
+    """
 
     filter_rows: FilterRows | None = None
+    prefill_numbers: torch.Tensor | None = None
 
 
 class _FilterRowsBuilder:
@@ -195,6 +201,17 @@ class LongMamba2MetadataBuilder(_FilterRowsBuilder, Mamba2AttentionMetadataBuild
     """Builder for Mamba-2 layers."""
 
     metadata_cls = LongMamba2Metadata
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._numbers = torch.arange(vllm_config.scheduler_config.max_num_seqs, device=device)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
+        """See vLLM's `AttentionMetadataBuilder.build`."""
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
+        if metadata.checkpoint_chunk_idx is not None:
+            metadata.prefill_numbers = self._numbers[: metadata.num_prefills]
+        return metadata
 
 
 class LongMamba1Backend(Mamba1AttentionBackend):  # type: ignore[misc]
