@@ -40,7 +40,8 @@ def markdown(document: dict[str, Any]) -> str:
         environment_line(document["environment"]),
         "",
         f"Dummy weights, bfloat16, published shapes; vLLM's defaults in both engines; SSM state "
-        f"{settings.get('state_dtype', 'bfloat16')}; no prefix cache. Medians; both engines took turns. "
+        f"{settings.get('state_dtype', 'bfloat16')}; hybrids have "
+        "a prefix cache, which no prompt hits. Medians; both engines took turns. "
         "`on`: 35 % of the channels are global and about half of their tokens are filtered (a table for dummy weights, "
         "support/shapes.py). `off`: the same engine, "
         "whose layers run the kernels without the filter.",
