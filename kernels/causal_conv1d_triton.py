@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import UNALIGNED
+from .launch_sizes import cdiv, next_power_of_2
 from .reference import NULL_SLOT
 from .triton_helpers import filter_raw_dt, find_sequence, silu
 
@@ -149,7 +150,7 @@ def causal_conv1d_triton(
     block = LARGEST_BLOCK
     while channels % block and block > SMALLEST_BLOCK:
         block //= 2
-    programs = triton.cdiv(channels, block) + is_filtered
+    programs = cdiv(channels, block) + is_filtered
     nheads = dt.shape[1] if is_filtered else 1
     # an unused pointer argument still needs a tensor
     filters = (dt, dt_bias, dt_threshold, seq_rows, seq_prompt_tokens) if is_filtered else (x,) * 5
@@ -161,5 +162,5 @@ def causal_conv1d_triton(
         channels=channels, nheads=nheads, WIDTH=weight.shape[1], NULL=NULL_SLOT,
         HAS_BIAS=bias is not None, SILU=silu, FILTER=is_filtered,
         PART=PART, BLOCK_CHANNELS=block, T=GROUP,
-        BLOCK_HEADS=triton.next_power_of_2(nheads), FILTER_TOKENS=FILTER_TOKENS, num_warps=NUM_WARPS,
+        BLOCK_HEADS=next_power_of_2(nheads), FILTER_TOKENS=FILTER_TOKENS, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .compile_ahead import launch
 from .dispatch import UNALIGNED, supports_dependent_launch
+from .launch_sizes import cdiv, next_power_of_2
 from .reference import NULL_SLOT
 from .triton_helpers import convolve_last
 
@@ -71,11 +72,11 @@ def causal_conv1d_update_triton(x, weight, bias, conv_state, state_indices, silu
     """
     (batch, channels), width = x.shape, weight.shape[1]
     rows, block, warps = _launch_sizes(batch) if sizes is None else sizes
-    launch(_causal_conv1d_update_kernel, (triton.cdiv(channels, block), triton.cdiv(batch, rows)), x)(
+    launch(_causal_conv1d_update_kernel, (cdiv(channels, block), cdiv(batch, rows)), x)(
         # an unused pointer argument still needs a tensor
         x, weight, x if bias is None else bias, conv_state, out, state_indices,
         batch, x.stride(0), out.stride(0), state_indices.stride(0), *conv_state.stride(),
         channels=channels, WIDTH=width, NULL=NULL_SLOT, HAS_BIAS=bias is not None, SILU=silu,
-        ROWS=rows, BLOCK_CHANNELS=block, TAPS=triton.next_power_of_2(width), num_warps=warps,
+        ROWS=rows, BLOCK_CHANNELS=block, TAPS=next_power_of_2(width), num_warps=warps,
         launch_pdl=supports_dependent_launch(x.device),
     )  # fmt: skip

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import UNALIGNED
+from .launch_sizes import cdiv
 from .triton_helpers import filter_raw_dt
 
 BLOCK_TOKENS = 8
@@ -47,7 +48,7 @@ def filter_dt_triton_(
     tokens, channels = dt.shape
     if tokens == 0:
         return
-    grid = (triton.cdiv(tokens, BLOCK_TOKENS), triton.cdiv(channels, BLOCK_CHANNELS))
+    grid = (cdiv(tokens, BLOCK_TOKENS), cdiv(channels, BLOCK_CHANNELS))
     _filter_dt_kernel[grid](
         dt,
         dt_bias,

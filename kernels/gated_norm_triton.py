@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .compile_ahead import launch
 from .dispatch import supports_dependent_launch
+from .launch_sizes import next_power_of_2
 from .triton_helpers import silu
 
 # Channels that a warp has, and the most warps of a program.
@@ -46,7 +47,7 @@ def gated_norm_triton(x, gate, weight, eps, out, warps=None) -> None:
         warps: of a program; None to choose.
     """
     tokens, channels = x.shape
-    block = triton.next_power_of_2(channels)
+    block = next_power_of_2(channels)
     warps = min(max(block // WARP_CHANNELS, 1), MOST_WARPS) if warps is None else warps
     launch(_gated_norm_kernel, (tokens,), x)(
         x, gate, weight, out, x.stride(0), gate.stride(0), out.stride(0), eps,

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .compile_ahead import launch
 from .dispatch import UNALIGNED, is_nvidia, supports_dependent_launch
+from .launch_sizes import cdiv, next_power_of_2
 from .reference import NULL_SLOT
 from .selective_scan_chunks_triton import _load_rows, _selective_scan_pack_kernel, _selective_scan_walk_kernel, _unpack
 from .triton_helpers import filtered_dt, find_sequence, silu
@@ -218,11 +219,11 @@ def _pack(B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     if is_bf16 and follows and d_state % 4 == 0 and B.stride(0) % 4 == 0 and B.data_ptr() % 8 == 0:
         # slices of one projection
         return B.view(torch.int64), 4, d_state
-    padded = triton.cdiv(d_state, 4) * 4
+    padded = cdiv(d_state, 4) * 4
     packed = torch.empty((tokens, 2 * padded), dtype=torch.bfloat16 if is_bf16 else torch.float32, device=B.device)
-    launch(_selective_scan_pack_kernel, (triton.cdiv(tokens, 64),), B)(
+    launch(_selective_scan_pack_kernel, (cdiv(tokens, 64),), B)(
         B, C, packed, tokens, B.stride(0), C.stride(0),
-        d_state=d_state, PADDED=padded, BLOCK_STATES=triton.next_power_of_2(padded), BLOCK_TOKENS=64, num_warps=4,
+        d_state=d_state, PADDED=padded, BLOCK_STATES=next_power_of_2(padded), BLOCK_TOKENS=64, num_warps=4,
     )  # fmt: skip
     return packed.view(torch.int64), 4 if is_bf16 else 2, padded
 
@@ -231,7 +232,7 @@ def _chunk_size(tokens: int, d_inner: int) -> int:
     """Tokens a chunk; 0 for whole sequences, where none can be long."""
     if tokens <= SMALLEST_CHUNK:
         return 0
-    wanted = triton.next_power_of_2(tokens * triton.cdiv(d_inner, BLOCK_CHANNELS) // PROGRAMS_WANTED)
+    wanted = next_power_of_2(tokens * cdiv(d_inner, BLOCK_CHANNELS) // PROGRAMS_WANTED)
     return min(max(wanted, SMALLEST_CHUNK), LARGEST_CHUNK)
 
 
@@ -246,7 +247,7 @@ def selective_scan_triton(
     """
     (tokens, d_inner), d_state, nseq = x.shape, A.shape[1], state_indices.shape[0]
     words, per_word, padded = _pack(B, C)
-    blocks = triton.cdiv(d_inner, BLOCK_CHANNELS)
+    blocks = cdiv(d_inner, BLOCK_CHANNELS)
     chunk = _chunk_size(tokens, d_inner) if chunk is None else chunk
     parts = tokens // chunk + nseq if chunk else nseq
     kept = parts if chunk else 0
@@ -277,7 +278,7 @@ def selective_scan_triton(
 
     if chunk:
         scan(emit=False)
-        grid = (triton.cdiv(d_inner, 128), triton.cdiv(d_state, WALK_STATES), nseq)
+        grid = (cdiv(d_inner, 128), cdiv(d_state, WALK_STATES), nseq)
         launch(_selective_scan_walk_kernel, grid, x)(
             A, state, chunk_state, chunk_dt, query_start_loc, state_indices, has_initial_state, chunk,
             state.stride(0), d_inner=d_inner, d_state=d_state, NULL=NULL_SLOT,

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .compile_ahead import launch
 from .dispatch import UNALIGNED, supports_dependent_launch
+from .launch_sizes import cdiv, next_power_of_2
 from .reference import NULL_SLOT
 from .triton_helpers import filtered_dt, silu
 
@@ -112,13 +113,13 @@ PROJECTION_SIZES = (16, 2)
 
 def _launch_sizes(batch: int, d_inner: int, headdim: int, d_state: int, itemsize: int) -> tuple[int, int]:
     """(channels a program, warps) of LAUNCH_SIZES; elsewhere a warp has 1024 numbers of the state."""
-    padded = triton.next_power_of_2(d_state)
+    padded = next_power_of_2(d_state)
     channels, warps = max(1024 // padded, 1), 1
     for most, sizes in LAUNCH_SIZES.get((itemsize, padded), ()):
         channels, warps = sizes
         if batch * d_inner <= most:
             break
-    return min(channels, triton.next_power_of_2(headdim)), warps
+    return min(channels, next_power_of_2(headdim)), warps
 
 
 def selective_state_update_triton(
@@ -141,13 +142,13 @@ def selective_state_update_triton(
     gate = x if z is None else z
     filters = (A, state_indices) if dt_threshold is None else (dt_threshold, token_rows)
     rank = 0 if dt_weight is None else dt.shape[1]
-    launch(_selective_state_update_kernel, (triton.cdiv(headdim, channels), nheads, batch), x)(
+    launch(_selective_state_update_kernel, (cdiv(headdim, channels), nheads, batch), x)(
         state, x, dt, A, B, C, D, gate, dt_bias, out, state_indices, *filters, x if dt_weight is None else dt_weight,
         state.stride(0), x.stride(0), dt.stride(0), B.stride(0), C.stride(0), gate.stride(0), out.stride(0),
         state_indices.stride(0),
         nheads=nheads, headdim=headdim, ngroups=B.shape[1] // d_state, d_state=d_state, NULL=NULL_SLOT,
         PER_HEAD=A.dim() == 1, HAS_Z=z is not None, FILTER=dt_threshold is not None,
-        DT_RANK=rank, BLOCK_RANK=triton.next_power_of_2(max(rank, 1)),
-        BLOCK_CHANNELS=channels, BLOCK_STATES=triton.next_power_of_2(d_state), num_warps=warps,
+        DT_RANK=rank, BLOCK_RANK=next_power_of_2(max(rank, 1)),
+        BLOCK_CHANNELS=channels, BLOCK_STATES=next_power_of_2(d_state), num_warps=warps,
         launch_pdl=supports_dependent_launch(x.device),
     )  # fmt: skip

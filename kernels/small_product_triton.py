@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .compile_ahead import launch
 from .dispatch import UNALIGNED, supports_dependent_launch
+from .launch_sizes import cdiv, next_power_of_2
 from .reference import NULL_SLOT
 from .triton_helpers import convolve_last, silu
 
@@ -114,16 +115,16 @@ def small_product_triton(x, weight, gate, norm_weight, eps, out, convolution=Non
     """
     (features, inputs), tokens = weight.shape, len(x)
     block_n, block_k, warps, ahead = _launch_sizes(features, tokens) if sizes is None else sizes
-    block_k = min(block_k, triton.next_power_of_2(inputs))
+    block_k = min(block_k, next_power_of_2(inputs))
     # an unused pointer argument still needs a tensor
     gates = (x, x) if gate is None else (gate, norm_weight)
     conv_weight, conv_bias, conv_state, state_indices, has_silu = convolution or (x, None, x[..., None], x, False)
     channels, width = (0, 2) if convolution is None else conv_weight.shape
-    launch(_small_product_kernel, (triton.cdiv(features, block_n),), x)(
+    launch(_small_product_kernel, (cdiv(features, block_n),), x)(
         x, weight, *gates, conv_weight, x if conv_bias is None else conv_bias, conv_state, state_indices,
         out, tokens, x.stride(0), gates[0].stride(0), out.stride(0), state_indices.stride(0), *conv_state.stride(), eps,
         N=features, K=inputs, NORM=gate is not None, CHANNELS=channels, WIDTH=width, HAS_BIAS=conv_bias is not None,
-        SILU=has_silu, NULL=NULL_SLOT, ROWS=triton.next_power_of_2(tokens), BLOCK_N=block_n,
-        BLOCK_K=block_k, AHEAD=min(ahead, triton.cdiv(inputs, block_k)), num_warps=warps,
+        SILU=has_silu, NULL=NULL_SLOT, ROWS=next_power_of_2(tokens), BLOCK_N=block_n,
+        BLOCK_K=block_k, AHEAD=min(ahead, cdiv(inputs, block_k)), num_warps=warps,
         launch_pdl=supports_dependent_launch(x.device),
     )  # fmt: skip

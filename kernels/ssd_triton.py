@@ -10,10 +10,10 @@ inside sequences are asked for, ``_ssd_checkpoint_kernel`` finds them from those
 from typing import NamedTuple
 
 import torch
-import triton
 
 from .compile_ahead import launch
 from .dispatch import is_nvidia
+from .launch_sizes import cdiv, next_power_of_2
 from .reference import NULL_SLOT
 from .ssd_blocks_triton import _ssd_prepare_kernel, _ssd_walk_kernel
 from .ssd_checkpoint_triton import _ssd_checkpoint_kernel
@@ -73,7 +73,7 @@ def _warps(wanted: int, channels: int) -> int:
 
 def _segment(tokens: int, nheads: int) -> int:
     """Tokens a segment."""
-    wanted = triton.next_power_of_2(tokens * nheads // PROGRAMS_WANTED)
+    wanted = next_power_of_2(tokens * nheads // PROGRAMS_WANTED)
     return min(max(wanted, SMALLEST_SEGMENT), LARGEST_SEGMENT)
 
 
@@ -103,11 +103,11 @@ def ssd_triton(
     )
     where, search = (query_start_loc, state_indices), (nseq, (nseq - 1).bit_length())
     index_stride = state_indices.stride(0)
-    block_heads = min(32, triton.next_power_of_2(nheads))
+    block_heads = min(32, next_power_of_2(nheads))
     # three products of tf32 are about as exact as float32
-    precision = {"STATES": max(16, triton.next_power_of_2(d_state)), "PRECISION": "ieee" if IS_HIP else "tf32x3"}
+    precision = {"STATES": max(16, next_power_of_2(d_state)), "PRECISION": "ieee" if IS_HIP else "tf32x3"}
 
-    launch(_ssd_prepare_kernel, (blocks, ngroups + triton.cdiv(nheads, block_heads)), x)(
+    launch(_ssd_prepare_kernel, (blocks, ngroups + cdiv(nheads, block_heads)), x)(
         dt, A, dt_bias, B, C, softplus_dt, decay, weight, total, product, *where, *filters, *search,
         tokens, blocks, dt.stride(0), B.stride(0), C.stride(0), index_stride,
         nheads=nheads, ngroups=ngroups, d_state=d_state, FILTER=dt_threshold is not None, NULL=NULL_SLOT, **precision,
@@ -122,7 +122,7 @@ def ssd_triton(
         **large, HEADS=heads, num_warps=_warps(sizes.state_warps, heads * headdim), num_stages=sizes.state_stages,
     )  # fmt: skip
     size = headdim * d_state
-    launch(_ssd_walk_kernel, (triton.cdiv(size, 1024), nheads, nseq), x)(
+    launch(_ssd_walk_kernel, (cdiv(size, 1024), nheads, nseq), x)(
         state, segment_state, segment_decay, *where, has_initial_state.view(torch.uint8),
         state.stride(0), index_stride, nheads=nheads, size=size, NULL=NULL_SLOT, SEGMENT=segment,
         BLOCK_SIZE=1024, AHEAD=4, num_warps=4,
