@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from support.evidence_plan import SETTINGS, Plan, Records, Unit, read_settings
+from support.evidence_plan import SETTINGS, Plan, Records, Unit, for_train_length, read_settings
 from support.evidence_texts import ruler_file
 
 ROOT = Path(__file__).resolve().parent
@@ -216,6 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="folder of a model")
     parser.add_argument("--settings", type=Path, default=SETTINGS, help="[%(default)s]")
+    parser.add_argument("--train-length", type=int, help="of the models; all lengths are scaled [the settings']")
     parser.add_argument("--text", type=Path, required=True, help="documents to measure on, .txt or .txt.xz")
     parser.add_argument("--search-text", type=Path, required=True, help="other documents, for searches")
     parser.add_argument("--ruler", type=Path, default=Path("out/ruler-prompts"), help="prompts [%(default)s]")
@@ -229,7 +230,8 @@ def main() -> None:
     if options.worker is None:
         drive(options)
     else:
-        Worker(options, read_settings(options.settings)).run()
+        settings = read_settings(options.settings)
+        Worker(options, for_train_length(settings, options.train_length or settings["train_length"])).run()
 
 
 if __name__ == "__main__":

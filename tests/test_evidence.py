@@ -147,6 +147,24 @@ def test_records_of_the_page_keep_their_keys() -> None:
         assert not [unit for unit in mine if unit.text == "numbers" and not unit.pieces and unit.key in planned]
 
 
+def test_lengths_follow_the_training_length() -> None:
+    from support.evidence_plan import for_train_length
+
+    methods = {"decimamba": {"decimamba": {"layers": [3], "L_base": 512}}, "tuned": {"search": {"end": [0, 64]}}}
+    scaled = for_train_length(SETTINGS | {"methods": methods}, 2048)
+    assert scaled["train_length"] == 2048
+    assert scaled["shortest_document"] == 2400
+    assert scaled["methods"] == {
+        "decimamba": {"decimamba": {"layers": [3], "L_base": 2048}},
+        "tuned": {"search": {"end": [0, 256]}},
+    }
+    assert scaled["search"][0] == SETTINGS["search"][0] | {"lengths": [4096]}
+    assert scaled["work"][1] == SETTINGS["work"][1] | {"lengths": [2048, 4096]}
+    # what no length is stays, the pieces of a text too
+    assert all(scaled[name] == SETTINGS[name] for name in ("engine", "texts", "documents", "tables", "ruler_tokens"))
+    assert for_train_length(SETTINGS, 512) == SETTINGS
+
+
 def test_half_a_line_is_no_record(tmp_path: Path) -> None:
     from support.evidence_plan import Records
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -13,6 +14,8 @@ from vllm_longmamba.evaluate.store import settings_key
 # As in `longmamba tune`: within this much of the most keys found, settings count as equally good at finding them.
 FOUND_TOLERANCE = 0.05
 SEARCH = "search, "
+# Settings that are numbers of tokens, and shrink with the training length; pieces of a text do not.
+_TOKENS = ("train_length", "shortest_document", "lengths", "end", "L_base")
 SETTINGS = Path(__file__).resolve().parent.parent / "evidence.json"
 
 
@@ -98,6 +101,26 @@ class Unit:
             documents: texts that windows are taken of.
         """
         return self.length * self.count * (documents if self.task == "text" else 1)
+
+
+def for_train_length(settings: Mapping[str, Any], train_length: int) -> dict[str, Any]:
+    """The settings for models of another training length: all lengths in tokens grow or shrink with it.
+
+    Args:
+        settings: contents of a settings file.
+        train_length: tokens.
+    """
+    share = Fraction(train_length, settings["train_length"])
+
+    def scaled(value: Any, is_tokens: bool = False) -> Any:
+        if isinstance(value, Mapping):
+            return {name: scaled(one, name in _TOKENS) for name, one in value.items()}
+        if isinstance(value, list):
+            return [scaled(one, is_tokens) for one in value]
+        return int(value * share) if is_tokens else value
+
+    whole = {name: value for name, value in settings.items() if name != "texts"}
+    return {**scaled(whole), "texts": settings["texts"]}
 
 
 @cache
