@@ -5,6 +5,8 @@ from functools import cache
 
 import torch
 
+# What activations, weights and states may hold.
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Where the engine's metadata of a step begins: parts of longer tensors, that begin anywhere. A kernel reads single
 # numbers there and has nothing of their alignment, but would be compiled anew for each.
 UNALIGNED = (

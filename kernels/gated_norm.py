@@ -2,10 +2,8 @@
 
 import torch
 
-from .dispatch import check_tensor, uses_triton
+from .dispatch import FLOATS, check_tensor, uses_triton
 from .reference import gated_norm_reference
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def gated_norm(

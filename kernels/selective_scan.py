@@ -2,9 +2,7 @@
 
 import torch
 
-from .dispatch import check_tensor, uses_triton
-
-ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
+from .dispatch import FLOATS, check_tensor, uses_triton
 
 
 def selective_scan(
@@ -100,14 +98,14 @@ def _check(
     device, float32, int32 = x.device, (torch.float32,), (torch.int32,)
     for name, tensor in (("x", x), ("dt", dt), ("z", z)):
         if tensor is not None:
-            check_tensor(name, tensor, (tokens, d_inner), ACTIVATIONS, device, contiguous=False)
+            check_tensor(name, tensor, (tokens, d_inner), FLOATS, device, contiguous=False)
     check_tensor("out", out, (tokens, d_inner), (x.dtype,), device, contiguous=False)
-    check_tensor("B", B, (tokens, d_state), ACTIVATIONS, device, contiguous=False)
-    check_tensor("C", C, (tokens, d_state), ACTIVATIONS, device, contiguous=False)
+    check_tensor("B", B, (tokens, d_state), FLOATS, device, contiguous=False)
+    check_tensor("C", C, (tokens, d_state), FLOATS, device, contiguous=False)
     check_tensor("A", A, (d_inner, d_state), float32, device)
-    check_tensor("D", D, (d_inner,), ACTIVATIONS, device)
-    check_tensor("dt_bias", dt_bias, (d_inner,), ACTIVATIONS, device)
-    check_tensor("state", state, (state.shape[0], d_inner, d_state), ACTIVATIONS, device, contiguous=False)
+    check_tensor("D", D, (d_inner,), FLOATS, device)
+    check_tensor("dt_bias", dt_bias, (d_inner,), FLOATS, device)
+    check_tensor("state", state, (state.shape[0], d_inner, d_state), FLOATS, device, contiguous=False)
     if state.shape[0] and not state[0].is_contiguous():
         raise ValueError(f"each slot of state must be contiguous (d_inner, d_state), got strides {state.stride()}")
     check_tensor("query_start_loc", query_start_loc, (sequences + 1,), int32, device)

@@ -2,13 +2,11 @@
 
 import torch
 
-from .dispatch import check_tensor, uses_triton
+from .dispatch import FLOATS, check_tensor, uses_triton
 from .reference import selective_state_update_reference
 
 # Up to so many sequences x channels `dt_weight` saves more than it costs, on an H200: benchmarks/decode_kernels.py.
 MOST_PROJECTED = 16384
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def selective_state_update(

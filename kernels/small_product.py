@@ -3,10 +3,9 @@
 import torch
 
 from .causal_conv1d_update import check_arguments as check_convolution
-from .dispatch import check_tensor, supports_dependent_launch, uses_triton
+from .dispatch import FLOATS, check_tensor, supports_dependent_launch, uses_triton
 from .reference import causal_conv1d_update_reference, small_product_reference
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Tokens for which it pays, by the most features of the weight, on an H200: benchmarks/small_products.py.
 MOST_TOKENS = {1024: 4, 4096: 2}
 # `small_product` takes no more.

@@ -12,9 +12,9 @@ from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_c
 from vllm.model_executor.layers.mamba.ops.ssu_dispatch import reset_replayssm_ring_trackers
 from vllm.utils.torch_utils import _encode_layer_name
 
-from vllm_longmamba.kernels import compile_ahead, filter_dt_, gated_norm, ssd, ssd_supports
+from vllm_longmamba.kernels import compile_ahead, filter_dt_, ssd, ssd_supports
 from vllm_longmamba.layers.filtered_mixer import FilteredMixer
-from vllm_longmamba.layers.projections import GatedNorm, compile_product, is_small, plain_weight, project
+from vllm_longmamba.layers.projections import GatedNorm, compile_product, plain_weight, project
 from vllm_longmamba.layers.step_metadata import FilterRows, LongMamba2Backend
 
 
@@ -84,10 +84,7 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
         Returns:
             (tokens, d_model)
         """
-        norm = self._gated_norm(projected)
-        if is_small(self.out_proj, scanned.shape[0]):
-            return project(self.out_proj, scanned, out, norm)
-        return project(self.out_proj, gated_norm(scanned, *norm), out)
+        return project(self.out_proj, scanned, out, self._gated_norm(projected))
 
     def _gated_norm(self, projected: torch.Tensor) -> GatedNorm:
         gate = projected[:, : self.tped_intermediate_size]
@@ -159,12 +156,10 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
     ) -> None:
         """Convolution and SSM of prompts."""
         if self._has_own_ssd:
-            convolved = self._convolve_prompts(x_B_C, metadata)
-            if metadata.checkpoint_chunk_idx is None:
-                self._ssd(convolved, dt, metadata, rows, out)
-            else:
-                states = self._empty_states(metadata.num_prefills, dt.device)
-                self._ssd(convolved, dt, metadata, rows, out, states)
+            has_checkpoints = metadata.checkpoint_chunk_idx is not None
+            states = self._empty_states(metadata.num_prefills, dt.device) if has_checkpoints else None
+            self._ssd(self._convolve_prompts(x_B_C, metadata), dt, metadata, rows, out, states)
+            if states is not None:
                 self._store_checkpoints(x_B_C, states, metadata.prefill_numbers, metadata)
         else:
             self._prefill_by_vllm(x_B_C, dt, metadata, rows, out)

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name, direct_register_custom_op
 
-from vllm_longmamba.kernels import MOST_SMALL, compile_ahead, most_small_tokens, small_product
+from vllm_longmamba.kernels import MOST_SMALL, compile_ahead, gated_norm, most_small_tokens, small_product
 
 
 class GatedNorm(NamedTuple):
@@ -45,11 +45,14 @@ def plain_weight(layer: Any) -> torch.Tensor | None:
 
 
 def is_small(layer: Any, tokens: int) -> bool:
-    """Whether `project` runs this project's kernel, the only way in which it takes a norm."""
-    if not 0 < tokens <= MOST_SMALL:
-        return False
+    """Whether `project` runs this project's kernel, the only way in which it takes a convolution."""
     weight = plain_weight(layer)
-    return weight is not None and tokens <= most_small_tokens(weight)
+    return weight is not None and _are_few(tokens, weight)
+
+
+def _are_few(tokens: int, weight: torch.Tensor) -> bool:
+    # The first answer spares long prompts the second one.
+    return bool(0 < tokens <= MOST_SMALL and tokens <= most_small_tokens(weight))
 
 
 def project(
@@ -65,24 +68,27 @@ def project(
         layer: K to N features.
         x: (tokens, K).
         out: (tokens, N) to write to, or None.
-        norm: in front of the product; only where `is_small`.
+        norm: in front of the product.
         convolution: behind it, as `small_product` takes it; only where `is_small`.
 
     Returns:
         (tokens, N), ``out`` where given.
     """
-    weight, tokens = plain_weight(layer), x.shape[0]
+    weight = plain_weight(layer)
+    if weight is not None:
+        # vLLM's parameters answer every question in Python, which takes time.
+        weight = weight.data
     projected: torch.Tensor
-    if weight is None:
-        projected = layer(x)[0]
-        return projected if out is None else out.copy_(projected)
-    # vLLM's parameters answer every question in Python, which takes time.
-    weight = weight.data
-    if 0 < tokens <= MOST_SMALL and tokens <= most_small_tokens(weight):
+    if weight is not None and _are_few(x.shape[0], weight):
         projected = small_product(x, weight, *(norm or NO_NORM), out, **convolution)
-    else:
+        return projected
+    if norm is not None:
+        x = gated_norm(x, *norm)
+    if weight is not None:
         projected = torch.mm(x, weight.t(), out=out)
-    return projected
+        return projected
+    projected = layer(x)[0]
+    return projected if out is None else out.copy_(projected)
 
 
 def compile_product(layer: Any, norm: GatedNorm | None = None, **convolution: Any) -> None:
