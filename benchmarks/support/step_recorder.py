@@ -154,6 +154,15 @@ def stop_recording(worker: Any) -> dict[str, Any]:
     return {"clock": statistics.median(intervals), **kernel_times(recorder.events, PROFILED), "gpu": gpu}
 
 
+def stop_timeline(worker: Any) -> list[Event]:
+    """Every kernel of the PROFILED steps that were recorded."""
+    recorder = worker.model_runner.execute_model
+    del worker.model_runner.execute_model
+    recorder.check()
+    events: list[Event] = recorder.events
+    return events
+
+
 class _PromptRecorder:
     """Stands for the model runner's `execute_model` while the profiler runs, and counts steps and their tokens."""
 
