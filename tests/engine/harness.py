@@ -170,7 +170,6 @@ def assert_exact(
     result: Completion,
     table: ThresholdTable | None,
     filters_generated: bool = False,
-    unfiltered_end: int = 0,
 ) -> None:
     """Compare an engine's completion with the reference, given the same tokens."""
     filters: Filters = {}
@@ -181,9 +180,7 @@ def assert_exact(
     filtered = len(tokens) if filters_generated else len(prompt)
 
     def expected(filters: Filters) -> np.ndarray:
-        reference = reference_logprobs(
-            model, tokens, prompt_length=filtered, filters=filters, unfiltered_end=unfiltered_end
-        )
+        reference = reference_logprobs(model, tokens, prompt_length=filtered, filters=filters)
         return reference[len(prompt) - 1 : -1].numpy()
 
     assert_agrees(result.logprobs, expected, filters)
