@@ -21,10 +21,13 @@ tests() { group "$1" python3 -m pytest -q --show-capture=no -p no:cacheprovider 
 
 only=${GROUPS_TO_RUN:-all}
 wanted() { [ "$only" = all ] || [[ " $only " == *" $1 "* ]]; }
-for family in mamba1 mamba2 zamba2; do
+for family in mamba1 mamba2 zamba2 granite_hybrid; do
   wanted "graphs_$family" && tests "graphs_$family" engine/test_gpu.py -k "cuda_graphs and $family"
+done
+for family in mamba1 mamba2 zamba2; do
   wanted "tensor_parallel_$family" && tests "tensor_parallel_$family" engine/test_tensor_parallel.py -k "$family"
 done
+wanted expert_parallel && tests expert_parallel engine/test_tensor_parallel.py -k expert
 for family in mamba1 falcon_h1 nemotron_h; do
   wanted "pipeline_$family" && tests "pipeline_$family" engine/test_pipeline_parallel.py -k "$family"
 done
@@ -44,7 +47,10 @@ wanted state_updates && tests state_updates engine/test_state_updates.py -k "not
 wanted state_dtype && tests state_dtype engine/test_state_dtype.py
 wanted prompt_embeds && tests prompt_embeds engine/test_prompt_embeds.py
 wanted requests && tests requests engine/test_requests.py
-wanted kv_connectors && tests kv_connectors engine/test_kv_connectors.py
+wanted kv_connectors && tests kv_connectors engine/test_kv_connectors.py -k offloaded
+wanted kv_two_engines && tests kv_two_engines engine/test_kv_connectors.py -k another_engine
+wanted embeddings && tests embeddings engine/test_embeddings.py
+wanted compressed_tensors && tests compressed_tensors engine/test_compressed_tensors.py
 for family in mamba1 mamba2 falcon_mamba; do
   wanted "decimamba_$family" &&
     tests "decimamba_$family" engine/test_decimamba.py -k "$family and not tensor_parallel and not preempted"
@@ -53,7 +59,7 @@ wanted decimamba_preemption && tests decimamba_preemption engine/test_decimamba.
 wanted tensor_parallel_decimamba && tests tensor_parallel_decimamba engine/test_decimamba.py -k tensor_parallel
 wanted decimamba_evaluate && tests decimamba_evaluate evaluate/test_decimamba_engine.py
 # vLLM knows one engine with sleep mode per process.
-for family in mamba1 mamba2 zamba2; do
+for family in mamba1 mamba2 zamba2 granite_hybrid; do
   wanted "sleep_$family" && tests "sleep_$family" engine/test_sleep.py -k "$family"
 done
 wanted reload && tests reload engine/test_reload.py
@@ -73,7 +79,7 @@ fi
 export VLLM_USE_V2_MODEL_RUNNER=0
 wanted runner_v1 && tests runner_v1 engine/test_gpu.py engine/test_preemption.py -k "cuda_graphs or resumed"
 wanted speculative_runner_v1 &&
-  tests speculative_runner_v1 engine/test_speculative.py engine/test_refusals.py -k "zamba2 or model_runner_v1"
+  tests speculative_runner_v1 engine/test_speculative.py engine/test_refusals.py -k "(zamba2 and drafts) or model_runner_v1"
 wanted replayssm_runner_v1 && tests replayssm_runner_v1 engine/test_state_updates.py -k replayssm
 wanted decimamba_runner_v1 && tests decimamba_runner_v1 engine/test_decimamba.py -k "cuda_graphs or preempted"
 

@@ -66,8 +66,13 @@ def test_supported_architecture(given: str | list[str], expected: str) -> None:
 
 @pytest.mark.parametrize(
     ("given", "named"),
-    [("LlamaForCausalLM", "LlamaForCausalLM"), (["A", "LongB"], "A / LongB"), ([], r"\(none\)")],
-    ids=["name", "two", "none"],
+    [
+        ("LlamaForCausalLM", "LlamaForCausalLM"),
+        (["A", "LongB"], "A / LongB"),
+        ([], r"\(none\)"),
+        (["NemotronH_Nano_VL_V2"], "NemotronH_Nano_VL_V2"),
+    ],
+    ids=["name", "two", "none", "images"],
 )
 def test_supported_architecture_refuses(given: str | list[str], named: str) -> None:
     with pytest.raises(ValueError, match=rf"architecture {named} has no LongMamba variant") as error:

@@ -11,10 +11,11 @@ from example_modules import EXAMPLES
 from tiny_models import write_mamba2_original
 from typer.testing import CliRunner
 
-from vllm_longmamba import compatibility
+from vllm_longmamba import commands, compatibility
 from vllm_longmamba.checkpoint.table_lookup import cache_folder
 from vllm_longmamba.cli import app
 from vllm_longmamba.compatibility import IncompatibleVllmError
+from vllm_longmamba.engine import drift
 from vllm_longmamba.engine.patch import Patch
 
 Doctor = Callable[..., tuple[int, dict[str, list[str]]]]
@@ -120,6 +121,42 @@ def test_what_is_wrong_with_a_model(arguments: tuple[str, ...], message: str, ti
     assert message in problem
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--max-modle-len", "4096"), "vllm serve: unrecognized arguments: --max-modle-len; `vllm serve --help=all`"),
+        (("--max-model-len", "many"), "vllm serve: argument --max-model-len: invalid"),
+        (
+            ("--additional-config", '{"longmamba"'),
+            """--additional-config must be a JSON object, but is '{"longmamba"'""",
+        ),
+    ],
+    ids=["name", "value", "json"],
+)
+def test_arguments_that_vllm_does_not_take(
+    arguments: tuple[str, ...], message: str, tiny: Path, doctor: Doctor
+) -> None:
+    code, report = doctor(tiny, *arguments)
+    assert code == 1
+    (problem,) = report["WRONG"]
+    assert problem.startswith(message)
+
+
+def test_arguments_without_a_model(doctor: Doctor) -> None:
+    code, report = doctor("--dtype", "float32")
+    assert code == 1
+    assert report["WRONG"] == ["name the model first, as for `vllm serve`"]
+
+
+def test_arguments_in_a_file(tiny: Path, doctor: Doctor, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"model: {tiny}\nmax-model-len: 500\nadditional-config:\n  longmamba:\n    train_length: 96\n")
+    code, report = doctor("--config", file)
+    assert code == 0, report
+    assert report["model"] == [str(tiny)]
+    assert report["longest prompt"] == ["500 tokens with its answer"]
+
+
 def test_no_such_model(doctor: Doctor, tmp_path: Path) -> None:
     code, report = doctor(tmp_path / "none")
     assert code == 1
@@ -146,6 +183,29 @@ def test_a_changed_vllm(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None
     assert "cannot extend vllm.version.nothing_like_it of this vLLM: it does not exist" in report["WRONG"][0]
 
 
+@pytest.fixture
+def newer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The installed vLLM says that it is a later one than those that were tested."""
+    drift.check_newer_vllm.cache_clear()
+    for module in (drift, commands.doctor):
+        monkeypatch.setattr(module, "installed_vllm_version", lambda: "0.99.0")
+
+
+@pytest.mark.usefixtures("newer")
+def test_a_newer_vllm(doctor: Doctor) -> None:
+    code, report = doctor()
+    assert code == 0, report
+    assert report["newer vLLM"] == ["not tested, but it has all that LongMamba relies on by name"]
+
+
+@pytest.mark.usefixtures("newer")
+def test_a_newer_vllm_that_lacks_something(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift, "SYMBOLS", [("vllm:Gone", "b.py")])
+    code, report = doctor()
+    assert code == 1
+    assert "vLLM 0.99.0 is installed, in which vllm:Gone is gone" in report["WRONG"][0]
+
+
 def test_a_plugin_that_is_not_loaded(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "another")
     code, report = doctor()
@@ -162,10 +222,25 @@ def test_no_secrets(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["doctor", str(tiny), *longmamba(train_length=96), *arguments]
     result = CliRunner().invoke(app, given, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert "--api-key" in result.output
     assert "sesame" not in result.output
     assert str(tiny.parent) not in result.output
     assert "~/tiny" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--api-kye", "sesame"), "arguments: --api-kye;"),
+        (("--api-kye=sesame",), "arguments: --api-kye;"),
+        (("--a=sesame",), "option: --a could match"),
+    ],
+    ids=["two words", "one word", "ambiguous"],
+)
+def test_no_secrets_behind_a_wrong_name(arguments: tuple[str, ...], named: str, tiny: Path) -> None:
+    result = CliRunner().invoke(app, ["doctor", str(tiny), *arguments], catch_exceptions=False)
+    assert result.exit_code == 1
+    assert named in result.output
+    assert "sesame" not in result.output
 
 
 def test_bug_reports_ask_for_it() -> None:

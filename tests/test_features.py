@@ -19,14 +19,28 @@ from features_page import fill
 FEATURES = read_features()
 
 
+COLLECT = """
+import sys
+import pytest
+
+class Names:
+    def pytest_collection_finish(self, session):
+        for item in session.items:
+            print(item.nodeid, "needs a GPU" if item.get_closest_marker("gpu") else "", sep="\\t")
+
+sys.exit(pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[Names()]))
+"""
+
+
 @pytest.fixture(scope="module")
-def collected() -> set[str]:
-    """The names of the tests in the files that features.toml names."""
+def collected() -> dict[str, bool]:
+    """Name -> whether it needs a GPU, of the tests in the files that features.toml names."""
     files = {f"tests/{test.partition('::')[0]}" for test in named_tests()}
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *sorted(files)]
+    command = [sys.executable, "-c", COLLECT, *sorted(files)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:]
-    return set(result.stdout.splitlines())
+    lines = [line.partition("\t") for line in result.stdout.splitlines() if "\t" in line]
+    return {name.removeprefix("tests/"): bool(gpu) for name, _, gpu in lines}
 
 
 def named_tests() -> list[str]:
@@ -46,20 +60,18 @@ def test_the_page_is_compared() -> None:
     assert fill(page, [*changed, *FEATURES[1:]]) != page
 
 
-def test_every_named_test_exists(collected: set[str]) -> None:
-    missing = {test for test in named_tests() if f"tests/{test}" not in collected}
-    assert missing == set()
+def test_every_named_test_exists(collected: dict[str, bool]) -> None:
+    assert set(named_tests()) - set(collected) == set()
     assert len(named_tests()) > 50
 
 
-def test_tests_of_a_gpu_are_marked() -> None:
-    """A test that only a GPU runs must not stand as one that runs on a CPU."""
+def test_what_works_on_a_cpu_does_not_need_a_gpu(collected: dict[str, bool]) -> None:
+    assert any(collected.values())
     for feature in FEATURES:
         for entry in feature.entries.values():
-            if entry.state == "works":
+            if entry.state in ("works", "refused"):
                 assert entry.test is not None
-                text = (ROOT / "tests" / entry.test.partition("::")[0]).read_text()
-                assert "pytestmark = [pytest.mark.gpu" not in text, f"{feature.name}: {entry.test}"
+                assert not collected[entry.test], f"{feature.name}: {entry.test}"
 
 
 def test_names_are_given_once() -> None:
@@ -110,7 +122,7 @@ def test_settings_exist(default_config: Any) -> None:
     from vllm.config import (
         CacheConfig,
         CompilationConfig,
-        DeviceConfig,
+        KVTransferConfig,
         LoadConfig,
         ModelConfig,
         ParallelConfig,
@@ -122,7 +134,7 @@ def test_settings_exist(default_config: Any) -> None:
     owners: dict[str, Any] = {
         "cache_config": CacheConfig,
         "compilation_config": CompilationConfig,
-        "device_config": DeviceConfig,
+        "kv_transfer_config": KVTransferConfig,
         "load_config": LoadConfig,
         "mamba_config": MambaConfig,
         "model_config": ModelConfig,
@@ -136,8 +148,12 @@ def test_settings_exist(default_config: Any) -> None:
             import vllm.envs
 
             assert name in vllm.envs.environment_variables
+        elif owner == "platform":
+            from vllm.platforms import current_platform
+
+            assert isinstance(getattr(current_platform, name), str)
         elif name:
-            fields = owners[owner].__dataclass_fields__ | {"runner_type": None, "device_type": None}
+            fields = owners[owner].__dataclass_fields__ | {"runner_type": None}
             assert name in fields, feature.setting
         elif owner:
             assert hasattr(default_config, owner), feature.setting
@@ -171,3 +187,22 @@ def test_a_variable_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not feature.is_on(None)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     assert feature.is_on(None)
+
+
+def test_a_platform_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    on = {}
+    for name in ("cpu", "cuda", "rocm", "xpu"):
+        monkeypatch.setattr(current_platform, "device_name", name, raising=False)
+        on[name] = [
+            feature.name for feature in FEATURES if feature.name in ("CPU", "ROCm, XPU") and feature.is_on(None)
+        ]
+    assert on == {"cpu": ["CPU"], "cuda": [], "rocm": ["ROCm, XPU"], "xpu": ["ROCm, XPU"]}
+
+
+def test_offloading_is_no_transfer_between_engines() -> None:
+    (feature,) = [feature for feature in FEATURES if feature.name.startswith("KV transfer between engines")]
+    for connector, is_on in (("OffloadingConnector", False), ("NixlConnector", True)):
+        assert feature.is_on(SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector=connector))) == is_on
+    assert not feature.is_on(SimpleNamespace(kv_transfer_config=None))

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 FAMILIES = ["mamba1", "mamba2", "zamba2"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "granite_hybrid"])
 @pytest.mark.parametrize("filters_generated", [False, True])
 def test_cuda_graphs(
     family: str,

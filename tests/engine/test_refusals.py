@@ -272,6 +272,7 @@ def test_drafts_that_model_runner_v1_does_not_count(
         model_config=SimpleNamespace(architecture="LongMamba2ForCausalLM", is_hybrid=is_hybrid),
         use_v2_model_runner=is_v2,
         mamba_config=SimpleNamespace(backend=None),
+        parallel_config=SimpleNamespace(enable_expert_parallel=False),
         kv_transfer_config=None,
         _post_init_kv_transfer_config=lambda: None,
     )
@@ -284,6 +285,15 @@ def test_drafts_in_model_runner_v1(tiny_model: Callable[[str], Path], monkeypatc
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     message = refusal(tiny_model("mamba2"), **longmamba(), speculative_config=NGRAMS)
     assert "--speculative-config in vLLM's model runner V1 for a model of Mamba layers only" in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a CPU")
+@pytest.mark.parametrize("filtered", [False, True])
+def test_experts_apart_on_a_cpu(filtered: bool, tiny_model: Callable[[str], Path], tiny_table: Tables) -> None:
+    given = longmamba(tiny_table("jamba")[0]) if filtered else longmamba()
+    message = refusal(tiny_model("jamba"), **given, tensor_parallel_size=2, enable_expert_parallel=True)
+    assert "--model-impl longmamba does not support --enable-expert-parallel with more than one rank on a" in message
+    assert "leave it out" in message
 
 
 @pytest.mark.parametrize("filtered", [False, True])

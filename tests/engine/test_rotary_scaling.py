@@ -33,17 +33,23 @@ def copy_with(model: Path, folder: Path, **changes: Any) -> Path:
 
 # vLLM computes each; one in every run shows that the override reaches it.
 @pytest.mark.parametrize(
-    "scaling", [name if name == "yarn" else pytest.param(name, marks=pytest.mark.slow) for name in SCALINGS]
+    ("family", "scaling"),
+    [
+        ("zamba2", "yarn"),
+        *(pytest.param("zamba2", scaling, marks=pytest.mark.slow) for scaling in ("linear", "ntk")),
+        pytest.param("falcon_h1", "yarn", marks=pytest.mark.slow),
+    ],
 )
-def test_zamba2_beyond_the_length_of_its_attention(
+def test_beyond_the_length_of_the_attention(
+    family: str,
     scaling: str,
     engine: Callable[..., Any],
     tiny_model: Callable[[str], Path],
     tiny_table: Callable[[str], Any],
     tmp_path: Path,
 ) -> None:
-    path, table = tiny_table("zamba2")
-    plain = copy_with(tiny_model("zamba2"), tmp_path / "plain", max_position_embeddings=POSITIONS)
+    path, table = tiny_table(family)
+    plain = copy_with(tiny_model(family), tmp_path / "plain", max_position_embeddings=POSITIONS)
     rope = SCALINGS[scaling]
     scaled = copy_with(plain, tmp_path / "scaled", rope_parameters=rope)
     running = engine(plain, **longmamba(path), hf_overrides={"rope_parameters": rope}, max_model_len=4 * POSITIONS)

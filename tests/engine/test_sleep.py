@@ -13,7 +13,7 @@ from .harness import assert_exact
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
 
-@pytest.mark.parametrize("family", ["mamba1", "mamba2", "zamba2"])
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "zamba2", "granite_hybrid"])
 @pytest.mark.parametrize("level", [1, 2])
 def test_thresholds_survive(
     level: int,

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 
 from vllm_longmamba.layers.filtered_mixer import FilteredMixer, filtered_mixers
 
-from .conftest import longmamba
+from .conftest import A_HYBRID, longmamba
 from .harness import assert_exact, write_table
 
 pytestmark = pytest.mark.engine
@@ -58,7 +58,7 @@ def test_prompts_by_us_and_decodes_by_vllm(
         assert_exact(model, prompt, result, table)
 
 
-@pytest.mark.parametrize("family", ["mamba1", "mamba2", pytest.param("zamba2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", pytest.param("zamba2", marks=pytest.mark.slow), A_HYBRID])
 def test_layout_of_the_convolution(
     family: str,
     layout: str,

@@ -1,4 +1,4 @@
-"""Tensor parallelism: each rank filters its own channels with its own slice of the table."""
+"""Tensor parallelism: each rank filters its own channels with its own slice of the table. Also with experts apart."""
 
 import os
 from collections.abc import Callable
@@ -16,24 +16,39 @@ SLOW = pytest.mark.slow
 pytestmark = pytest.mark.engine
 
 
-FAMILIES = [pytest.param(family, marks=() if family == "mamba2" else SLOW) for family in WRITERS]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tensor_parallel(
-    family: str,
-    engine: Callable[..., Any],
-    tiny_model: Callable[[str], Path],
-    tiny_table: Callable[[str], Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def _two_places(monkeypatch: pytest.MonkeyPatch) -> None:
     places = torch.cuda.device_count() if torch.cuda.is_available() else (os.cpu_count() or 1)
     if places < 2:
         pytest.skip("needs two GPUs or two CPU cores")
     # Without this, vLLM wants a NUMA node for each rank.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+FAMILIES = [pytest.param(family, marks=() if family == "mamba2" else SLOW) for family in WRITERS]
+
+
+@pytest.mark.usefixtures("_two_places")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensor_parallel(
+    family: str, engine: Callable[..., Any], tiny_model: Callable[[str], Path], tiny_table: Callable[[str], Any]
+) -> None:
     path, table = tiny_table(family)
     running = engine(family, **longmamba(path), tensor_parallel_size=2, max_num_batched_tokens=100)
     prompts = [random_token_ids(length, seed=length) for length in (96, 101, 333, 640)]
     for prompt, result in zip(prompts, running.generate(prompts), strict=True):
         assert_exact(tiny_model(family), prompt, result, table)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_two_places")
+def test_expert_parallel(
+    engine: Callable[..., Any], tiny_model: Callable[[str], Path], tiny_table: Callable[[str], Any]
+) -> None:
+    """Each rank has two of a layer's four experts. On a CPU it is refused."""
+    path, table = tiny_table("jamba")
+    split = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    running = engine("jamba", **longmamba(path), **split, max_num_batched_tokens=100)
+    prompts = [random_token_ids(length, seed=length) for length in (96, 101, 333, 640)]
+    for prompt, result in zip(prompts, running.generate(prompts), strict=True):
+        assert_exact(tiny_model("jamba"), prompt, result, table)

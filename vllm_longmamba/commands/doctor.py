@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_longmamba import __version__
-from vllm_longmamba.compatibility import check_vllm_version, installed_vllm_version
+from vllm_longmamba.compatibility import check_vllm_version, installed_vllm_version, is_newer
 
 _PACKAGES = ("torch", "triton", "transformers", "numpy")
 # Variables that change what an engine does. Others are not shown: they may be secrets.
@@ -80,12 +80,16 @@ def _check_plugin() -> None:
 
 
 def _check_patches() -> None:
+    from vllm_longmamba.engine.drift import check_newer_vllm
     from vllm_longmamba.engine.patches import PATCHES, apply_patches
 
     for patch in PATCHES:
         patch.check()
     apply_patches(in_worker=True)
     _say("patches", f"all {len(PATCHES)} fit this vLLM and are applied")
+    check_newer_vllm(PATCHES)
+    if is_newer(installed_vllm_version()):
+        _say("newer vLLM", "not tested, but it has all that LongMamba relies on by name")
 
 
 def _check_device() -> None:
@@ -107,22 +111,17 @@ def _check_device() -> None:
 
 def _check_model(arguments: list[str]) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from vllm_longmamba.architectures import MODEL_IMPL, stock_name
     from vllm_longmamba.commands.features import family_of, read_features
+    from vllm_longmamba.commands.serve_arguments import parse_serve_arguments
 
-    parser = FlexibleArgumentParser(prog="longmamba doctor", add_help=False)
-    parser.add_argument("model_tag")
-    given, others = AsyncEngineArgs.add_cli_args(parser).parse_known_args(arguments)
+    given = parse_serve_arguments(arguments)
     if given.model_impl not in ("auto", MODEL_IMPL):
         raise ValueError(f"longmamba doctor checks --model-impl {MODEL_IMPL}, got {given.model_impl}; leave it out")
-    given.model, given.model_impl = given.model_tag, MODEL_IMPL
+    given.model_impl = MODEL_IMPL
     engine = AsyncEngineArgs.from_cli_args(given)
     _say("model", given.model)
-    ignored = [name.partition("=")[0] for name in others if name.startswith("-")]
-    if ignored:
-        _say("not checked", f"{', '.join(ignored)}: no arguments of the engine")
     asked = dict(engine.additional_config or {})
     config = engine.create_engine_config()
     architecture = config.model_config.architecture

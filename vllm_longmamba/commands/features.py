@@ -58,11 +58,16 @@ class Feature:
         """Whether an engine with this configuration has it switched on."""
         if self.setting is None:
             return False
-        value: Any = vllm_config
-        owner, _, variable = self.setting.partition("env.")
-        if variable and not owner:
-            value = os.environ.get(variable)
+        owner, _, names = self.setting.partition(".")
+        value: Any
+        if owner == "env":
+            value = os.environ.get(names)
+        elif owner == "platform":
+            from vllm.platforms import current_platform
+
+            value = getattr(current_platform, names)
         else:
+            value = vllm_config
             for name in self.setting.split("."):
                 value = getattr(value, name, None)
         # Members of enumerations by their names.

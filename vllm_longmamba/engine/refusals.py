@@ -33,6 +33,8 @@ def refuse_unsupported(vllm_config: Any) -> None:
 
     resolve_connector(vllm_config)
     has_drafts = vllm_config.speculative_config is not None
+    parallel = vllm_config.parallel_config
+    shares_experts = parallel.enable_expert_parallel and parallel.tensor_parallel_size * parallel.data_parallel_size > 1
     obstacles = [
         (
             has_drafts and is_mamba1(vllm_config.model_config.architecture),
@@ -48,6 +50,11 @@ def refuse_unsupported(vllm_config: Any) -> None:
             has_drafts and not (vllm_config.model_config.is_hybrid or vllm_config.use_v2_model_runner),
             "--speculative-config in vLLM's model runner V1 for a model of Mamba layers only",
             "that runner takes rejected tokens out of the states of models with attention only",
+        ),
+        (
+            shares_experts and current_platform.is_cpu(),
+            "--enable-expert-parallel with more than one rank on a CPU",
+            "vLLM's experts there take no account of which of them a rank has, and the engine crashes",
         ),
         *kv_transfer(vllm_config),
         flashinfer(vllm_config),

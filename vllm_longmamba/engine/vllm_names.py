@@ -266,8 +266,8 @@ FIELDS = [
     ("vllm.config:VllmConfig", "kv_events_config kv_transfer_config parallel_config", "at_start.py, refusals.py"),
     (
         "vllm.config:ParallelConfig",
-        "data_parallel_size distributed_executor_backend",
-        "at_start.py",
+        "data_parallel_size distributed_executor_backend enable_expert_parallel tensor_parallel_size",
+        "at_start.py, refusals.py",
     ),
     # Of DeciMamba.
     (
