@@ -75,8 +75,15 @@ def _filtered(engine: Engine) -> Filtered:
     return found
 
 
-@pytest.mark.parametrize("quantization", ["fp8", "fp8_per_channel"])
-@pytest.mark.parametrize("example", ["reference-mamba2-few-writes-4m", "reference-zamba2-1m"])
+# Not zamba2 with fp8_per_channel: vLLM 0.32 cannot load layers whose outputs are no multiple of 16.
+@pytest.mark.parametrize(
+    ("example", "quantization"),
+    [
+        ("reference-mamba2-few-writes-4m", "fp8"),
+        ("reference-mamba2-few-writes-4m", "fp8_per_channel"),
+        ("reference-zamba2-1m", "fp8"),
+    ],
+)
 def test_filtered_tokens(
     example: str, quantization: str, filtered_tokens: Callable[..., Filtered], capsys: pytest.CaptureFixture[str]
 ) -> None:
