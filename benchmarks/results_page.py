@@ -38,6 +38,8 @@ def tables(results: Path) -> dict[str, Callable[[], str]]:
         "text": lambda: _by_length(results, "perplexity"),
         "generated": lambda: _generated(results),
         "prefill": lambda: _prefill(results),
+        "decode": lambda: _decode(results),
+        "decode-times": lambda: _decode_times(results),
         "agreement": lambda: _agreement(results),
         **evidence_tables(results / "evidence"),
     }
@@ -115,11 +117,46 @@ def _prefill(results: Path) -> str:
         "batch": "32 prompts of 8k",
     }
     rows = []
-    for name, result in json.loads((results / "whole_models.json").read_text())["models"].items():
+    for name, result in _whole_models(results):
         if prefill := result.get("prefill"):
             figures = [{**prefill, "batch": result.get("batch")}.get(column) for column in columns]
             rows.append([name, *(f"{_times(figure):.2f}" if figure else "–" for figure in figures)])
     return markdown(["speed-up", *columns.values()], rows)
+
+
+def _whole_models(results: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    models: dict[str, dict[str, Any]] = json.loads((results / "whole_models.json").read_text())["models"]
+    return models.items()
+
+
+def _decode(results: Path) -> str:
+    batches = ("1", "64", "256", "512")
+    rows = []
+    for name, result in _whole_models(results):
+        if decode := result.get("decode"):
+            figures = [decode.get(batch) for batch in batches]
+            rows.append([name, *(f"{_gpu_times(figure):.2f}" if figure else "–" for figure in figures)])
+    return markdown(["batch", *batches], rows)
+
+
+def _gpu_times(figure: Mapping[str, Any]) -> float:
+    return float(figure["stock"]["gpu"] / figure["on"]["gpu"])
+
+
+def _decode_times(results: Path) -> str:
+    rows = []
+    for name, result in _whole_models(results):
+        for batch, figure in result.get("decode", {}).items():
+            stock, ours = figure["stock"], figure["on"]
+            times = [f"{1e3 * stock['gpu']:.2f}", f"{1e3 * ours['gpu']:.2f}", f"{_gpu_times(figure):.2f}"]
+            rows.append([name, batch, *times, _clocks(stock), _clocks(ours)])
+    head = ["model", "batch", "GPU time: stock", "ours", "stock / ours", "by the clock: stock", "ours"]
+    return markdown(head, rows)
+
+
+def _clocks(run: Mapping[str, Any]) -> str:
+    """The shortest and the longest of its runs."""
+    return f"{1e3 * min(run['clocks']):.1f} to {1e3 * max(run['clocks']):.1f}"
 
 
 def _times(figure: Mapping[str, Any]) -> float:

@@ -60,7 +60,7 @@ def _causal_conv1d_update_kernel(
 
 
 def _launch_sizes(batch: int) -> tuple[int, int, int]:
-    """(sequences and channels a program, warps); benchmarks/decode_kernels.py tries them."""
+    """(sequences and channels a program, warps); benchmarks/decode_sizes.py tries them."""
     return (1, 128, 1) if batch <= 16 else (4, 128, 1) if batch <= 128 else (8, 128, 2)
 
 

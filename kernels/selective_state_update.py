@@ -5,7 +5,7 @@ import torch
 from .dispatch import FLOATS, check_tensor, uses_triton
 from .reference import selective_state_update_reference
 
-# Up to so many sequences x channels `dt_weight` saves more than it costs, on an H200: benchmarks/decode_kernels.py.
+# Up to so many sequences x channels `dt_weight` saves more than it costs, on an H200.
 MOST_PROJECTED = 16384
 
 

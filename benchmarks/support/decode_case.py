@@ -1,6 +1,5 @@
-"""The arguments of a layer's decode kernels, as vLLM's cache and the mixers lay them out, and both engines' calls."""
+"""The arguments of a layer's decode kernels, as vLLM's cache and the mixers lay them out."""
 
-import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -88,52 +87,15 @@ class Case:
             "state_indices": self.slots[call], "silu": True, "out": self.convolved,
         }  # fmt: skip
 
-    def stock_update(self, call: int) -> None:
-        from vllm.model_executor.layers.mamba.ops.mamba_ssm import selective_state_update
+    def update(self, call: int) -> None:
+        update_module.selective_state_update_triton(**self.update_arguments(call))
 
-        _, d_state, headdim, ngroups = self.shape
-        given = self.update_arguments(call)
-        options = {"z": given["z"], "dt_softplus": True, "state_batch_indices": given["state_indices"]}
-        names = ("state", "x", "dt", "A", "B", "C", "D", "dt_bias", "out")
-        state, x, dt, A, B, C, D, dt_bias, out = (given[name] for name in names)
-        if headdim:
-            heads = (self.nheads, headdim)
-            state, x, out = state.unflatten(1, heads), x.unflatten(1, heads), out.unflatten(1, heads)
-            B, C = (tensor.unflatten(1, (ngroups, d_state)) for tensor in (B, C))
-            A, dt = A[:, None, None].expand(*heads, d_state), dt[..., None].expand(-1, *heads)
-            D, dt_bias = (tensor[:, None].expand(heads) for tensor in (D, dt_bias))
-        selective_state_update(state, x, dt, A, B, C, D, dt_bias, out=out, **options)
+    def conv(self, call: int) -> None:
+        conv_module.causal_conv1d_update_triton(**self.conv_arguments(call))
 
-    def stock_conv(self, call: int) -> None:
-        from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update
-
-        causal_conv1d_update(
-            self.x, self.conv_state, self.weight, self.bias, "silu", conv_state_indices=self.slots[call, :, None]
-        )
-
-    def update(self, call: int, sizes: Any = None) -> None:
-        update_module.selective_state_update_triton(**self.update_arguments(call), sizes=sizes)
-
-    def conv(self, call: int, sizes: Any = None) -> None:
-        conv_module.causal_conv1d_update_triton(**self.conv_arguments(call), sizes=sizes)
-
-    def project_and_update(self, call: int, sizes: Any = None) -> None:
-        torch.mm(self.low_rank_dt, self.dt_weight.t(), out=self.dt)
-        self.update(call, sizes)
-
-    def update_with_projection(self, call: int, sizes: Any = None) -> None:
+    def update_with_projection(self, call: int) -> None:
         given = self.update_arguments(call) | {"dt": self.low_rank_dt, "dt_weight": self.dt_weight}
-        update_module.selective_state_update_triton(**given, sizes=sizes)
-
-    def update_sizes(self) -> list[tuple[int, int]]:
-        """Channels a program and warps: 4 to 64 numbers of the state a thread."""
-        d_inner, d_state, headdim, _ = self.shape
-        tried = itertools.product((4, 8, 16, 32, 64, 128, 256), (1, 2, 4, 8))
-        return [
-            (channels, warps)
-            for channels, warps in tried
-            if channels <= (headdim or d_inner) and 4 <= channels * d_state // (32 * warps) <= 64
-        ]
+        update_module.selective_state_update_triton(**given)
 
     def floor(self) -> float:
         """Microseconds that the states' bytes take, read and written."""

@@ -1,7 +1,7 @@
 """Try launch sizes of the kernels: python benchmarks/support/launch_sizes.py [scan] [walk] [conv]
 
 Prints microseconds (medians), vLLM's kernel first. The best sizes are constants of the
-kernels' modules. decode_kernels.py tries those of decode.
+kernels' modules. decode_sizes.py tries those of decode.
 """
 
 # ruff: noqa: B023
