@@ -136,6 +136,8 @@ def test_records_of_the_page_keep_their_keys() -> None:
     for file in sorted((ROOT / "benchmarks" / "results" / "evidence").glob("*.jsonl")):
         for record in map(json.loads, file.read_text().splitlines()):
             if "unit" in record:
+                if record["unit"]["setting"].pop("end"):
+                    continue  # no setting of this version
                 unit = Unit(**record["unit"] | {"setting": Setting(**record["unit"]["setting"])})
                 assert record["key"] == unit.key
                 found.setdefault(unit.model, []).append(unit)
