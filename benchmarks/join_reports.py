@@ -1,6 +1,6 @@
 """Joins reports of the same questions with different tables into one, so that all stand side by side.
 
-    python benchmarks/join_reports.py out/passkey=paper "out/passkey-budget=twice the budget" \
+    python benchmarks/join_reports.py out/passkey=paper "out/passkey-end=unfiltered end" \
         -o benchmarks/results/reference-mamba1-4m/passkey
     python benchmarks/join_reports.py benchmarks/results/reference-mamba1-4m/passkey --beside out/decimamba/passkey \
         -o benchmarks/results/reference-mamba1-4m/passkey

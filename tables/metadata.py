@@ -14,7 +14,7 @@ METHODS = (UNCLAMPED, PAPER)
 DEFAULT_MIN_RETENTION = {UNCLAMPED: 0.05, PAPER: 0.01}
 
 _TEXTS = ("model_id", "weights_fingerprint", "corpus", "tool_version", "method")
-_RANGED = ("train_length", "clamp_percent", "min_retention", "num_sequences", "seed", "budget")
+_RANGED = ("train_length", "clamp_percent", "min_retention", "num_sequences", "seed", "budget", "unfiltered_end")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class TableMetadata:
             no sequence counts as more than twice the median; or another name for thresholds from elsewhere.
         budget: of the method "unclamped": what a channel may keep, as a factor of its sum of dt over the training
             length.
+        unfiltered_end: as many of a prompt's last tokens are not filtered.
         format_version: version of the file format.
 
     Raises:
@@ -52,6 +53,7 @@ class TableMetadata:
     tool_version: str
     method: str = PAPER
     budget: float = 1.0
+    unfiltered_end: int = 0
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

@@ -10,11 +10,12 @@ MOST_TOKENS = 1 << 30
 MOST_ROWS = 1 << 17
 _MOST = (1 << 63) - 1
 
-_INTEGERS = ("train_length", "num_sequences", "seed")
+_INTEGERS = ("train_length", "unfiltered_end", "num_sequences", "seed")
 # Name -> the lowest and the highest, what it must be, and what to do.
 _RANGES: dict[str, tuple[float, float, str, str]] = {
     # Two tokens to interpolate between.
     "train_length": (2, MOST_TOKENS, f"be a number of tokens, 2 to {MOST_TOKENS}", "pass the model's training length"),
+    "unfiltered_end": (0, MOST_TOKENS, f"be a number of tokens, 0 to {MOST_TOKENS}", "0 filters all of a prompt"),
     "num_sequences": (1, _MOST, f"be an integer, 1 to {_MOST}", "pass how many there were"),
     "seed": (-_MOST - 1, _MOST, f"be an integer, {-_MOST - 1} to {_MOST}", "pass the seed that chose the sequences"),
     "budget": (math.nextafter(0, 1), sys.float_info.max, "be a factor above 0", "1 keeps what the training length has"),
@@ -27,7 +28,7 @@ def check_range(name: str, value: Any, place: str) -> None:
     """Raises ValueError unless a number of a table is of its type and lies in its range.
 
     Args:
-        name: train_length, num_sequences, seed, budget, clamp_percent or min_retention.
+        name: train_length, unfiltered_end, num_sequences, seed, budget, clamp_percent or min_retention.
         value: what came.
         place: who asks, for the message.
     """

@@ -27,8 +27,6 @@ from .table import LayerThresholds, ThresholdTable
 
 _METADATA_KEY = "longmamba"
 _RETENTION_KEY = re.compile(r"longmamba\.layers\.(0|[1-9][0-9]{0,8})\.retention")
-# Field of the metadata that only tables of earlier versions have.
-_REMOVED = "unfiltered_end"
 # Seconds after which a temporary file belongs to no running writer.
 _LEFT_OVER_AFTER = 24 * 3600
 
@@ -101,8 +99,8 @@ def table_from_bytes(content: bytes, place: str | os.PathLike[str] = "in memory"
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__")
     except (SafetensorError, KeyError) as error:  # KeyError: a type of numbers that NumPy has not
         raise _error(place, f"this is no safetensors file, or a truncated one ({error})") from error
-    metadata, values, checksum = _parse(place, header)
-    if checksum != _checksum(values, tensors):
+    metadata, checksum = _parse(place, header)
+    if checksum != _checksum(metadata, tensors):
         raise _error(place, "the file is damaged, its contents do not have its checksum", metadata.model_id)
     try:
         row_lengths = _take(tensors, "longmamba.row_lengths")
@@ -121,8 +119,7 @@ def table_to_bytes(table: ThresholdTable) -> bytes:
     for layer, thresholds in table.layers.items():
         tensors[f"longmamba.layers.{layer}.retention"] = np.ascontiguousarray(thresholds.retention.numpy())
         tensors[f"longmamba.layers.{layer}.dt_threshold"] = np.ascontiguousarray(thresholds.dt_threshold.numpy())
-    values = asdict(table.metadata)
-    values["checksum"] = _checksum(values, tensors)
+    values = asdict(table.metadata) | {"checksum": _checksum(table.metadata, tensors)}
     return bytes(save(tensors, {_METADATA_KEY: json.dumps(values, sort_keys=True, allow_nan=False)}))
 
 
@@ -153,12 +150,12 @@ def is_table_file(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _error(place: str | os.PathLike[str], problem: str, arguments: str = "MODEL") -> TableError:
-    return TableError(f"threshold table {place}: {problem}; make a new one with `longmamba calibrate {arguments}`")
+def _error(place: str | os.PathLike[str], problem: str, model_id: str = "MODEL") -> TableError:
+    return TableError(f"threshold table {place}: {problem}; make a new one with `longmamba calibrate {model_id}`")
 
 
-def _parse(place: str | os.PathLike[str], header: dict[str, str] | None) -> tuple[TableMetadata, dict[str, Any], Any]:
-    """Reads the metadata, the values that the file gives for them, and the checksum that it gives."""
+def _parse(place: str | os.PathLike[str], header: dict[str, str] | None) -> tuple[TableMetadata, Any]:
+    """Reads the metadata, and the checksum as the file gives it."""
     text = (header or {}).get(_METADATA_KEY)
     if text is None:
         raise _error(place, f"this safetensors file is no threshold table (metadata {_METADATA_KEY!r} is missing)")
@@ -167,30 +164,25 @@ def _parse(place: str | os.PathLike[str], header: dict[str, str] | None) -> tupl
     except (ValueError, RecursionError) as error:
         raise _error(place, f"the metadata is no JSON ({error})") from error
     content = content if isinstance(content, dict) else {}
-    model_id = str(content.get("model_id", "MODEL"))[:200]
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         problem = f"written by format version {str(version)[:20]}, this release reads {FORMAT_VERSION}"
-        raise _error(place, problem, model_id)
-    # Earlier versions wrote it, mostly as 0.
-    end = content.get(_REMOVED, 0)
-    if end != 0:
-        problem = f"it has {_REMOVED} {str(end)[:20]}, and this version has no unfiltered end"
-        raise _error(place, problem, f"{model_id} --output {place}")
-    names = {entry.name for entry in fields(TableMetadata)}
-    expected, given = names | {"checksum"}, set(content) - {_REMOVED}
-    if given != expected:
-        raise _error(place, f"metadata missing: {sorted(expected - given)}, unknown: {sorted(given - expected)}")
+        raise _error(place, problem, str(content.get("model_id", "MODEL"))[:200])
+    expected = {entry.name for entry in fields(TableMetadata)} | {"checksum"}
+    if set(content) != expected:
+        raise _error(
+            place, f"metadata missing: {sorted(expected - set(content))}, unknown: {sorted(set(content) - expected)}"
+        )
     checksum = content.pop("checksum")
     try:
-        return TableMetadata(**{name: content[name] for name in names}), content, checksum
+        return TableMetadata(**content), checksum
     except ValueError as error:
         raise _error(place, f"the metadata is wrong ({error})") from error
 
 
-def _checksum(values: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
-    """Returns 64 hexadecimal digits that stand for the metadata and for names, types, shapes and bytes of tensors."""
-    content = blake3(json.dumps(values, sort_keys=True).encode())
+def _checksum(metadata: TableMetadata, tensors: dict[str, np.ndarray]) -> str:
+    """Returns 64 hexadecimal digits that stand for all metadata and for names, types, shapes and bytes of tensors."""
+    content = blake3(json.dumps(asdict(metadata), sort_keys=True).encode())
     for name, array in sorted(tensors.items()):
         content.update(repr((name, array.dtype.str, array.shape)).encode())
         content.update(array.tobytes())

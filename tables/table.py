@@ -159,19 +159,35 @@ class ThresholdTable:
         values = np.where(is_global, self._layer(layer).dt_threshold.numpy(), np.float32(NO_FILTER))
         return torch.from_numpy(values)
 
-    def digest(self, min_retention: float | None = None) -> str:
+    def unfiltered_end(self, unfiltered_end: int | None = None) -> int:
+        """Returns how many of a prompt's last tokens are not filtered.
+
+        Args:
+            unfiltered_end: what a user asks for; None takes the table's own.
+
+        Raises:
+            ValueError: below 0.
+        """
+        if unfiltered_end is None:
+            return self.metadata.unfiltered_end
+        check_range("unfiltered_end", unfiltered_end, "ThresholdTable")
+        return unfiltered_end
+
+    def digest(self, min_retention: float | None = None, unfiltered_end: int | None = None) -> str:
         """Returns 32 hexadecimal digits that stand for all of the table that changes a model's output.
 
-        Covers row_lengths, layer indices, retention, thresholds and theta; not model_id, corpus and the like.
+        Covers row_lengths, layer indices, retention, thresholds, theta and the unfiltered end; not model_id, corpus and
+        the like.
 
         Args:
             min_retention: theta; None takes the table's own.
+            unfiltered_end: in tokens; None takes the table's own.
 
         Raises:
-            ValueError: theta is outside [0, 1].
+            ValueError: theta is outside [0, 1], or unfiltered_end below 0.
         """
-        # The 0 keeps the digests of published tables, which records of results name.
-        return blake3(self._content + repr((self._theta(min_retention), 0)).encode()).hexdigest(length=16)
+        theta, end = self._theta(min_retention), self.unfiltered_end(unfiltered_end)
+        return blake3(self._content + repr((theta, end)).encode()).hexdigest(length=16)
 
     @cached_property
     def _between_rows(self) -> np.ndarray:

@@ -136,8 +136,6 @@ def test_records_of_the_page_keep_their_keys() -> None:
     for file in sorted((ROOT / "benchmarks" / "results" / "evidence").glob("*.jsonl")):
         for record in map(json.loads, file.read_text().splitlines()):
             if "unit" in record:
-                if record["unit"]["setting"].pop("end"):
-                    continue  # no setting of this version
                 unit = Unit(**record["unit"] | {"setting": Setting(**record["unit"]["setting"])})
                 assert record["key"] == unit.key
                 found.setdefault(unit.model, []).append(unit)
@@ -152,11 +150,14 @@ def test_records_of_the_page_keep_their_keys() -> None:
 def test_lengths_follow_the_training_length() -> None:
     from support.evidence_plan import for_train_length
 
-    scaled = for_train_length(SETTINGS, 2048)
+    methods = {"decimamba": {"decimamba": {"layers": [3], "L_base": 512}}, "tuned": {"search": {"end": [0, 64]}}}
+    scaled = for_train_length(SETTINGS | {"methods": methods}, 2048)
     assert scaled["train_length"] == 2048
     assert scaled["shortest_document"] == 2400
-    decimamba = {"decimamba": {"layers": [3], "L_base": 2048}}
-    assert scaled["methods"] == SETTINGS["methods"] | {"decimamba": decimamba}
+    assert scaled["methods"] == {
+        "decimamba": {"decimamba": {"layers": [3], "L_base": 2048}},
+        "tuned": {"search": {"end": [0, 256]}},
+    }
     assert scaled["search"][0] == SETTINGS["search"][0] | {"lengths": [4096]}
     assert scaled["work"][1] == SETTINGS["work"][1] | {"lengths": [2048, 4096]}
     # what no length is stays, the pieces of a text too

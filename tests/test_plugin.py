@@ -209,7 +209,7 @@ def test_prompt_lengths_are_exposed_for_one_call_only() -> None:
 
 
 def test_generated_blocks_get_a_key_behind_those_of_vllm() -> None:
-    request = SimpleNamespace(cache_salt="longmamba:0a:3|", num_prompt_tokens=20)
+    request = SimpleNamespace(cache_salt="longmamba:0a:3:0|", num_prompt_tokens=20)
     own = ("longmamba_prompt_length", 20)
     for keys in (None, ("lora",)):
         wrapped = patch_named("generate_block_hash_extra_keys").wrap(lambda *_, keys=keys: (keys, 1))

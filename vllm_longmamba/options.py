@@ -29,6 +29,8 @@ class LongMambaOptions:
         filter: False runs the plain model through the same engine, for comparison.
         filter_generated: generated tokens are filtered too, by the row of their prompt; for long generations. The paper
             filters prompts only.
+        unfiltered_end: as many of a prompt's last tokens are not filtered. By default what the table says, which is 0,
+            as in the paper, unless it was made with another number.
         calibrate: whether the engine makes a table itself where it finds none; "on" and "off" are taken too. Without,
             a missing table is an error.
         calibration_text: path of the text (.txt, .jsonl or .parquet) that the engine then calibrates on. By default
@@ -41,6 +43,7 @@ class LongMambaOptions:
     train_length: int | None = None
     filter: bool = True
     filter_generated: bool = False
+    unfiltered_end: int | None = None
     calibrate: bool = True
     calibration_text: str | None = None
     calibration_method: str = "unclamped"
@@ -50,10 +53,8 @@ class LongMambaOptions:
         _check("min_retention", self.min_retention, (int, float), "a number between 0 and 1")
         _check("filter", self.filter, bool, "true or false")
         _check("filter_generated", self.filter_generated, bool, "true or false")
-        tokens = f"a number of tokens, 2 to {_MOST_TOKENS}"
-        _check("train_length", self.train_length, int, tokens)
-        if self.train_length is not None and not 2 <= self.train_length <= _MOST_TOKENS:
-            raise ValueError(_message("train_length", tokens, self.train_length))
+        _check_tokens("train_length", self.train_length, 2)
+        _check_tokens("unfiltered_end", self.unfiltered_end, 0)
         if isinstance(self.calibrate, str) and self.calibrate in _SWITCH:
             object.__setattr__(self, "calibrate", _SWITCH[self.calibrate])
         _check("calibrate", self.calibrate, bool, 'true or false ("on" or "off")')
@@ -63,6 +64,10 @@ class LongMambaOptions:
             raise ValueError(_message("calibration_method", rule, self.calibration_method))
         if self.min_retention is not None and not 0.0 < self.min_retention < 1.0:
             raise ValueError(_message("min_retention", "a number between 0 and 1", self.min_retention))
+        if self.filter_generated and self.unfiltered_end:
+            raise ValueError(
+                _message("unfiltered_end", "0 or left out where filter_generated is on", self.unfiltered_end)
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values that `options_from_config` reads back."""
@@ -116,6 +121,13 @@ def expand_home(path: str, name: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise ValueError(_message(name, "a path in a home folder that exists; write it out in full", path)) from None
+
+
+def _check_tokens(name: str, value: Any, fewest: int) -> None:
+    rule = f"a number of tokens, {fewest} to {_MOST_TOKENS}"
+    _check(name, value, int, rule)
+    if value is not None and not fewest <= value <= _MOST_TOKENS:
+        raise ValueError(_message(name, rule, value))
 
 
 def _check(name: str, value: Any, kind: Any, rule: str) -> None:

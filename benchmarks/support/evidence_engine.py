@@ -160,7 +160,7 @@ class Engine:
             return
         path = self._tables.path(setting.table, setting.seed)
         theta = load_table(path).metadata.min_retention if setting.theta is None else setting.theta
-        self._runner.set_filter(path, theta)
+        self._runner.set_filter(path, theta, setting.end)
         self._llm.collective_rpc("change_decay", args=(setting.dt_factor, setting.A_quantile))
         self._setting = setting
 

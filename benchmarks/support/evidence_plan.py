@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cache
 from itertools import product
@@ -15,7 +15,7 @@ from vllm_longmamba.evaluate.store import settings_key
 FOUND_TOLERANCE = 0.05
 SEARCH = "search, "
 # Settings that are numbers of tokens, and shrink with the training length; pieces of a text do not.
-_TOKENS = ("train_length", "shortest_document", "lengths", "L_base")
+_TOKENS = ("train_length", "shortest_document", "lengths", "end", "L_base")
 SETTINGS = Path(__file__).resolve().parent.parent / "evidence.json"
 
 
@@ -33,7 +33,7 @@ class Setting:
         table: name of a table of the settings file.
         seed: of the table's calibration sequences.
         theta: `min_retention`; None takes the table's own, 1 is the plain model.
-        end: a prompt's last tokens that are not filtered; above 0 only in records that an earlier version made.
+        end: as many of a prompt's last tokens are not filtered.
         dt_factor: MambaExtend's constant factor on dt.
         A_quantile: channels of |A| below this quantile of the model's get that |A|, so that they forget sooner.
         decimamba: DeciMamba's settings as JSON; "" where the engine is not DeciMamba's.
@@ -42,7 +42,7 @@ class Setting:
     table: str = "default"
     seed: int = 0
     theta: float | None = None
-    end: int = field(default=0, init=False)
+    end: int = 0
     dt_factor: float = 1.0
     A_quantile: float = 0.0
     decimamba: str = ""

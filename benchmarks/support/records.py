@@ -17,6 +17,7 @@ METHODS = {
     "plain": "plain",
     DEFAULT: "**default**",
     "LongMamba, paper": "paper",
+    "LongMamba, unfiltered end": "unfiltered end",
     "LongMamba, twice the budget": "twice the budget",
     "decimamba": "DeciMamba",
 }

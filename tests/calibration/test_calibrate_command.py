@@ -71,7 +71,7 @@ def test_calibrate_passes_its_options_on(run: Run, tmp_path: Path) -> None:
     output = tmp_path / "new" / "table.safetensors"
     options = f"--text {text} --text {text} --text-column body --sequences 7 --clamp-percent 3 --min-retention 1e-5"
     options += " --train-length 64 --max-length 900 --seed 4 --dtype float32 --quantization fp8 --tokenizer t --tp 2"
-    options += ' --engine-args {"max_num_batched_tokens":99}'
+    options += ' --unfiltered-end 128 --engine-args {"max_num_batched_tokens":99}'
     code, printed, seen = run("m", *options.split(), "-o", str(output))
     assert code == 0, printed
     assert load_table(output).metadata.train_length == 8
@@ -82,6 +82,7 @@ def test_calibrate_passes_its_options_on(run: Run, tmp_path: Path) -> None:
         train_length=64,
         max_length=900,
         seed=4,
+        unfiltered_end=128,
         texts=(str(text), str(text)),
         text_column="body",
     )
@@ -92,8 +93,8 @@ def test_calibrate_passes_its_options_on(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("--budget 0.5", CalibrationSettings(budget=0.5)),
-        ("--method paper", CalibrationSettings(method="paper")),
+        ("--budget 0.5 --unfiltered-end 64", CalibrationSettings(budget=0.5, unfiltered_end=64)),
+        ("--method paper --unfiltered-end 3", CalibrationSettings(method="paper", unfiltered_end=3)),
     ],
 )
 def test_calibrate_by_a_method(options: str, expected: CalibrationSettings, run: Run) -> None:
@@ -103,23 +104,26 @@ def test_calibrate_by_a_method(options: str, expected: CalibrationSettings, run:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "code", "message"),
     [
-        ("--method paper --budget 2", "the method paper has no budget but that of the training length, got 2.0"),
-        ("--clamp-percent 5 --budget 0.5", "the method paper has no budget but that of the training length"),
-        ("--budget 0", "budget must be a factor above 0, got 0.0"),
-        ("--method open", "method must be one of unclamped, paper, got 'open'"),
-        ("--method closed-loop", "method must be one of unclamped, paper, got 'closed-loop'"),
+        ("--method paper --budget 2", 1, "the method paper has no budget but that of the training length, got 2.0"),
+        ("--clamp-percent 5 --budget 0.5", 1, "the method paper has no budget but that of the training length"),
+        ("--budget 0", 1, "budget must be a factor above 0, got 0.0"),
+        ("--method open", 1, "method must be one of unclamped, paper, got 'open'"),
+        ("--method closed-loop", 1, "method must be one of unclamped, paper, got 'closed-loop'"),
         (
             '--engine-args {"max_model_len":5}',
+            1,
             "--engine-args: max_model_len is set by --max-model-len; leave it out",
         ),
-        ("--budget nan", "budget must be a factor above 0, got nan"),
+        ("--budget nan", 1, "budget must be a factor above 0, got nan"),
+        ("--unfiltered-end -1", 2, "Invalid value for '--unfiltered-end'"),
+        ("--unfiltered-end 0.5", 2, "Invalid value for '--unfiltered-end'"),
     ],
 )
-def test_calibrate_refuses_wrong_settings(options: str, message: str, run: Run) -> None:
-    code, printed, seen = run("m", *options.split())
-    assert (code, seen) == (1, {})
+def test_calibrate_refuses_a_budget_or_an_end(options: str, code: int, message: str, run: Run) -> None:
+    found, printed, seen = run("m", *options.split())
+    assert (found, seen) == (code, {})
     assert message in " ".join(printed.split())
 
 

@@ -24,6 +24,7 @@ from vllm_longmamba.tables import METHODS
         ({"num_sequences": 6}, True),
         ({"clamp_percent": 5.5}, True),
         ({"seed": 1}, True),
+        ({"unfiltered_end": 4}, True),
         ({"corpus": "a text (blake3 01)"}, True),
         ({"model_id": "renamed"}, False),
         ({"texts": ("/elsewhere/text",)}, False),
@@ -92,10 +93,13 @@ def test_defaults_of_a_method(
     assert (settings.clamp("MambaForCausalLM"), settings.clamp("Mamba2ForCausalLM")) == clamps
 
 
-def test_settings_refuse_a_budget_of_the_paper() -> None:
+def test_settings_refuse_a_budget_or_an_end() -> None:
     with pytest.raises(ValueError, match=r"method paper has no budget but that of the training length, got 0\.5"):
         CalibrationSettings(method="paper", budget=0.5)
-    assert CalibrationSettings(method="paper", budget=1).budget == 1
+    assert CalibrationSettings(method="paper", budget=1, unfiltered_end=3).unfiltered_end == 3
+    for end in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="CalibrationSettings: unfiltered_end must be a number of tokens"):
+            CalibrationSettings(unfiltered_end=end)  # type: ignore[arg-type]
 
 
 def test_option() -> None:

@@ -170,6 +170,7 @@ def assert_exact(
     result: Completion,
     table: ThresholdTable | None,
     filters_generated: bool = False,
+    unfiltered_end: int = 0,
 ) -> None:
     """Compare an engine's completion with the reference, given the same tokens."""
     filters: Filters = {}
@@ -180,7 +181,9 @@ def assert_exact(
     filtered = len(tokens) if filters_generated else len(prompt)
 
     def expected(filters: Filters) -> np.ndarray:
-        reference = reference_logprobs(model, tokens, prompt_length=filtered, filters=filters)
+        reference = reference_logprobs(
+            model, tokens, prompt_length=filtered, filters=filters, unfiltered_end=unfiltered_end
+        )
         return reference[len(prompt) - 1 : -1].numpy()
 
     assert_agrees(result.logprobs, expected, filters)

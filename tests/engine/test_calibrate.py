@@ -32,7 +32,7 @@ def test_calibrate(
     tiny_model: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    """The paper's method with a clamp of its own, and the default with a budget; two seeds."""
+    """The paper's method with a clamp of its own, and the default with a budget and an unfiltered end; two seeds."""
     model = tiny_model(family)
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(token % 96 + 32) for token in random_token_ids(2000, seed=1)))
@@ -43,6 +43,7 @@ def test_calibrate(
         clamp_percent=clamp_percent,
         seed=5,
         budget=budget,
+        unfiltered_end=64 if budget != 1 else 0,
         texts=(str(text),),
     )
     made = [calibrate(str(model), replace(settings, seed=seed), dtype="float32", **EAGER) for seed in (5, 6)]
@@ -52,6 +53,7 @@ def test_calibrate(
     weights = _read_weights(model)
     for table in made:
         assert (table.metadata.method, table.metadata.budget) == (method, budget)
+        assert table.unfiltered_end() == settings.unfiltered_end
         sequences = draw_sequences([list(text.read_bytes())], TRAIN_LENGTH, 3, table.metadata.seed)
         for layer, thresholds in table.layers.items():
             A = -torch.exp(weights[f"backbone.layers.{layer}.mixer.A_log"].double())

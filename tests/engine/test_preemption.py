@@ -13,26 +13,28 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize(
-    ("family", "filters_generated"),
+    ("family", "filters_generated", "unfiltered_end"),
     [
-        ("mamba1", False),
-        ("mamba2", False),
-        ("zamba2", False),
+        ("mamba1", False, 0),
+        ("mamba2", False, 0),
+        ("zamba2", False, 0),
         # Which tokens are filtered is decided for both mixers in one place.
-        pytest.param("mamba1", True, marks=pytest.mark.slow),
-        ("mamba2", True),
-        pytest.param("granite_hybrid", False, marks=pytest.mark.slow),
+        pytest.param("mamba1", True, 0, marks=pytest.mark.slow),
+        ("mamba2", True, 0),
+        ("mamba2", False, 60),
+        pytest.param("granite_hybrid", False, 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_request_is_filtered_as_before(
     family: str,
     filters_generated: bool,
+    unfiltered_end: int,
     engine: Callable[..., Any],
     tiny_model: Callable[[str], Any],
     tiny_table: Callable[[str], Any],
 ) -> None:
     path, table = tiny_table(family)
-    options = longmamba(path, filter_generated=filters_generated)
+    options = longmamba(path, filter_generated=filters_generated, unfiltered_end=unfiltered_end)
     running = engine(family, **options, max_num_batched_tokens=100).llm.llm_engine
     prompts = [random_token_ids(length, seed=length) for length in (150, 333)]
     for number, prompt in enumerate(prompts):
@@ -53,4 +55,4 @@ def test_a_resumed_request_is_filtered_as_before(
     assert preempted > 0
     for number, prompt in enumerate(prompts):
         result = completion(finished[str(number)])
-        assert_exact(tiny_model(family), prompt, result, table, filters_generated)
+        assert_exact(tiny_model(family), prompt, result, table, filters_generated, unfiltered_end)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from tiny_models import write_hf_twin, write_mamba2_original
 
 from vllm_longmamba.engine.refusals import refuse_unsupported
+from vllm_longmamba.tables import ThresholdTable, save_table
 
 from .conftest import longmamba
 from .harness import Engine
@@ -137,6 +139,11 @@ def test_training_length_of_another_model(tiny_model: Callable[[str], Path], tin
         ({"calibrate": "maybe"}, """calibrate must be true or false ("on" or "off"), but is 'maybe'"""),
         ({"filter": "no"}, "filter must be true or false, but is 'no'"),
         ({"min_retention": 2}, "min_retention must be a number between 0 and 1, but is 2"),
+        ({"unfiltered_end": -5}, "unfiltered_end must be a number of tokens, 0 to 1073741824, but is -5"),
+        (
+            {"unfiltered_end": 5, "filter_generated": True},
+            "unfiltered_end must be 0 or left out where filter_generated is on, but is 5",
+        ),
         ({"table": 7}, "table must be the path of a .safetensors file, but is 7"),
         (
             {"table": "~nouser/x"},
@@ -148,7 +155,7 @@ def test_training_length_of_another_model(tiny_model: Callable[[str], Path], tin
         ),
         ({"train_length": 10**30}, "train_length must be a number of tokens, 2 to 1073741824, but is 1000000"),
     ],
-    ids=["unknown", "calibrate", "filter", "min_retention", "table", "home", "text", "train_length"],
+    ids=["unknown", "calibrate", "filter", "min_retention", "end", "both", "table", "home", "text", "train_length"],
 )
 def test_options(given: dict[str, Any], expected: str, tiny_model: Callable[[str], Path]) -> None:
     assert f"additional_config['longmamba']: {expected}" in refusal(tiny_model("mamba2"), **options(**given))
@@ -175,6 +182,18 @@ def test_a_user_without_a_home(tiny_model: Callable[[str], Path], monkeypatch: p
     monkeypatch.setattr(Path, "home", no_home)
     message = refusal(tiny_model("mamba2"), **options(train_length=96))
     assert "this user has no home; set HOME or XDG_CACHE_HOME" in message
+
+
+def test_unfiltered_end_of_the_table_and_filtered_answers(
+    tiny_model: Callable[[str], Path], tiny_table: Tables, tmp_path: Path
+) -> None:
+    _, table = tiny_table("mamba2")
+    path = tmp_path / "table.safetensors"
+    metadata = replace(table.metadata, unfiltered_end=64)
+    save_table(ThresholdTable(metadata, table.row_lengths, table.layers), path)
+    message = refusal(tiny_model("mamba2"), **longmamba(path, filter_generated=True))
+    assert "the last 64 tokens of prompts are not to be filtered" in message
+    assert "choose one" in message
 
 
 def test_unsupported_architecture(tmp_path: Path) -> None:

@@ -95,10 +95,13 @@ def text_of(task: str) -> list[str]:
 
 
 @pytest.mark.parametrize("task", ["passkey", "needles", "perplexity", "ruler", "longbench-e"])
+@pytest.mark.parametrize(
+    ("given", "options"), [([], {}), (["0"], {"unfiltered_end": 0}), (["64"], {"unfiltered_end": 64})]
+)
 def test_options_reach_the_engine_of_longmamba_only(
-    task: str, seen: list[tuple[bool, dict[str, Any]]], tmp_path: Path
+    task: str, given: list[str], options: dict[str, int], seen: list[tuple[bool, dict[str, Any]]], tmp_path: Path
 ) -> None:
-    arguments = [*text_of(task), "-o", str(tmp_path)]
+    arguments = [*text_of(task), *(f"--unfiltered-end={end}" for end in given), "-o", str(tmp_path)]
     arguments += ["--table", "t.safetensors", "--min-retention", "0.5", "--train-length", "512"]
     further = {"max_num_seqs": 7, "additional_config": {"other": 1, "longmamba": {"calibrate": False}}}
     result = CliRunner().invoke(app, ["eval", task, MODEL, *arguments, "--engine-args", json.dumps(further)])
@@ -107,7 +110,7 @@ def test_options_reach_the_engine_of_longmamba_only(
     assert (plain, longmamba) == (False, True)
     both = {"calibrate": False, "train_length": 512}
     assert of_plain["additional_config"] == {"other": 1, "longmamba": {**both, "filter": False}}
-    own = {"filter": True, "table": "t.safetensors", "min_retention": 0.5}
+    own = {"filter": True, "table": "t.safetensors", "min_retention": 0.5, **options}
     assert of_longmamba["additional_config"] == {"other": 1, "longmamba": {**both, **own}}
     for one in (of_plain, of_longmamba):
         assert (one["model"], one["model_impl"], one["max_num_seqs"]) == (MODEL, "longmamba", 7)
@@ -135,7 +138,7 @@ def test_options_reach_the_engine_of_decimamba_only(
     [
         ({"additional_config": {"longmamba": {"filter": True}}}, "additional_config says filter True"),
         ({"additional_config": {"longmamba": {"filter": False}}}, "additional_config says filter False"),
-        ({"additional_config": {"longmamba": {"min_retention": 0.9}}}, "additional_config says min_retention 0.9"),
+        ({"additional_config": {"longmamba": {"unfiltered_end": 9}}}, "additional_config says unfiltered_end 9"),
         ({"model": "another"}, "--engine-args: model is set by the model that the command names"),
         ({"model-impl": "auto"}, "model_impl must be longmamba here, got 'auto'"),
         ({"worker_extension_cls": "mine"}, "worker_extension_cls is set by this command itself"),
@@ -149,7 +152,7 @@ def test_what_a_command_sets_itself_is_refused_by_name(
 ) -> None:
     command = ["tune", MODEL, "--text", HAYSTACK, "--train-length", "512", "--lengths", "2048"]
     if "worker_extension_cls" not in further:
-        command = ["eval", "passkey", MODEL, "--haystack", HAYSTACK, "--min-retention", "0.5"]
+        command = ["eval", "passkey", MODEL, "--haystack", HAYSTACK, "--unfiltered-end", "64"]
     result = CliRunner().invoke(app, [*command, "--engine-args", json.dumps(further), "-o", str(tmp_path)])
     assert (result.exit_code, seen) == (1, []), result.output
     assert message in result.output.replace("\n", " ")
@@ -163,6 +166,8 @@ def test_what_a_command_sets_itself_is_refused_by_name(
         (["--thetas", "0.05"], "--thetas must be the smallest and the largest, between 0 and 1, with the default"),
         (["--thetas", "0,0.5"], "--thetas must be the smallest and the largest, between 0 and 1, with the default"),
         (["--thetas", "0.01,1"], "--thetas must be the smallest and the largest, between 0 and 1, with the default"),
+        (["--unfiltered-ends", "-1"], "--unfiltered-ends: unfiltered_end must be a number of tokens"),
+        (["--unfiltered-ends", "0.5"], "whole numbers separated by commas"),
         (["--train-length", "512", "--lengths", "512,640"], "--lengths: prompts of 640 tokens are not filtered"),
     ],
 )
@@ -172,7 +177,7 @@ def test_tune_refuses(given: list[str], message: str, seen: list[object], tmp_pa
     assert message in result.output.replace("\n", " ")
 
 
-@pytest.mark.parametrize("name", ["table", "min_retention"])
+@pytest.mark.parametrize("name", ["table", "min_retention", "unfiltered_end"])
 def test_tune_refuses_what_it_searches(name: str, seen: list[object], tmp_path: Path) -> None:
     further = {"additional_config": {"longmamba": {name: 1}}}
     command = ["tune", MODEL, "--text", HAYSTACK, "--engine-args", json.dumps(further), "-o", str(tmp_path)]
@@ -270,22 +275,22 @@ def test_tune(tmp_path: Path) -> None:
     model = Path(shutil.copytree(MODEL, tmp_path / "model"))
     arguments = ["tune", str(model), "--text", HAYSTACK, "--train-length", "512", "--max-length", "4096", *EAGER]
     arguments += ["--calibration-text", str(EXAMPLES / "texts" / "calibration.txt"), "--budgets", "0.5"]
-    arguments += ["--trials", "5", "--lengths", "2048", "--depths", "3", "--windows", "2"]
+    arguments += ["--unfiltered-ends", "64", "--trials", "5", "--lengths", "2048", "--depths", "3", "--windows", "2"]
     arguments += ["-o", str(tmp_path / "out")]
     shown = " ".join(run(*arguments).split())
     assert f"as its default: {model}/longmamba.safetensors" in shown
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     tried = {tuple(score["setting"].values()): score for score in report["tried"]}
-    assert {(1.0, 0.05), (0.5, 0.05)} < set(tried)
+    assert {(1.0, 0.05, 0), (0.5, 0.05, 0), (1.0, 0.05, 64), (0.5, 0.05, 64)} < set(tried)
     assert len(tried) == 5
-    assert tried[1.0, 0.05]["found"]["share"] > report["plain"]["found"]["share"]
+    assert tried[1.0, 0.05, 0]["found"]["share"] > report["plain"]["found"]["share"]
     assert report["plain"]["difference"]["loss"] == 0.0
     best = report["best"]["setting"]
     held_out = [score["setting"] for score in report["held_out"]]
     assert (held_out[0], held_out[-1]) == (report["plain"]["setting"], best)
     assert (tmp_path / "out" / "tuning.png").is_file()
     metadata = read_metadata(model / "longmamba.safetensors")
-    assert (metadata.budget, metadata.min_retention) == tuple(best.values())
+    assert (metadata.budget, metadata.min_retention, metadata.unfiltered_end) == tuple(best.values())
     assert metadata.train_length == 512
     # Nothing is calibrated or scored a second time. (A process of vLLM remembers what files a model has.)
     (model / "longmamba.safetensors").unlink()

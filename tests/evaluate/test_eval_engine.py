@@ -142,12 +142,15 @@ def test_description(runner: EngineRunner, model: Path, tables: list[Path]) -> N
     others = [
         describe({"table": str(tables[1])}),
         describe({"table": str(tables[0]), "min_retention": 0.5}),
+        describe({"table": str(tables[0]), "unfiltered_end": 20}),
         describe({"table": str(tables[0]), "filter_generated": True}),
         describe({"table": str(tables[0])}, mamba_ssm_cache_dtype="float16"),
         describe({"table": str(tables[0])}, dtype="bfloat16"),
         plain,
     ]
     assert all(other != first for other in others)
+    assert others[2] == first | {"unfiltered_end": 20}
+    assert describe({"table": str(tables[0]), "unfiltered_end": 0}) == first
 
 
 def test_a_plain_model_that_filters_is_refused(

@@ -12,7 +12,7 @@ from vllm_longmamba.calibration.settings import CalibrationSettings
 from vllm_longmamba.evaluate.tuning import DEFAULT, PLAIN, Score, Setting, Space, calibrations, choose, in_force, search
 from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
 
-SPACE = Space([0.5, 2], (0.01, 0.5), 12)
+SPACE = Space([0.5, 2], (0.01, 0.5), [256], 12)
 
 
 def scored(setting: Setting, share: float = 1.0, loss: float = 2.0) -> Score:
@@ -28,15 +28,16 @@ def scored(setting: Setting, share: float = 1.0, loss: float = 2.0) -> Score:
 def test_settings_that_are_the_same_model() -> None:
     # Retentions 1e-6, 1e-3 and 1 in each of two layers.
     table = small_table()
-    assert in_force(table, Setting(1.0, 1e-4)) == in_force(table, Setting(1.0, 1e-5))
-    assert in_force(table, Setting(1.0, 1e-4)) != in_force(table, Setting(1.0, 1e-2))
+    assert in_force(table, Setting(1.0, 1e-4, 0)) == in_force(table, Setting(1.0, 1e-5, 0))
+    assert in_force(table, Setting(1.0, 1e-4, 0)) != in_force(table, Setting(1.0, 1e-2, 0))
+    assert in_force(table, Setting(1.0, 1e-4, 64)) != in_force(table, Setting(1.0, 1e-4, 0))
     assert table.count_global(PLAIN.min_retention) == 0
 
 
 def test_labels() -> None:
     assert PLAIN.label() == "plain"
     assert DEFAULT.label() == "budget 1, theta 0.05"
-    assert Setting(0.25, 1 / 3).label() == "budget 0.25, theta 0.333"
+    assert Setting(0.25, 1 / 3, 256).label() == "budget 0.25, theta 0.333, unfiltered end 256"
 
 
 @pytest.mark.parametrize(
@@ -51,12 +52,12 @@ def test_labels() -> None:
     ids=["about as many keys", "fewer keys", "no keys at all", "equal ones"],
 )
 def test_choose(scores: list[tuple[float, float, float]], best: float) -> None:
-    of_thetas = [scored(Setting(1.0, theta), share, loss) for theta, share, loss in scores]
+    of_thetas = [scored(Setting(1.0, theta, 0), share, loss) for theta, share, loss in scores]
     assert choose(of_thetas).setting.min_retention == best
 
 
 class Best:
-    """Best at a budget of 2 and theta 0.1; keeps what it was asked, and stops where it is told to."""
+    """Best at a budget of 2, theta 0.1 and an end of 256; keeps what it was asked, and stops where it is told to."""
 
     def __init__(self, fail_after: int | None = None) -> None:
         self.asked: list[Setting] = []
@@ -66,7 +67,7 @@ class Best:
         if len(self.asked) == self._fail_after:
             raise KeyboardInterrupt
         self.asked.append(setting)
-        far = abs(np.log10(setting.min_retention) + 1) + (setting.budget != 2)
+        far = abs(np.log10(setting.min_retention) + 1) + (setting.budget != 2) + (setting.unfiltered_end == 0)
         return scored(setting, 1.0, float(far))
 
 
@@ -74,14 +75,16 @@ def test_search() -> None:
     score = Best()
     scores = search(score, SPACE)
     assert score.asked[:2] == [PLAIN, DEFAULT]
-    assert score.asked[1:4] == [Setting(budget, 0.05) for budget in (1.0, 0.5, 2)]
+    corners = [Setting(budget, 0.05, end) for end in (0, 256) for budget in (1.0, 0.5, 2)]
+    assert score.asked[1:7] == corners
     # Each of the proposals is new, and within the space.
-    proposed = score.asked[4:]
+    proposed = score.asked[7:]
     assert len(set(score.asked)) == len(score.asked) == len(scores) == 1 + SPACE.trials
     assert all(0.01 <= one.min_retention <= 0.5 for one in proposed)
     assert {one.budget for one in proposed} <= {0.5, 1.0, 2}
+    assert {one.unfiltered_end for one in proposed} <= {0, 256}
     best = choose(scores[1:])
-    assert best.setting.budget == 2
+    assert (best.setting.budget, best.setting.unfiltered_end) == (2, 256)
     assert best.loss["loss"] <= 0.31
 
 
@@ -98,15 +101,16 @@ def test_a_second_search_goes_on() -> None:
     assert len(longer.asked) == 15
 
 
-def test_fewer_trials_than_budgets() -> None:
+def test_fewer_trials_than_corners() -> None:
     score = Best()
     search(score, replace(SPACE, trials=1))
     assert score.asked == [PLAIN, DEFAULT]
 
 
 def test_the_default_is_in_every_space() -> None:
-    assert Space([], (0.05, 0.05), 1).budgets == (1.0,)
-    assert Space([2, 1], (0.05, 0.05), 1).budgets == (1.0, 2)
+    space = Space([], (0.05, 0.05), [], 1)
+    assert (space.budgets, space.unfiltered_ends) == ((1.0,), (0,))
+    assert Space([2, 1], (0.05, 0.05), [4, 0], 1).budgets == (1.0, 2)
 
 
 def test_no_table_is_made_twice(tmp_path: Path) -> None:
@@ -135,23 +139,23 @@ def rows_of(text: str) -> list[list[str]]:
 
 
 def test_tuning_report() -> None:
-    settings = [Setting(budget, theta) for budget in (2.0, 0.5) for theta in (0.2, 0.01)]
+    settings = [Setting(budget, theta, 4) for budget in (2.0, 0.5) for theta in (0.2, 0.01)]
     scores = [scored(PLAIN, 0.1), *(scored(one, 0.9, 1.5 - number / 10) for number, one in enumerate(settings))]
     best = choose(scores[1:])
     report = {**HEAD, **summarize_tuning(scores, best, [scored(PLAIN, 0.2), scored(best.setting, 0.8, 1.9)])}
     assert json.loads(json.dumps(report)) == report
-    assert report["best"]["setting"] == {"budget": 0.5, "min_retention": 0.01}
+    assert report["best"]["setting"] == {"budget": 0.5, "min_retention": 0.01, "unfiltered_end": 4}
     text, _, held_out, _, tried = tuning_markdown(report)
-    assert text.startswith("Best: budget 0.5, theta 0.01. ")
+    assert text.startswith("Best: budget 0.5, theta 0.01, unfiltered end 4. ")
     assert rows_of(held_out)[2:] == [
         ["plain", "2", "0.20 (0.10 to 0.30)", "2.000 (1.900 to 2.100)", "+0.000 (-0.100 to +0.100)"],
         [best.setting.label(), "2", "0.80 (0.70 to 0.90)", "1.900 (1.800 to 2.000)", "-0.100 (-0.200 to +0.000)"],
     ]
     assert [row[:3] for row in rows_of(tried)[2:]] == [
         ["plain", "2", "0.10 (0.00 to 0.20)"],
-        ["budget 0.5, theta 0.01", "2", "0.90 (0.80 to 1.00)"],
-        ["budget 0.5, theta 0.2", "2", "0.90 (0.80 to 1.00)"],
-        ["budget 2, theta 0.01", "2", "0.90 (0.80 to 1.00)"],
-        ["budget 2, theta 0.2", "2", "0.90 (0.80 to 1.00)"],
+        ["budget 0.5, theta 0.01, unfiltered end 4", "2", "0.90 (0.80 to 1.00)"],
+        ["budget 0.5, theta 0.2, unfiltered end 4", "2", "0.90 (0.80 to 1.00)"],
+        ["budget 2, theta 0.01, unfiltered end 4", "2", "0.90 (0.80 to 1.00)"],
+        ["budget 2, theta 0.2, unfiltered end 4", "2", "0.90 (0.80 to 1.00)"],
     ]
     assert set(draw_tuning(report, "m")) == {"tuning.png", "tuning.svg"}

@@ -74,7 +74,7 @@ def test_table_in_the_terminal(tmp_path: Path) -> None:
     assert "training length 8 tokens" in lines
     assert "rows 3, for prompts of 12 to 20 tokens" in lines
     assert "calibrated on 5 sequences, seed 0: a [bold] book" in lines
-    assert not any(line.startswith("budget") for line in lines)
+    assert not any(line.startswith(("budget", "unfiltered end")) for line in lines)
     # Retentions 1e-6, 1e-3 and 1, theta 1e-2: one global channel, of thresholds 0.1, 0.2, 0.3 in rows 1, 2, 3.
     assert "layer global channels S = 9 (row 8) S = 13 (row 12) S = 20" in lines
     assert "0 1/3 33% no filter 0.1 0.3" in lines
@@ -87,13 +87,13 @@ def test_table_in_the_terminal(tmp_path: Path) -> None:
     assert "all 4/6 67%" in lines
 
 
-def test_budget_in_the_terminal(tmp_path: Path) -> None:
+def test_budget_and_unfiltered_end_in_the_terminal(tmp_path: Path) -> None:
     unclamped = {"method": "unclamped", "clamp_percent": 0.0}
-    table = write_small_table(tmp_path / "table.safetensors", **unclamped, budget=0.25)
+    table = write_small_table(tmp_path / "table.safetensors", **unclamped, budget=0.25, unfiltered_end=64)
     code, output = inspect(tmp_path / "table.safetensors")
     assert code == 0
     lines = [" ".join(line.split()) for line in output.splitlines()]
-    assert {"budget 0.25", f"digest {table.digest()}"} <= set(lines)
+    assert {"budget 0.25", "unfiltered end 64 tokens", f"digest {table.digest()}"} <= set(lines)
 
 
 def test_pictures_of_a_table(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_tables import write_small_table
 
-from vllm_longmamba.engine.prefix_cache import generated_block_keys, salt_request
+from vllm_longmamba.engine.prefix_cache import salt_request, unfiltered_block_keys
 
 
 def vllm_config(table: Path | None, *, caching: bool = True, connector: bool = False, **options: Any) -> Any:
@@ -48,7 +48,23 @@ def test_salt_names_table_and_row(table: Path) -> None:
     assert rows[11] == rows[13]
     assert rows[20] == rows[500]
     assert len(set(rows.values())) == 4
-    assert [str(rows[length]).split(":")[2:] for length in (8, 11, 15, 20)] == [[f"{row}|"] for row in range(4)]
+    assert [str(rows[length]).split(":")[2:] for length in (8, 11, 15, 20)] == [[row, "0|"] for row in "0123"]
+
+
+def test_salt_names_the_unfiltered_end(table: Path, tmp_path: Path) -> None:
+    write_small_table(tmp_path / "own.safetensors", unfiltered_end=4)
+    own = tmp_path / "own.safetensors"
+    salts = {
+        end: [salt_of(vllm_config(table, unfiltered_end=end), 20), salt_of(vllm_config(own, unfiltered_end=end), 20)]
+        for end in (0, 3, 4)
+    }
+    # The same thresholds and the same end give the same states, whoever says where the end begins.
+    assert all(first == second for first, second in salts.values())
+    assert len({first for first, _ in salts.values()}) == 3
+    assert salt_of(vllm_config(own), 20) == salts[4][0]
+    assert salt_of(vllm_config(table), 20) == salts[0][0]
+    for end, (salt, _) in salts.items():
+        assert str(salt).split(":")[2:] == ["3", f"{end}|"]
 
 
 def test_salt_differs_between_tables(table: Path, tmp_path: Path) -> None:
@@ -98,17 +114,25 @@ def test_salt_of_a_prompt_of_embeddings(table: Path) -> None:
 @pytest.mark.parametrize(
     ("length", "salt", "end_token", "expected"),
     [
-        (20, "longmamba:0a:3|", 16, ()),
-        (20, "longmamba:0a:3|", 20, ()),
-        (20, "longmamba:0a:3|", 21, (("longmamba_prompt_length", 20),)),
-        (20, "longmamba:0a:3|", 32, (("longmamba_prompt_length", 20),)),
-        (20, "longmamba:0a:12|mine", 32, (("longmamba_prompt_length", 20),)),
-        (8, "longmamba:0a:0|", 16, ()),
-        (8, "longmamba:0a:0|longmamba:0a:3|", 16, ()),
+        (20, "longmamba:0a:3:0|", 16, ()),
+        (20, "longmamba:0a:3:0|", 20, ()),
+        (20, "longmamba:0a:3:0|", 21, (("longmamba_prompt_length", 20),)),
+        (20, "longmamba:0a:3:0|", 32, (("longmamba_prompt_length", 20),)),
+        (20, "longmamba:0a:12:0|mine", 32, (("longmamba_prompt_length", 20),)),
+        (8, "longmamba:0a:0:0|", 16, ()),
+        (8, "longmamba:0a:0:0|longmamba:0a:3:0|", 16, ()),
+        (20, "longmamba:0a:3:4|", 15, ()),
+        (20, "longmamba:0a:3:4|", 16, ()),
+        (20, "longmamba:0a:3:4|", 17, (("longmamba_prompt_length", 20),)),
+        (20, "longmamba:0a:3:4|mine", 20, (("longmamba_prompt_length", 20),)),
+        (20, "longmamba:0a:3:4|", 32, (("longmamba_prompt_length", 20),)),
+        (20, "longmamba:0a:3:16|", 5, (("longmamba_prompt_length", 20),)),
+        (20, "longmamba:0a:3:99|", 1, (("longmamba_prompt_length", 20),)),
+        (8, "longmamba:0a:0:4|", 8, ()),
         (20, None, 32, ()),
         (20, "mine", 32, ()),
-        (20, "mine longmamba:0a:3|", 32, ()),
-        (20, "longmamba:xy:3|", 32, ()),
+        (20, "mine longmamba:0a:3:0|", 32, ()),
+        (20, "longmamba:xy:3:0|", 32, ()),
     ],
     ids=[
         "in-prompt",
@@ -118,20 +142,28 @@ def test_salt_of_a_prompt_of_embeddings(table: Path) -> None:
         "with-foreign-salt",
         "row-0",
         "row-0-with-foreign-salt-like-ours",
+        "before-the-end",
+        "up-to-the-end",
+        "one-token-of-the-end",
+        "whole-end-with-foreign-salt",
+        "generated-behind-an-end",
+        "end-of-two-digits",
+        "nothing-but-end",
+        "row-0-with-an-end",
         "no-salt",
         "foreign-salt",
         "foreign-salt-that-contains-ours",
         "foreign-salt-almost-like-ours",
     ],
 )
-def test_generated_block_keys(length: int, salt: str | None, end_token: int, expected: tuple[Any, ...]) -> None:
-    assert generated_block_keys(request_of(length, salt), end_token) == expected
+def test_unfiltered_block_keys(length: int, salt: str | None, end_token: int, expected: tuple[Any, ...]) -> None:
+    assert unfiltered_block_keys(request_of(length, salt), end_token) == expected
 
 
-def test_generated_block_keys_of_a_salted_request(table: Path) -> None:
-    request = request_of(20, "longmamba:00:0|")
+def test_unfiltered_block_keys_of_a_salted_request(table: Path) -> None:
+    request = request_of(20, "longmamba:00:0:0|")
     salt_request(vllm_config(table), request)
-    assert generated_block_keys(request, 21) == (("longmamba_prompt_length", 20),)
-    request = request_of(8, "longmamba:00:3|")
+    assert unfiltered_block_keys(request, 21) == (("longmamba_prompt_length", 20),)
+    request = request_of(8, "longmamba:00:3:0|")
     salt_request(vllm_config(table), request)
-    assert generated_block_keys(request, 21) == ()
+    assert unfiltered_block_keys(request, 21) == ()

@@ -35,17 +35,36 @@ CASES: dict[str, tuple[list[Request], list[int], list[int]]] = {
 }
 
 
-def step_rows_of(requests: list[Request]) -> StepRows:
+# The same with the last 6 tokens of each prompt unfiltered.
+END = 6
+END_CASES: dict[str, tuple[list[Request], list[int], list[int]]] = {
+    "no-request": ([], [], []),
+    "not-above-training-length": ([(8, 0, 8), (5, 0, 5)], [0, 0], [2, 0]),
+    "row-of-the-whole-prompt": ([(12, 0, 12), (17, 0, 17), (999, 0, 999)], [1, 2, 3], [6, 11, 993]),
+    "chunk-before": ([(20, 4, 10)], [3], [10]),
+    "chunk-across": ([(20, 10, 7)], [3], [4]),
+    "chunk-of-one-token-before": ([(20, 13, 1)], [3], [1]),
+    "chunk-inside": ([(20, 14, 3)], [0], [0]),
+    "tail-of-one-token": ([(20, 19, 1)], [0], [0]),
+    "generated-token": ([(20, 33, 1)], [0], [0]),
+    "resumed-at-once": ([(20, 0, 33)], [3], [14]),
+    "resumed-chunk-over-both-ends": ([(20, 12, 13)], [3], [2]),
+    "padding": ([(20, 3, 1), (0, 0, 0), (0, 0, 1)], [3, 0, 0], [1, 0, 0]),
+    "mixed": ([(20, 40, 1), (12, 11, 1), (16, 3, 9), (5, 0, 5), (20, 13, 1)], [0, 0, 2, 0, 3], [0, 0, 7, 0, 1]),
+}
+
+
+def step_rows_of(requests: list[Request], unfiltered_end: int | None = None) -> StepRows:
     prompt, computed, query = np.array(requests, np.int32).reshape(-1, 3).T
-    return PromptFilter(small_table()).step_rows(prompt, computed + query, query)
+    return PromptFilter(small_table(), unfiltered_end=unfiltered_end).step_rows(prompt, computed + query, query)
 
 
-def naive_per_token(requests: list[Request]) -> list[int]:
+def naive_per_token(requests: list[Request], unfiltered_end: int = 0) -> list[int]:
     """The row of each token of a step, token by token, from the table's definition."""
     rows = []
     for prompt, computed, query in requests:
         for position in range(computed, computed + query):
-            is_filtered = prompt > TRAIN_LENGTH and position < prompt
+            is_filtered = prompt > TRAIN_LENGTH and position < prompt - unfiltered_end
             nearest = min(range(len(ROW_LENGTHS)), key=lambda row: (abs(ROW_LENGTHS[row] - prompt), row))
             rows.append(nearest if is_filtered else 0)
     return rows
@@ -60,9 +79,53 @@ def test_step_rows(requests: list[Request], rows: list[int], prompt_tokens: list
     assert {array.dtype for array in (step.rows, step.prompt_tokens, step.query_lengths)} == {np.dtype(np.int32)}
 
 
+@pytest.mark.parametrize(("requests", "rows", "prompt_tokens"), END_CASES.values(), ids=END_CASES)
+def test_step_rows_with_an_unfiltered_end(requests: list[Request], rows: list[int], prompt_tokens: list[int]) -> None:
+    step = step_rows_of(requests, END)
+    assert step.rows.tolist() == rows
+    assert step.prompt_tokens.tolist() == prompt_tokens
+    assert step.query_lengths.tolist() == [query for _, _, query in requests]
+    assert {array.dtype for array in (step.rows, step.prompt_tokens, step.query_lengths)} == {np.dtype(np.int32)}
+    assert step.per_token().tolist() == naive_per_token(requests, END)
+    assert step.filters is any(rows)
+
+
+@pytest.mark.parametrize("end", [12, 13, 999])
+def test_an_unfiltered_end_as_long_as_the_prompt(end: int) -> None:
+    step = step_rows_of([(12, 0, 12), (12, 3, 20), (20, 7, 1)], end)
+    assert step.rows.tolist() == [0, 0, 3 if end == 12 else 0]
+    assert step.prompt_tokens.tolist() == [0, 0, 1 if end == 12 else 0]
+
+
+def test_the_unfiltered_end_is_the_tables_unless_given() -> None:
+    table = small_table(unfiltered_end=END)
+    options = {None: END, 0: 0, 4: 4}
+    for given_end, expected in options.items():
+        for made in (
+            PromptFilter(table, unfiltered_end=given_end),
+            PromptFilter.from_options(table, LongMambaOptions(unfiltered_end=given_end)),
+        ):
+            assert made.unfiltered_end == expected
+            step = made.step_rows(np.array([20]), np.array([20]), np.array([20]))
+            assert step.prompt_tokens.tolist() == [20 - expected]
+    with pytest.raises(ValueError, match="unfiltered_end must be a number of tokens, 0 to 1073741824, got -1"):
+        PromptFilter(table, unfiltered_end=-1)
+
+
 def test_from_options_takes_all_of_them() -> None:
     made = PromptFilter.from_options(small_table(), LongMambaOptions(min_retention=0.25, filter_generated=True))
-    assert (made.min_retention, made.filters_generated) == (0.25, True)
+    assert (made.min_retention, made.filters_generated, made.unfiltered_end) == (0.25, True, 0)
+
+
+def test_generated_tokens_are_not_filtered_behind_an_unfiltered_end() -> None:
+    message = f"the last {END} tokens of prompts are not to be filtered .* choose one"
+    with pytest.raises(ValueError, match=message):
+        PromptFilter(small_table(), filters_generated=True, unfiltered_end=END)
+    table = small_table(unfiltered_end=END)
+    options = LongMambaOptions(filter_generated=True)
+    with pytest.raises(ValueError, match=message):
+        PromptFilter.from_options(table, options)
+    assert PromptFilter(table, filters_generated=True, unfiltered_end=0).filters_generated
 
 
 def test_step_rows_with_an_upper_bound_behind_the_prompt() -> None:
@@ -90,19 +153,25 @@ def test_per_token(requests: list[Request], rows: list[int], prompt_tokens: list
     assert int((per_token > 0).sum()) == sum(count for row, count in zip(rows, prompt_tokens, strict=True) if row)
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 40), st.integers(0, 12)), max_size=6))
-def test_per_token_against_a_loop(requests: list[Request]) -> None:
-    assert step_rows_of(requests).per_token().tolist() == naive_per_token(requests)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 30), st.integers(0, 40), st.integers(0, 12)),
+        max_size=6,
+    ),
+    st.integers(0, 40),
+)
+def test_per_token_against_a_loop(requests: list[Request], end: int) -> None:
+    assert step_rows_of(requests, end).per_token().tolist() == naive_per_token(requests, end)
 
 
-@given(st.integers(1, 60), st.integers(0, 20), st.lists(st.integers(1, 25), max_size=8))
-def test_the_cut_of_a_prompt_does_not_change_its_rows(prompt: int, generated: int, cuts: list[int]) -> None:
+@given(st.integers(1, 60), st.integers(0, 20), st.integers(0, 40), st.lists(st.integers(1, 25), max_size=8))
+def test_the_cut_of_a_prompt_does_not_change_its_rows(prompt: int, generated: int, end: int, cuts: list[int]) -> None:
     total = prompt + generated
-    whole = step_rows_of([(prompt, 0, total)]).per_token().tolist()
+    whole = step_rows_of([(prompt, 0, total)], end).per_token().tolist()
     pieces: list[int] = []
     for length in [*cuts, total]:
         length = min(length, total - len(pieces))
-        pieces += step_rows_of([(prompt, len(pieces), length)]).per_token().tolist()
+        pieces += step_rows_of([(prompt, len(pieces), length)], end).per_token().tolist()
     assert pieces == whole
 
 

@@ -42,8 +42,8 @@ def test_layers_and_builders_hold_the_same(model: Any) -> None:
     builders = [builder_of(mixer) for mixer in model]
     assert [builder.prompt_filter for builder in builders] == [None, None]
     buffers = []
-    for theta in (None, 1e-7):
-        given = PromptFilter(small_table(layers=(0, 3), channels=4), theta)
+    for end, theta in ((0, None), (4, 1e-7)):
+        given = PromptFilter(small_table(layers=(0, 3), channels=4, unfiltered_end=end), theta)
         replace_table(model, given)
         for mixer, builder in zip(model, builders, strict=True):
             assert mixer.prompt_filter is builder.prompt_filter is given

@@ -31,6 +31,7 @@ def reference_logprobs(
     *,
     prompt_length: int,
     filters: Mapping[int, torch.Tensor] | None = None,
+    unfiltered_end: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """Log-probabilities of the next token after each position of prompt + generated tokens, in one pass.
@@ -42,12 +43,13 @@ def reference_logprobs(
         filters: layer index -> (channels,) threshold on dt for this prompt length; -1 for a local channel. A prompt
             token with dt <= threshold gets dt = 0. Layers left out are not filtered. Avoid thresholds that equal a dt
             of the prompt: float64 here and float32 in an engine may put that token on different sides.
+        unfiltered_end: as many of the prompt's last tokens are not filtered.
         dtype: of weights and arithmetic. In hybrids, transformers does parts of it in float32 all the same.
 
     Returns:
         (tokens, vocabulary) `dtype`. The vocabulary counts all rows of the head, padding included, as in mamba_ssm.
     """
-    steps = TimeSteps(prompt_length, filters or {})
+    steps = TimeSteps(prompt_length, filters or {}, unfiltered_end)
     return _logprobs(model_path, token_ids, steps, dtype)
 
 
@@ -81,8 +83,8 @@ class TimeSteps:
         dt: layer index -> (tokens, channels), before the filter.
     """
 
-    def __init__(self, prompt_length: int, thresholds: Mapping[int, torch.Tensor]) -> None:
-        self.prompt_length = prompt_length
+    def __init__(self, prompt_length: int, thresholds: Mapping[int, torch.Tensor], unfiltered_end: int = 0) -> None:
+        self.filtered_length = prompt_length - unfiltered_end
         self.thresholds = thresholds
         self.dt: dict[int, torch.Tensor] = {}
 
@@ -96,8 +98,8 @@ class TimeSteps:
         threshold = self.thresholds[layer].to(dt.dtype)
         if threshold.shape != dt.shape[1:]:
             raise ValueError(f"layer {layer} has {dt.shape[1]} channels, its filter {tuple(threshold.shape)}")
-        is_prompt = torch.arange(dt.shape[0]) < self.prompt_length
-        return is_prompt[:, None] & (dt <= threshold)
+        may_be_filtered = torch.arange(dt.shape[0]) < self.filtered_length
+        return may_be_filtered[:, None] & (dt <= threshold)
 
 
 @contextmanager

@@ -198,6 +198,9 @@ def test_generated_tokens_are_not_filtered(models: Callable[[str], Path], family
     longer = reference_logprobs(path, token_ids, prompt_length=PROMPT + 1, filters=nothing_kept)
     torch.testing.assert_close(longer[:PROMPT], short[:PROMPT], atol=FLOAT32_TOLERANCE, rtol=0)
     assert (longer[PROMPT] - short[PROMPT]).abs().mean() > 0.01
+    # Nor is the end of a prompt where that is asked for.
+    with_end = reference_logprobs(path, token_ids, prompt_length=TOKENS, filters=nothing_kept, unfiltered_end=11)
+    assert torch.equal(with_end, short)
 
 
 @pytest.mark.parametrize("family", ORIGINALS)

@@ -51,8 +51,8 @@ def test_arguments() -> None:
         "additional_config": {},
     }
     options = EngineOptions(Path("t"), 0.5, tokenizer="k", max_model_len=9, engine_args={"max-num-seqs": 4})
-    arguments = engine_arguments("m", options, longmamba={"filter": None, "calibrate": False}, seed=1)
-    assert arguments["additional_config"] == {"longmamba": {"table": "t", "min_retention": 0.5, "calibrate": False}}
+    arguments = engine_arguments("m", options, longmamba={"filter": None, "unfiltered_end": 3}, seed=1)
+    assert arguments["additional_config"] == {"longmamba": {"table": "t", "min_retention": 0.5, "unfiltered_end": 3}}
     assert {name: arguments[name] for name in ("tokenizer", "max_model_len", "max_num_seqs", "seed")} == {
         "tokenizer": "k",
         "max_model_len": 9,

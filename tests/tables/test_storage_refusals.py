@@ -72,6 +72,7 @@ _NAN_ROWS = np.full((4, 5), np.nan, dtype=np.float32)
         pytest.param(_set(seed=10**400), "seed must be an integer, .* got an integer of 1329 bits", True, id="seed"),
         pytest.param(_set(num_sequences=10**400), "num_sequences must be an integer, 1 to", True, id="sequences"),
         pytest.param(_set(train_length=10**400), "train_length must be a number of tokens", True, id="L"),
+        pytest.param(_set(unfiltered_end=10**400), "unfiltered_end must be a number of tokens", True, id="end"),
         pytest.param(_set(train_length=9), "must begin with train_length 9", False, id="other train_length"),
         pytest.param(_drop("longmamba.row_lengths"), "'longmamba.row_lengths' is missing", False, id="no row_lengths"),
         pytest.param(
@@ -149,23 +150,6 @@ def test_tables_of_removed_options_are_refused(
     _change_file(path, _set(format_version=2, **usual | removed))
     with pytest.raises(TableError, match=r"version 2, this release reads 3; .* with `longmamba calibrate org/model`"):
         read(path)
-
-
-@pytest.mark.parametrize("read", [load_table, read_metadata])
-def test_tables_with_an_unfiltered_end_are_refused(
-    read: Callable[[Path], object], make_table: MakeTable, tmp_path: Path
-) -> None:
-    path, table = tmp_path / "table", make_table()
-    save_table(table, path)
-    # What earlier versions wrote.
-    _change_file(path, _set(unfiltered_end=0))
-    read(path)
-    assert (load_table(path).digest(), load_table(path).metadata) == (table.digest(), table.metadata)
-    _change_file(path, _set(unfiltered_end=64))
-    with pytest.raises(TableError) as refusal:
-        read(path)
-    assert "it has unfiltered_end 64, and this version has no unfiltered end; make a new" in str(refusal.value)
-    assert f"one with `longmamba calibrate org/model --output {path}`" in str(refusal.value)
 
 
 @pytest.mark.parametrize("read", [load_table, read_metadata])

@@ -8,12 +8,9 @@ import torch
 from example_modules import EXAMPLES, load_example
 from filtered_logprobs import logprobs, quantile_thresholds
 from references.reference_lm import reference_logprobs
-from small_tables import small_table, write_small_table
+from small_tables import small_table
 from tiny_models import random_token_ids
 from torch_models import LongMamba, Plain, TorchModel
-
-from vllm_longmamba.checkpoint.fingerprint import weights_fingerprint
-from vllm_longmamba.options import LongMambaOptions
 
 # Rounding of float32 through a whole model, against float64.
 TOLERANCE = 1e-3
@@ -83,21 +80,6 @@ def test_the_example_model_with_the_table_that_the_engine_finds() -> None:
     expected = reference_logprobs(EXAMPLE, tokens, prompt_length=1090, filters=thresholds)
     found = logprobs(TorchModel(EXAMPLE, "longmamba", device="cpu"), tokens, 1090)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE)
-
-
-def test_for_folder_takes_table_and_theta_of_the_options(tiny: Tiny, tmp_path: Path) -> None:
-    folder, tokens = tiny("mamba2"), random_token_ids(20, seed=3)
-    plain = TorchModel(folder, device="cpu")
-    weights = weights_fingerprint([str(folder / "pytorch_model.bin")])
-    path = tmp_path / "table.safetensors"
-    table = write_small_table(path, layers=(0, 1, 2), channels=plain.channels[0], weights_fingerprint=weights)
-    readings = []
-    for theta in (None, 1e-9):
-        method = LongMamba.for_folder(folder, LongMambaOptions(str(path), theta))
-        expected = plain.with_method(LongMamba.from_table(table, theta)).read([tokens], outputs=20).logits
-        readings.append(plain.with_method(method).read([tokens], outputs=20).logits)
-        assert torch.equal(readings[-1], expected)
-    assert not torch.equal(*readings)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -48,6 +48,7 @@ class CalibrationSettings:
         method: "paper"; or "unclamped", the same without the clamp, and with the clipped mean over the sequences. By
             default "unclamped", or "paper" where clamp_percent is given.
         budget: what a channel may keep, as a factor of its sum of dt over the training length; the paper's is 1.
+        unfiltered_end: as many of a prompt's last tokens are not filtered; serving may change it. 0 in the paper.
         texts: paths of the text; none stands for the sample that comes with the package.
         text_column: the field or column of .jsonl and .parquet files that holds the text.
         store: file that keeps the table, None where none does.
@@ -58,7 +59,8 @@ class CalibrationSettings:
         corpus: name of the text, with a hash of its contents.
 
     Raises:
-        ValueError: an unknown method; a budget that is not above 0; a clamp with "unclamped"; a budget with "paper".
+        ValueError: an unknown method; a budget that is not above 0; an unfiltered_end below 0; a clamp with
+            "unclamped"; a budget with "paper".
     """
 
     num_sequences: int = 5
@@ -69,6 +71,7 @@ class CalibrationSettings:
     seed: int = 0
     method: str | None = None
     budget: float = 1.0
+    unfiltered_end: int = 0
     texts: tuple[str, ...] = ()
     text_column: str = "text"
     store: str | None = None
@@ -81,7 +84,8 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         # JSON knows no tuples.
         object.__setattr__(self, "texts", tuple(self.texts))
-        check_range("budget", self.budget, "CalibrationSettings")
+        for name in ("budget", "unfiltered_end"):
+            check_range(name, getattr(self, name), "CalibrationSettings")
         if self.method is None:
             object.__setattr__(self, "method", PAPER if self.clamp_percent else UNCLAMPED)
         if self.method not in METHODS:
@@ -145,6 +149,7 @@ class CalibrationSettings:
             tool_version=f"vllm_longmamba {__version__}",
             method=self.method,
             budget=self.budget,
+            unfiltered_end=self.unfiltered_end,
         )
 
     def empty_table(self, channels: dict[int, int]) -> ThresholdTable:

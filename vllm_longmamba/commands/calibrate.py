@@ -64,6 +64,12 @@ def calibrate(
         float,
         typer.Option(help="What a channel may keep, as a factor of its sum over the training length; paper: 1."),
     ] = 1.0,
+    unfiltered_end: Annotated[
+        int,
+        typer.Option(
+            min=0, help="As many of a prompt's last tokens are not filtered; serving may change it. The paper has 0."
+        ),
+    ] = 0,
     quantization: Annotated[str | None, typer.Option(help="Quantization of the model, as for vllm serve.")] = None,
     *,
     engine: EngineOptions,
@@ -85,6 +91,7 @@ def calibrate(
         seed=seed,
         method=method,
         budget=budget,
+        unfiltered_end=unfiltered_end,
         texts=tuple(str(path) for path in text or ()),
         text_column=text_column,
     )

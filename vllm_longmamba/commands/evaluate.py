@@ -77,6 +77,12 @@ class Compared:
             show_default="the published ones of the model",
         ),
     ] = field(default_factory=dict)
+    unfiltered_end: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Number of last tokens of a prompt that are not filtered.", show_default="the table's"
+        ),
+    ] = None
 
     @contextmanager
     def comparison(
@@ -110,7 +116,10 @@ class Compared:
         if self.decimamba and "decimamba" not in methods:
             raise ValueError(f"--decimamba: its settings have a part with --method decimamba only, got {self.method}")
         room = {} if longest is None else {"max_model_len": longest}
-        arguments = {method: room | method_arguments(method, model, engine, self.decimamba) for method in methods}
+        arguments = {
+            method: room | method_arguments(method, model, engine, self.unfiltered_end, self.decimamba)
+            for method in methods
+        }
         starting = partial(explained_start, engine.verbose)
         with Store(output) as store:
             # Before hours of work.
@@ -124,6 +133,7 @@ def method_arguments(
     method: str,
     model: str,
     engine: EngineOptions,
+    unfiltered_end: int | None = None,
     decimamba: Mapping[str, Any] | None = None,
     **set_by_command: Any,
 ) -> dict[str, Any]:
@@ -133,6 +143,7 @@ def method_arguments(
         method: its name.
         model: name or folder.
         engine: the options.
+        unfiltered_end: another one than the table's.
         decimamba: options of DeciMamba, whose engine has the arguments of the plain one otherwise.
         set_by_command: arguments of vLLM that the filtering engine gets, and no user may set.
 
@@ -140,7 +151,8 @@ def method_arguments(
         ValueError: --engine-args contradicts what the command sets.
     """
     if method == "longmamba":
-        return engine_arguments(model, engine, longmamba={"filter": True}, **set_by_command)
+        own = {"filter": True, "unfiltered_end": unfiltered_end}
+        return engine_arguments(model, engine, longmamba=own, **set_by_command)
     # The table and theta are of the filter.
     engine = replace(engine, table=None, min_retention=None)
     arguments = engine_arguments(model, engine, longmamba={"filter": False})

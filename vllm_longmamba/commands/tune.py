@@ -1,4 +1,4 @@
-"""The `longmamba tune` command: searches the budget and theta on a user's text."""
+"""The `longmamba tune` command: searches the budget, theta and the unfiltered end on a user's text."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ from vllm_longmamba.evaluate.terminal import console, progress_bars, read_number
 # Multiples of the training length to score at where no lengths are given: what the settings do shows there.
 _MULTIPLES = (8, 16)
 # Options of LongMamba that the search sets.
-_SEARCHED = ("table", "min_retention")
+_SEARCHED = ("table", "min_retention", "unfiltered_end")
 
 
 @with_options(without=("table", "min_retention"), engine=EngineOptions)
@@ -49,6 +49,9 @@ def tune(
     ] = None,
     budgets: Annotated[str, typer.Option(help="Budgets to try beside 1, separated by commas.")] = "0.25,0.5,2",
     thetas: Annotated[str, typer.Option(help="Smallest and largest min_retention to try.")] = "0.001,0.5",
+    unfiltered_ends: Annotated[
+        str, typer.Option(help="Unfiltered ends to try beside 0, in tokens, separated by commas.")
+    ] = "256",
     trials: Annotated[int, typer.Option(min=1, help="Number of settings to try.")] = 16,
     lengths: Annotated[
         str | None,
@@ -63,7 +66,7 @@ def tune(
         int, typer.Option(min=2, help="Number of tokens of the longest prompt that the table is made for.")
     ] = DEFAULT_MAX_MODEL_LEN,
 ) -> None:
-    """Search the budget and min_retention that serve MODEL best on your text; write their table."""
+    """Search the budget, min_retention and unfiltered end that serve MODEL best on your text; write their table."""
     if importlib.util.find_spec("optuna") is None:
         raise ValueError("optuna not installed; run pip install 'vllm-longmamba[tune]'")
 
@@ -92,6 +95,7 @@ def tune(
     space = Space(
         read_numbers("--budgets", budgets, float),
         read_numbers("--thetas", thetas, float),
+        read_numbers("--unfiltered-ends", unfiltered_ends, int),
         trials,
     )
     plain = method_arguments("plain", model, engine)
@@ -128,7 +132,7 @@ def tune(
             shown = dict.fromkeys([PLAIN, DEFAULT, best.setting])
             held_out = [scorer.score(setting, second) for setting in shown]
         setting, chosen = best.setting, load_table(tables[best.setting.budget])
-        metadata = replace(chosen.metadata, min_retention=setting.min_retention)
+        metadata = replace(chosen.metadata, min_retention=setting.min_retention, unfiltered_end=setting.unfiltered_end)
         path = table or _table_path(model, metadata.weights_fingerprint, contestant.description["quantization"])
         path.parent.mkdir(parents=True, exist_ok=True)
         save_table(replace(chosen, metadata=metadata), path)

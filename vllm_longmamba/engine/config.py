@@ -156,15 +156,18 @@ def _plan_calibration(vllm_config: Any, options: Any, fingerprint: str) -> dict[
 
 
 def _announce_table(path: Path, model_config: Any, options: Any) -> None:
+    from vllm_longmamba.layers.prompt_filter import PromptFilter
     from vllm_longmamba.tables import load_table
 
     table = load_table(path)
+    end = PromptFilter.from_options(table, options).unfiltered_end
     logger.info(
-        "LongMamba: thresholds from %s (training length %d, clamp %g %%, min_retention %g)",
+        "LongMamba: thresholds from %s (training length %d, clamp %g %%, min_retention %g)%s",
         path,
         table.metadata.train_length,
         table.metadata.clamp_percent,
         options.min_retention if options.min_retention is not None else table.metadata.min_retention,
+        f"; the last {end} tokens of prompts are not filtered" if end else "",
     )
     longest = int(table.row_lengths[-1])
     if longest < model_config.max_model_len:

@@ -136,10 +136,10 @@ def _separate_generated_blocks(original: Callable[..., Any]) -> Callable[..., An
     def generate_block_hash_extra_keys(
         request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
     ) -> tuple[tuple[Any, ...] | None, int]:
-        from vllm_longmamba.engine.prefix_cache import generated_block_keys
+        from vllm_longmamba.engine.prefix_cache import unfiltered_block_keys
 
         keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
-        own = generated_block_keys(request, end_token_idx)
+        own = unfiltered_block_keys(request, end_token_idx)
         return ((*(keys or ()), *own) if own else keys), next_mm_idx
 
     return generate_block_hash_extra_keys

@@ -2,8 +2,8 @@
 
 A state depends on the thresholds that filtered its prompt, so the first block's hash gets the digest of the table and
 the prompt's row. Generated tokens are never filtered, but count as prompt in the next turn of a conversation, so blocks
-that hold generated tokens of a filtered request are kept apart too. (Block hashes are chained: what changes one changes
-all that follow.)
+that hold generated tokens of a filtered request are kept apart too, and so are blocks that hold tokens of a prompt's
+unfiltered end. (Block hashes are chained: what changes one changes all that follow.)
 """
 
 import re
@@ -14,11 +14,11 @@ from vllm_longmamba.engine.prompt_lengths import prompt_length
 from vllm_longmamba.options import options_from_config
 from vllm_longmamba.tables import ThresholdTable, load_table
 
-_SALT = re.compile(r"longmamba:[0-9a-f]+:(?P<row>\d+)\|")
+_SALT = re.compile(r"longmamba:[0-9a-f]+:(?P<row>\d+):(?P<end>\d+)\|")
 
 
 def salt_request(vllm_config: Any, request: Any, made_at_start: ThresholdTable | None = None) -> None:
-    """Add table and row to a request's cache salt, in place.
+    """Add table, row and unfiltered end to a request's cache salt, in place.
 
     Args:
         vllm_config: configuration of the engine.
@@ -30,32 +30,33 @@ def salt_request(vllm_config: Any, request: Any, made_at_start: ThresholdTable |
     if not options.filter or not is_cached:
         return
     if made_at_start is not None:
-        table, digest = made_at_start, made_at_start.digest(options.min_retention)
+        table, digest = made_at_start, made_at_start.digest(options.min_retention, options.unfiltered_end)
     elif options.table is not None:
-        table, digest = _table_and_digest(options.table, options.min_retention)
+        table, digest = _table_and_digest(options.table, options.min_retention, options.unfiltered_end)
     else:
         return
     row = table.row_of(prompt_length(request))
-    request.cache_salt = f"longmamba:{digest}:{row}|{request.cache_salt or ''}"
+    end = table.unfiltered_end(options.unfiltered_end)
+    request.cache_salt = f"longmamba:{digest}:{row}:{end}|{request.cache_salt or ''}"
 
 
-def generated_block_keys(request: Any, end_token: int) -> tuple[tuple[str, int], ...]:
-    """Extra hash keys of a block that holds generated tokens of a filtered request.
+def unfiltered_block_keys(request: Any, end_token: int) -> tuple[tuple[str, int], ...]:
+    """Extra hash keys of a block that holds tokens which a filtered request leaves unfiltered by their place.
 
     Args:
         request: vLLM's `Request`.
         end_token: the position after the block's last token.
 
     Returns:
-        One key, or none where all its tokens are prompt tokens, or nothing is filtered.
+        One key, or none where all its tokens are prompt tokens before the unfiltered end, or nothing is filtered.
     """
     salt = _SALT.match(request.cache_salt) if request.cache_salt is not None else None
-    if salt is None or int(salt["row"]) == 0 or end_token <= request.num_prompt_tokens:
+    if salt is None or int(salt["row"]) == 0 or end_token <= request.num_prompt_tokens - int(salt["end"]):
         return ()
     return (("longmamba_prompt_length", request.num_prompt_tokens),)
 
 
 @lru_cache(maxsize=4)
-def _table_and_digest(path: str, min_retention: float | None) -> tuple[ThresholdTable, str]:
+def _table_and_digest(path: str, min_retention: float | None, unfiltered_end: int | None) -> tuple[ThresholdTable, str]:
     table = load_table(path)
-    return table, table.digest(min_retention)
+    return table, table.digest(min_retention, unfiltered_end)

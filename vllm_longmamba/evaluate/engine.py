@@ -104,16 +104,18 @@ class EngineContestant:
         if options.table is not None:
             table = load_table(options.table)
             source, thresholds = table.metadata, table.digest()
+            end = table.unfiltered_end(options.unfiltered_end)
         else:
             # The engine will make the table at its start; the settings determine it. Of several it uses the first.
             source = from_config(config.additional_config)[0]
-            thresholds = source.key()
+            thresholds, end = source.key(), options.unfiltered_end or 0
         return {
             "filter": True,
             "table": thresholds,
             "train_length": source.train_length,
             "min_retention": options.min_retention if options.min_retention is not None else source.min_retention,
             "clamp_percent": source.clamp_percent,
+            **({"unfiltered_end": end} if end else {}),
             **({"filter_generated": True} if options.filter_generated else {}),
         }
 
@@ -150,17 +152,18 @@ class EngineRunner:
         self.llm = llm
         self._encoder = encoder
 
-    def set_filter(self, table: Path, min_retention: float) -> None:
+    def set_filter(self, table: Path, min_retention: float, unfiltered_end: int = 0) -> None:
         """Filter by another table or another theta from now on, in an engine with `FILTER_EXTENSION`.
 
         Args:
             table: a table of the same rows as the present one.
             min_retention: theta; 1 filters nothing, as no channel has a retention above it.
+            unfiltered_end: as many of a prompt's last tokens are not filtered.
 
         Raises:
             ValueError: a table of other rows, layers or channels.
         """
-        self.llm.collective_rpc("longmamba_set_filter", args=(str(table), min_retention))
+        self.llm.collective_rpc("longmamba_set_filter", args=(str(table), min_retention, unfiltered_end))
 
     def complete(self, jobs: Iterable[tuple[Key, list[int], int]]) -> Iterator[tuple[Key, str]]:
         """Continue prompts greedily.
@@ -224,11 +227,12 @@ class FilterWorkerExtension:
     get_model: Any
     vllm_config: Any
 
-    def longmamba_set_filter(self, table: str, min_retention: float) -> None:
+    def longmamba_set_filter(self, table: str, min_retention: float, unfiltered_end: int) -> None:
         """See `EngineRunner.set_filter`."""
         from vllm_longmamba.layers.prompt_filter import PromptFilter
         from vllm_longmamba.layers.replace_table import replace_table
         from vllm_longmamba.tables import load_table
 
         filters_generated = options_from_config(self.vllm_config.additional_config).filter_generated
-        replace_table(self.get_model(), PromptFilter(load_table(table), min_retention, filters_generated))
+        new = PromptFilter(load_table(table), min_retention, filters_generated, unfiltered_end)
+        replace_table(self.get_model(), new)

@@ -1,7 +1,8 @@
-"""The search for the budget and theta (`min_retention`) that serve a text best."""
+"""The search for the budget, theta (`min_retention`) and the unfiltered end that serve a text best."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,24 @@ class Setting:
     Attributes:
         budget: of the table.
         min_retention: the paper's theta.
+        unfiltered_end: as many of a prompt's last tokens are not filtered.
     """
 
     budget: float
     min_retention: float
+    unfiltered_end: int
 
     def label(self) -> str:
         """The setting in words."""
         if self == PLAIN:
             return "plain"
-        return f"budget {self.budget:g}, theta {self.min_retention:.3g}"
+        end = f", unfiltered end {self.unfiltered_end}" if self.unfiltered_end else ""
+        return f"budget {self.budget:g}, theta {self.min_retention:.3g}{end}"
 
 
 # No channel has a retention above 1.
-PLAIN = Setting(1.0, 1.0)
-DEFAULT = Setting(1.0, DEFAULT_MIN_RETENTION[UNCLAMPED])
+PLAIN = Setting(1.0, 1.0, 0)
+DEFAULT = Setting(1.0, DEFAULT_MIN_RETENTION[UNCLAMPED], 0)
 
 
 @dataclass
@@ -58,6 +62,7 @@ class Space:
     Attributes:
         budgets: beside 1; each takes a calibration.
         thetas: the smallest and the largest `min_retention`.
+        unfiltered_ends: beside 0, in tokens.
         trials: number of settings to try.
 
     Raises:
@@ -66,17 +71,21 @@ class Space:
 
     budgets: Sequence[float]
     thetas: Sequence[float]
+    unfiltered_ends: Sequence[int]
     trials: int
 
     def __post_init__(self) -> None:
         for budget in self.budgets:
             check_range("budget", budget, "--budgets")
+        for end in self.unfiltered_ends:
+            check_range("unfiltered_end", end, "--unfiltered-ends")
         if len(self.thetas) != 2 or not 0 < self.thetas[0] <= DEFAULT.min_retention <= self.thetas[1] < 1:
             raise ValueError(
                 f"--thetas must be the smallest and the largest, between 0 and 1, with the default "
                 f"{DEFAULT.min_retention:g} between them, got {', '.join(map(str, self.thetas))}"
             )
         self.budgets = tuple(dict.fromkeys([DEFAULT.budget, *self.budgets]))
+        self.unfiltered_ends = tuple(dict.fromkeys([0, *self.unfiltered_ends]))
 
 
 @dataclass(frozen=True)
@@ -183,7 +192,7 @@ class Scorer:
         known = {**self.settings, "part": part.name, "thresholds": in_force(load_table(path), setting)}
         run = Run(self.store, "tune", settings_key(known))
         if todo := len(run.missing([*part.questions, *part.windows])):
-            self.runner.set_filter(path, setting.min_retention)
+            self.runner.set_filter(path, setting.min_retention, setting.unfiltered_end)
             advance = self.progress(setting.label(), todo)
             questions, scored = run.missing(part.questions), run.missing(part.windows)
             run.add(ask(self.runner, self.encoder, questions, part.haystack), advance)
@@ -193,7 +202,7 @@ class Scorer:
 
 def in_force(table: ThresholdTable, setting: Setting) -> str:
     """32 hexadecimal digits that stand for the thresholds in force: settings that share them are the same model."""
-    digest = blake3()
+    digest = blake3(f"unfiltered_end {setting.unfiltered_end}".encode())
     for layer in sorted(table.layers):
         digest.update(table.thresholds(layer, setting.min_retention).numpy().tobytes())
     return str(digest.hexdigest()[:32])
@@ -211,7 +220,7 @@ def choose(scores: Sequence[Score]) -> Score:
 
 
 def search(score: Callable[[Setting], Score], space: Space) -> list[Score]:
-    """Score the plain model, every budget, and then what optuna proposes from these scores.
+    """Score the plain model, every budget with every unfiltered end, and then what optuna proposes from these scores.
 
     The same scores lead to the same proposals: where scores are kept, an interrupted search goes on by itself.
 
@@ -226,14 +235,15 @@ def search(score: Callable[[Setting], Score], space: Space) -> list[Score]:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=optuna.samplers.TPESampler(seed=0))
-    for budget in space.budgets:
-        study.enqueue_trial({"budget": budget, "min_retention": DEFAULT.min_retention})
+    for end, budget in product(space.unfiltered_ends, space.budgets):
+        study.enqueue_trial({"budget": budget, "min_retention": DEFAULT.min_retention, "unfiltered_end": end})
     scores = {PLAIN: score(PLAIN)}
     for _ in range(space.trials):
         trial = study.ask()
         setting = Setting(
             budget=trial.suggest_categorical("budget", space.budgets),
             min_retention=trial.suggest_float("min_retention", *space.thetas, log=True),
+            unfiltered_end=trial.suggest_categorical("unfiltered_end", space.unfiltered_ends),
         )
         scores[setting] = score(setting)
         study.tell(trial, (scores[setting].found["share"], scores[setting].loss["loss"]))

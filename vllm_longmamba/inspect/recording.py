@@ -50,7 +50,7 @@ class InspectWorkerExtension:
             channels = [channel for of_layer, channel in chosen if of_layer == layer]
             inputs = layer_inputs(mixer, hidden, mup_vector)
             thresholds = mixer.dt_threshold[row].to(inputs.dt.device)
-            self._longmamba_results[layer] = _measure(inputs, thresholds, channels)
+            self._longmamba_results[layer] = _measure(inputs, thresholds, own.unfiltered_end, channels)
 
         self._longmamba_hooks = [mixer.register_forward_pre_hook(before, with_kwargs=True) for mixer in mixers]
 
@@ -77,9 +77,10 @@ def _prompt(
     return given["hidden_states"][start : start + metadata.num_prefill_tokens], given.get("mup_vector")
 
 
-def _measure(inputs: LayerInputs, thresholds: torch.Tensor, channels: list[int]) -> dict[str, Any]:
+def _measure(inputs: LayerInputs, thresholds: torch.Tensor, unfiltered_end: int, channels: list[int]) -> dict[str, Any]:
     """Take what the SSM of one layer would read without the filter; thresholds are (channels,), -1.0 for no filter."""
     kept = inputs.dt > thresholds
+    kept[max(0, len(kept) - unfiltered_end) :] = True
     filtered = LayerInputs(inputs.dt * kept, inputs.A, inputs.B, inputs.C)
     sampled = torch.linspace(0, inputs.channels - 1, min(DISTANCE_CHANNELS, inputs.channels)).round().long()
     return {

@@ -32,6 +32,7 @@ def provenance(table: ThresholdTable, source: str, own_theta: float) -> Table:
         "min_retention": f"{theta:g}" + ("" if theta == own_theta else f" (the table's own: {own_theta:g})"),
         "clamp": f"{metadata.clamp_percent:g} %",
         "budget": f"{metadata.budget:g}" if metadata.budget != 1 else "",
+        "unfiltered end": f"{metadata.unfiltered_end} tokens" if metadata.unfiltered_end else "",
         "calibrated on": f"{metadata.num_sequences} sequences, seed {metadata.seed}: {metadata.corpus}",
         "made by": f"{metadata.tool_version}, method {metadata.method!r}",
         "digest": table.digest(),

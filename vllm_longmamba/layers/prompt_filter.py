@@ -20,19 +20,33 @@ class PromptFilter:
         table: thresholds of all layers.
         min_retention: retention above which a channel is global; None means the table's default.
         filters_generated: generated tokens count as prompt tokens, except that they do not change the row.
+        unfiltered_end: as many of a prompt's last tokens are not filtered, though they count for its row.
+
+    Raises:
+        ValueError: generated tokens are to be filtered, and the end of the prompt before them is not.
     """
 
     def __init__(
-        self, table: ThresholdTable, min_retention: float | None = None, filters_generated: bool = False
+        self,
+        table: ThresholdTable,
+        min_retention: float | None = None,
+        filters_generated: bool = False,
+        unfiltered_end: int | None = None,
     ) -> None:
         self.table = table
         self.min_retention = min_retention
         self.filters_generated = filters_generated
+        self.unfiltered_end = table.unfiltered_end(unfiltered_end)
+        if filters_generated and self.unfiltered_end:
+            raise ValueError(
+                f"the last {self.unfiltered_end} tokens of prompts are not to be filtered (unfiltered_end, of the "
+                "options or of the table), but generated tokens are (filter_generated); choose one"
+            )
 
     @classmethod
     def from_options(cls, table: ThresholdTable, options: LongMambaOptions) -> "PromptFilter":
         """The filter that a user asks for."""
-        return cls(table, options.min_retention, options.filter_generated)
+        return cls(table, options.min_retention, options.filter_generated, options.unfiltered_end)
 
     def step_rows(
         self, prompt_lengths: Int32Array, sequence_lengths: Int32Array, query_lengths: Int32Array
@@ -53,7 +67,7 @@ class PromptFilter:
         if self.filters_generated:
             prompt_tokens = np.where(prompt_lengths > 0, query_lengths, 0).astype(np.int32)
         else:
-            left = prompt_lengths - computed
+            left = prompt_lengths - self.unfiltered_end - computed
             if not (left > 0).any():
                 return StepRows.without_prompts(query_lengths)
             prompt_tokens = np.clip(left, 0, query_lengths).astype(np.int32)
@@ -92,7 +106,7 @@ class StepRows:
         return bool(self.rows.any())
 
     def per_token(self) -> Int32Array:
-        """(tokens,) row of each token; 0 for tokens that are not filtered."""
+        """(tokens,) row of each token; 0 for generated tokens and the unfiltered end of a prompt."""
         starts = np.cumsum(self.query_lengths) - self.query_lengths
         token_rows = np.repeat(self.rows, self.query_lengths)
         position = np.arange(token_rows.shape[0]) - np.repeat(starts, self.query_lengths)

@@ -160,8 +160,10 @@ class TorchModel:
         states = [layer.mixer.empty_state(len(prompts)) for layer in self.layers]
         window = prompt.length if self.method.needs_whole_prompt else self._segment(len(prompts))
         tail = self.embedding.new_empty(len(prompts), 0, self.embedding.shape[1])
+        start = 0
         for part in torch.split(ids, window, dim=1):
-            tail = torch.cat([tail, self._run(part, states, prompt)], dim=1)[:, -outputs:]
+            tail = torch.cat([tail, self._run(part, states, prompt, start)], dim=1)[:, -outputs:]
+            start += part.shape[1]
         return Reading(self, states, self.logits(tail), prompt)
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -180,25 +182,30 @@ class TorchModel:
         method.check(self.channels)
         return method
 
-    def _run(self, ids: torch.Tensor, states: list[MixerState], prompt: Prompt | None) -> torch.Tensor:
+    def _run(self, ids: torch.Tensor, states: list[MixerState], prompt: Prompt | None, start: int = 0) -> torch.Tensor:
         """Run tokens (batch, tokens) through all layers; the states move on.
 
         Args:
             prompt: the prompt that they belong to; None for generated tokens.
+            start: tokens of the prompt before them.
 
         Returns:
             (batch, tokens that were kept, d_model)
         """
         hidden = self.embedding[ids]
+        left = 0 if prompt is None else prompt.length - start
         for layer, state in zip(self.layers, states, strict=True):
             plan = LayerPlan()
             if prompt is not None:
                 view = LayerView(layer.index, layer.mixer.A, partial(self._projections, layer, hidden, state))
                 plan = self.method.plan(view, prompt)
-            hidden = self._run_layer(layer, hidden, state, plan)
+            hidden = self._run_layer(layer, hidden, state, plan, left - plan.unfiltered_end)
         return hidden
 
-    def _run_layer(self, layer: Layer, hidden: torch.Tensor, state: MixerState, plan: LayerPlan) -> torch.Tensor:
+    def _run_layer(
+        self, layer: Layer, hidden: torch.Tensor, state: MixerState, plan: LayerPlan, change_first: int
+    ) -> torch.Tensor:
+        """The plan's change of dt is for the first `change_first` tokens."""
         outputs, start = [], 0
         segments = torch.split(hidden, self._segment(hidden.shape[0]), dim=1)
         for segment in segments:
@@ -208,7 +215,9 @@ class TorchModel:
                 kept = plan.kept_tokens[(plan.kept_tokens >= start) & (plan.kept_tokens < end)] - start
                 projection, segment = projection.take(kept), segment[:, kept]
             if plan.change_dt is not None:
-                projection = projection.with_dt(plan.change_dt(projection.dt))
+                first = max(0, change_first - start)
+                changed = plan.change_dt(projection.dt[:, :first])
+                projection = projection.with_dt(torch.cat([changed, projection.dt[:, first:]], dim=1))
             if segment.shape[1]:
                 outputs.append(segment + layer.mixer.scan(projection, state))
             start = end

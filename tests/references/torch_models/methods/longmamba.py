@@ -19,25 +19,32 @@ class LongMamba:
     Args:
         thresholds: layer index -> (rows, channels) float32, -1.0 where nothing is filtered.
         row_of: from a prompt's length to its row.
+        unfiltered_end: as many of a prompt's last tokens are not filtered.
     """
 
     name = "longmamba"
     needs_whole_prompt = False
 
-    def __init__(self, thresholds: Mapping[int, torch.Tensor], row_of: Callable[[int], int]) -> None:
+    def __init__(
+        self, thresholds: Mapping[int, torch.Tensor], row_of: Callable[[int], int], unfiltered_end: int = 0
+    ) -> None:
         self._thresholds = thresholds
         self._row_of = row_of
+        self._unfiltered_end = unfiltered_end
 
     @classmethod
-    def from_table(cls, table: ThresholdTable, min_retention: float | None = None) -> "LongMamba":
+    def from_table(
+        cls, table: ThresholdTable, min_retention: float | None = None, unfiltered_end: int | None = None
+    ) -> "LongMamba":
         """Filter with a table.
 
         Args:
             table: of this model.
             min_retention: theta; None takes the table's own.
+            unfiltered_end: in tokens; None takes the table's own.
         """
         thresholds = {layer: table.thresholds(layer, min_retention) for layer in table.layers}
-        return cls(thresholds, table.row_of)
+        return cls(thresholds, table.row_of, table.unfiltered_end(unfiltered_end))
 
     @classmethod
     def for_folder(cls, folder: Path, options: LongMambaOptions | None = None) -> "LongMamba":
@@ -45,7 +52,7 @@ class LongMamba:
 
         Args:
             folder: the checkpoint.
-            options: `table` and `min_retention` count.
+            options: `table`, `min_retention` and `unfiltered_end` count.
 
         Raises:
             ValueError: there is none, or the one named belongs to other weights.
@@ -53,7 +60,7 @@ class LongMamba:
         options = options or LongMambaOptions()
         weights = Weights(folder, [str(file) for file in weight_files(folder)])
         table = load_table(find_table(str(folder), weights, options))
-        return cls.from_table(table, options.min_retention)
+        return cls.from_table(table, options.min_retention, options.unfiltered_end)
 
     @classmethod
     def from_thresholds(cls, thresholds: Mapping[int, torch.Tensor]) -> "LongMamba":
@@ -81,4 +88,4 @@ class LongMamba:
         if not bool((threshold >= 0).any()):
             return LayerPlan()
         threshold = threshold.to(layer.A.device)
-        return LayerPlan(lambda dt: dt.masked_fill(dt <= threshold, 0.0))
+        return LayerPlan(lambda dt: dt.masked_fill(dt <= threshold, 0.0), self._unfiltered_end)

@@ -44,10 +44,12 @@ class LayerPlan:
 
     Attributes:
         change_dt: from the dt (batch, tokens, channels) of prompt tokens to another one, without changing it in place.
+        unfiltered_end: as many of the prompt's last tokens keep their dt.
         kept_tokens: (kept,) int64, ascending: the others are dropped, from this layer's recurrence on. None keeps all.
     """
 
     change_dt: Callable[[torch.Tensor], torch.Tensor] | None = None
+    unfiltered_end: int = 0
     kept_tokens: torch.Tensor | None = None
 
 
