@@ -9,11 +9,13 @@ from .causal_conv1d_update import causal_conv1d_update
 from .compile_ahead import PER_DECODE_TOKEN, compile_ahead
 from .filter_dt import filter_dt_
 from .gated_norm import gated_norm
+from .norm_parts import norm_parts_
 from .reference import (
     causal_conv1d_reference,
     causal_conv1d_update_reference,
     filter_dt_reference,
     gated_norm_reference,
+    norm_parts_reference,
     selective_scan_reference,
     selective_state_update_reference,
     small_product_reference,
@@ -38,6 +40,8 @@ __all__ = [
     "gated_norm",
     "gated_norm_reference",
     "most_small_tokens",
+    "norm_parts_",
+    "norm_parts_reference",
     "selective_scan",
     "selective_scan_reference",
     "selective_state_update",

@@ -255,6 +255,24 @@ def gated_norm_reference(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tens
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
 
 
+def norm_parts_reference(
+    x: torch.Tensor,
+    rank: int,
+    eps: float = 1e-6,
+    dt_weight: torch.Tensor | None = None,
+    B_weight: torch.Tensor | None = None,
+    C_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See :func:`kernels.norm_parts.norm_parts_`; not in place."""
+    d_state = (x.shape[1] - rank) // 2
+    parts = []
+    sizes = [rank, d_state, d_state]
+    for part, weight in zip(torch.split(x, sizes, 1), (dt_weight, B_weight, C_weight), strict=True):
+        normalized = part * torch.rsqrt(part.square().mean(-1, keepdim=True) + eps)
+        parts.append(normalized if weight is None else normalized * weight.to(x.dtype))
+    return torch.cat(parts, 1)
+
+
 def small_product_reference(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -48,7 +48,10 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("family", ["mamba1", "mamba2", pytest.param("zamba2", marks=pytest.mark.slow)])
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("zamba2", "jamba")]
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "falcon_mamba", *SLOW])
 @pytest.mark.parametrize("is_filtered", [False, True])
 def test_gpu_path(
     family: str,

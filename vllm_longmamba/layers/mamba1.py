@@ -8,7 +8,7 @@ from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn
 from vllm.model_executor.layers.mamba.ops.ssu_dispatch import selective_state_update as vllm_selective_state_update
 
-from vllm_longmamba.kernels import MOST_PROJECTED, filter_dt_, selective_scan
+from vllm_longmamba.kernels import MOST_PROJECTED, compile_ahead, filter_dt_, norm_parts_, selective_scan
 from vllm_longmamba.layers.filtered_mixer import FilteredMixer
 from vllm_longmamba.layers.projections import compile_product, is_small, project, unquantized_weight
 from vllm_longmamba.layers.step_metadata import FilterRows, LongMamba1Backend
@@ -173,8 +173,20 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
     def _low_rank_dt_B_C(self, x: torch.Tensor) -> list[torch.Tensor]:  # noqa: N802
         """What vLLM's `_ssm_transform` has in front of dt_proj."""
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
-        parts = torch.split(project(self.x_proj, x), sizes, dim=-1)
-        if not self.use_rms_norm:
-            return list(parts)
+        projected = project(self.x_proj, x)
         norms = (self.dt_layernorm, self.b_layernorm, self.c_layernorm)
+        if self.use_rms_norm and self.runs_own_kernels():
+            self._norm_parts(projected, norms)
+        parts = torch.split(projected, sizes, dim=-1)
+        if not self.use_rms_norm or self.runs_own_kernels():
+            return list(parts)
         return [norm(part.contiguous()) for norm, part in zip(norms, parts, strict=True)]
+
+    def _norm_parts(self, projected: torch.Tensor, norms: tuple[Any, Any, Any]) -> None:
+        """Norm dt, B and C, which lie side by side in (tokens, features), in place."""
+        weights = [norm.weight.data if norm.has_weight else None for norm in norms]
+        arguments = {"x": projected, "rank": self.time_step_rank, "eps": norms[0].variance_epsilon}
+        arguments |= dict(zip(("dt_weight", "B_weight", "C_weight"), weights, strict=True))
+        if self._most_prompt_tokens is not None:
+            compile_ahead(norm_parts_, arguments, self._most_prompt_tokens)
+        norm_parts_(**arguments)
