@@ -36,7 +36,7 @@ def _benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def own_kernels() -> dict[str, str]:
     """Names of this project's kernels, and the class that its file says."""
-    classes = {"causal": "convolution", "small": "products", "gated": "gated norm"}
+    classes = {"causal": "convolution", "small": "products", "gated": "gated norm", "norm": "rest"}
     found = {}
     for file in (ROOT / "kernels").glob("*_triton.py"):
         for node in ast.walk(ast.parse(file.read_text())):
