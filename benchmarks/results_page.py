@@ -1,4 +1,4 @@
-"""Fills the tables of README.md and docs/results.md, and draws their pictures, from the records in benchmarks/results.
+"""Fills the tables of README.md and of pages in docs/, and draws their pictures, from the records in benchmarks/results.
 
     python benchmarks/results_page.py
     python benchmarks/results_page.py --add records.jsonl    # first takes new records of evidence.py
@@ -20,7 +20,7 @@ from support.records import METHODS, MODELS, of_models
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/evidence.md")
+PAGES = ("README.md", "docs/results.md", "docs/evidence.md", "docs/decimamba.md")
 LENGTHS = (512, 2048, 8192, 16384, 32768)
 TASKS = {"passkey": ("pass key", "share"), "needles": ("needle", "share"), "perplexity": ("text", "loss")}
 BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -40,6 +40,7 @@ def tables(results: Path) -> dict[str, Callable[[], str]]:
         "prefill": lambda: _prefill(results),
         "decode": lambda: _decode(results),
         "decode-times": lambda: _decode_times(results),
+        "decimamba-prefill": lambda: _decimamba_prefill(results),
         "agreement": lambda: _agreement(results),
         **evidence_tables(results / "evidence"),
     }
@@ -162,6 +163,17 @@ def _clocks(run: Mapping[str, Any]) -> str:
 def _times(figure: Mapping[str, Any]) -> float:
     """How many times as long stock vLLM takes."""
     return float(figure["stock"]["median"] / figure["on"]["median"])
+
+
+def _decimamba_prefill(results: Path) -> str:
+    rows = []
+    for name, lengths in json.loads((results / "decimamba_prefill.json").read_text())["models"].items():
+        for length, found in lengths.items():
+            stock, ours, decimated = (1e3 * found[way]["median"] for way in ("stock", "longmamba", "decimamba"))
+            times = [f"{time:,.0f} ms" for time in (stock, ours, decimated)]
+            rows.append([name, f"{int(length):,}", *times, f"{ours / decimated:.1f} x"])
+    head = ["model", "tokens", "stock vLLM", "LongMamba", "DeciMamba", "LongMamba / DeciMamba"]
+    return markdown(head, rows)
 
 
 def _agreement(results: Path) -> str:
