@@ -1,4 +1,4 @@
-"""Fills the tables of README.md and of pages in docs/, and draws their pictures, from the records in benchmarks/results.
+"""Fills the tables of README.md and pages in docs/, and draws their pictures, from the records in benchmarks/results.
 
     python benchmarks/results_page.py
     python benchmarks/results_page.py --add records.jsonl    # first takes new records of evidence.py
