@@ -25,7 +25,7 @@ from support.engine_process import EngineProcess
 from support.environment import environment, environment_line
 from support.markdown import markdown
 from support.shapes import MODELS, model_config, write_model
-from support.step_recorder import MARGIN, PROFILED, SKIPPED, Event, start_recording, stop_timeline
+from support.step_recorder import PROFILED, Event
 
 # (channels a program, warps), by d_state
 UPDATE_SIZES = {
@@ -59,9 +59,7 @@ def measure(
         for batch in batches:
             # twice: the first run compiles
             for _ in range(2):
-                engine("on_worker", start_recording, batch, STEPS)
-                engine("generate", batch, 16, SKIPPED + STEPS + PROFILED + MARGIN)
-                events = engine("on_worker", stop_timeline)
+                events = engine("timeline", batch, STEPS)
             yield batch, {kernel: medians(events, pattern, sizes[kernel]) for kernel, pattern in KERNELS.items()}
     finally:
         engine.close()
@@ -91,20 +89,16 @@ def page(document: dict[str, Any]) -> str:
         )
         rows.append([found["model"], found["state"], str(found["batch"]), *cells])
     head = ["model", "state", "batch", "state update: channels / warps", "convolution: sequences / channels / warps"]
-    return (
-        "\n".join(
-            [
-                "# Launch sizes of the decode kernels within a model, microseconds",
-                "",
-                environment_line(document["environment"]),
-                "",
-                "The three best of those in `benchmarks/decode_sizes.py`; each layer of the model had others.",
-                "",
-                markdown(head, rows),
-            ]
-        )
-        + "\n"
-    )
+    lines = [
+        "# Launch sizes of the decode kernels within a model, microseconds",
+        "",
+        environment_line(document["environment"]),
+        "",
+        "The three best of those in `benchmarks/decode_sizes.py`; each layer of the model had others.",
+        "",
+        markdown(head, rows),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -121,7 +121,7 @@ def _prefill(results: Path) -> str:
     for name, result in _whole_models(results):
         if prefill := result.get("prefill"):
             figures = [{**prefill, "batch": result.get("batch")}.get(column) for column in columns]
-            rows.append([name, *(f"{_times(figure):.2f}" if figure else "–" for figure in figures)])
+            rows.append([name, *_speed_ups(figures, _times)])
     return markdown(["speed-up", *columns.values()], rows)
 
 
@@ -136,12 +136,8 @@ def _decode(results: Path) -> str:
     for name, result in _whole_models(results):
         if decode := result.get("decode"):
             figures = [decode.get(batch) for batch in batches]
-            rows.append([name, *(f"{_gpu_times(figure):.2f}" if figure else "–" for figure in figures)])
+            rows.append([name, *_speed_ups(figures, _gpu_times)])
     return markdown(["batch", *batches], rows)
-
-
-def _gpu_times(figure: Mapping[str, Any]) -> float:
-    return float(figure["stock"]["gpu"] / figure["on"]["gpu"])
 
 
 def _decode_times(results: Path) -> str:
@@ -160,9 +156,19 @@ def _clocks(run: Mapping[str, Any]) -> str:
     return f"{1e3 * min(run['clocks']):.1f} to {1e3 * max(run['clocks']):.1f}"
 
 
+def _speed_ups(figures: Iterable[Any], times: Callable[[Mapping[str, Any]], float]) -> list[str]:
+    """Cells; a figure that is None was not measured."""
+    return [f"{times(figure):.2f}" if figure else "–" for figure in figures]
+
+
 def _times(figure: Mapping[str, Any]) -> float:
     """How many times as long stock vLLM takes."""
     return float(figure["stock"]["median"] / figure["on"]["median"])
+
+
+def _gpu_times(figure: Mapping[str, Any]) -> float:
+    """The same of the GPU's time."""
+    return float(figure["stock"]["gpu"] / figure["on"]["gpu"])
 
 
 def _decimamba_prefill(results: Path) -> str:

@@ -48,7 +48,7 @@ class Layers:
     """
 
     def __init__(self, name: str, batch: int, layers: int) -> None:
-        self.case, self.batch, self.layers = Case(SHAPES[name], batch, torch.bfloat16), batch, layers
+        self.case, self.batch, self.layers = Case(SHAPES[name], batch), batch, layers
         case, bf16 = self.case, {"dtype": torch.bfloat16, "device": "cuda"}
         d_inner, d_model = case.shape.d_inner, case.shape.d_inner // 2
         shapes = {"in_proj": (case.projected.shape[1], d_model), "out_proj": (d_model, d_inner)}

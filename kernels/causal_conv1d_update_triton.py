@@ -64,14 +64,10 @@ def _launch_sizes(batch: int) -> tuple[int, int, int]:
     return (1, 128, 1) if batch <= 16 else (4, 128, 1) if batch <= 128 else (8, 128, 2)
 
 
-def causal_conv1d_update_triton(x, weight, bias, conv_state, state_indices, silu, out, sizes=None) -> None:
-    """Launch for checked arguments; see :func:`kernels.causal_conv1d_update.causal_conv1d_update`.
-
-    Args:
-        sizes: (sequences and channels a program, warps); None to choose.
-    """
+def causal_conv1d_update_triton(x, weight, bias, conv_state, state_indices, silu, out) -> None:
+    """Launch for checked arguments; see :func:`kernels.causal_conv1d_update.causal_conv1d_update`."""
     (batch, channels), width = x.shape, weight.shape[1]
-    rows, block, warps = _launch_sizes(batch) if sizes is None else sizes
+    rows, block, warps = _launch_sizes(batch)
     launch(_causal_conv1d_update_kernel, (cdiv(channels, block), cdiv(batch, rows)), x)(
         # an unused pointer argument still needs a tensor
         x, weight, x if bias is None else bias, conv_state, out, state_indices,

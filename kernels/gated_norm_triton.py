@@ -40,15 +40,11 @@ def _gated_norm_kernel(
     tl.store(out_ptr + row * out_stride + channel, (x * factor * weight).to(out_ptr.dtype.element_ty), mask=is_channel)
 
 
-def gated_norm_triton(x, gate, weight, eps, out, warps=None) -> None:
-    """Launch for checked arguments; see :func:`kernels.gated_norm.gated_norm`.
-
-    Args:
-        warps: of a program; None to choose.
-    """
+def gated_norm_triton(x, gate, weight, eps, out) -> None:
+    """Launch for checked arguments; see :func:`kernels.gated_norm.gated_norm`."""
     tokens, channels = x.shape
     block = next_power_of_2(channels)
-    warps = min(max(block // WARP_CHANNELS, 1), MOST_WARPS) if warps is None else warps
+    warps = min(max(block // WARP_CHANNELS, 1), MOST_WARPS)
     launch(_gated_norm_kernel, (tokens,), x)(
         x, gate, weight, out, x.stride(0), gate.stride(0), out.stride(0), eps,
         channels=channels, BLOCK=block, num_warps=warps, launch_pdl=supports_dependent_launch(x.device),

@@ -121,21 +121,15 @@ def _launch_sizes(batch: int, d_inner: int, headdim: int, d_state: int, itemsize
 
 
 def selective_state_update_triton(
-    state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_threshold, token_rows, out, dt_weight=None, sizes=None
+    state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_threshold, token_rows, out, dt_weight=None
 ) -> None:
-    """Launch for checked arguments; see :func:`kernels.selective_state_update.selective_state_update`.
-
-    Args:
-        sizes: (channels a program, warps); None to choose.
-    """
+    """Launch for checked arguments; see :func:`kernels.selective_state_update.selective_state_update`."""
     (batch, d_inner), d_state = x.shape, state.shape[2]
     nheads = 1 if A.dim() == 2 else A.shape[0]
     headdim = d_inner // nheads
-    if sizes is None and dt_weight is not None:
-        sizes = PROJECTION_SIZES
-    elif sizes is None:
-        sizes = _launch_sizes(batch, d_inner, headdim, d_state, state.element_size())
-    channels, warps = sizes
+    channels, warps = PROJECTION_SIZES
+    if dt_weight is None:
+        channels, warps = _launch_sizes(batch, d_inner, headdim, d_state, state.element_size())
     # an unused pointer argument still needs a tensor
     gate = x if z is None else z
     filters = (A, state_indices) if dt_threshold is None else (dt_threshold, token_rows)

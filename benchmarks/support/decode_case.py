@@ -39,7 +39,7 @@ class Case:
         slots: (calls, batch): the slots of each call.
     """
 
-    def __init__(self, shape: Shape, batch: int, state_dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, batch: int) -> None:
         self.shape, self.batch = shape, batch
         d_inner, d_state, headdim, ngroups = shape
         self.nheads = d_inner // headdim if headdim else 1
@@ -47,11 +47,11 @@ class Case:
         self.conv_channels = d_inner + 2 * ngroups * d_state if headdim else d_inner
         bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
         conv_bytes = 6 * self.conv_channels
-        page = conv_bytes + d_inner * d_state * state_dtype.itemsize
+        page = conv_bytes + d_inner * d_state * torch.bfloat16.itemsize
         pages = max(batch, int(CACHE_BYTES / page) // batch * batch)
         cache = torch.zeros(pages + 1, page, dtype=torch.uint8, device="cuda")
         self.conv_state = cache[:, :conv_bytes].view(torch.bfloat16).unflatten(1, (3, -1)).transpose(1, 2)
-        self.state = cache[:, conv_bytes:].view(state_dtype).unflatten(1, (d_inner, d_state))
+        self.state = cache[:, conv_bytes:].view(torch.bfloat16).unflatten(1, (d_inner, d_state))
         order = torch.randperm(pages, device="cuda", dtype=torch.int32) + 1
         self.slots = order.view(-1, batch)[:MOST_CALLS].contiguous()
         # Mamba-1's dt comes out of a projection of its own

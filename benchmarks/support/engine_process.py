@@ -13,10 +13,12 @@ from .step_recorder import (
     MARGIN,
     PROFILED,
     SKIPPED,
+    Event,
     start_prompts,
     start_recording,
     stop_prompts,
     stop_recording,
+    stop_timeline,
 )
 
 # A start, with everything to be compiled, takes 1 to 2 minutes.
@@ -110,10 +112,18 @@ class _Engine:
 
     def decode(self, batch: int, steps: int) -> dict[str, Any]:
         """A decode step, see `stop_recording`; `steps` of them are timed."""
+        recorded: dict[str, Any] = self._record(batch, steps, stop_recording)
+        return recorded
+
+    def timeline(self, batch: int, steps: int) -> list[Event]:
+        """The kernels of decode steps, see `stop_timeline`; `steps` of them come before those."""
+        events: list[Event] = self._record(batch, steps, stop_timeline)
+        return events
+
+    def _record(self, batch: int, steps: int, stop: Callable[[Any], Any]) -> Any:
         self.on_worker(start_recording, batch, steps)
         self.generate(batch, 16, SKIPPED + steps + PROFILED + MARGIN)
-        recorded: dict[str, Any] = self.on_worker(stop_recording)
-        return recorded
+        return self.on_worker(stop)
 
     def profile_prompts(self, prompts: int, length: int) -> dict[str, Any]:
         """Steps and kernels of a batch of equal prompts, see `stop_prompts`; not to be timed."""

@@ -2,7 +2,7 @@
 
 vLLM imports it in the process of the model, before it captures CUDA graphs. The environment variable LAYER_SIZES says,
 as JSON, {"update": [[channels, warps], ...], "conv": [[sequences, channels, warps], ...]}: layer i takes the i-th,
-counted in a circle. An empty list leaves a kernel as it is.
+counted in a circle.
 """
 
 import json
@@ -26,8 +26,7 @@ class SizesByLayer:
 def _with_sizes(method: Callable[..., Any], kernel: str, use: Callable[[tuple[int, ...]], None]) -> Callable[..., Any]:
     def run(mixer: Any, *args: Any, **kwargs: Any) -> Any:
         number = LAYERS.setdefault(mixer.layer_index, len(LAYERS))
-        if SIZES[kernel]:
-            use(SIZES[kernel][number % len(SIZES[kernel])])
+        use(SIZES[kernel][number % len(SIZES[kernel])])
         return method(mixer, *args, **kwargs)
 
     return run

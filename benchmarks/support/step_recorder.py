@@ -146,9 +146,7 @@ def stop_recording(worker: Any) -> dict[str, Any]:
         clock: median seconds from one step to the next; gpu: see `graph_seconds`, 0 without a GPU; kernels: see
             `kernel_times`. Sampling is not in the graph.
     """
-    recorder = worker.model_runner.execute_model
-    del worker.model_runner.execute_model
-    recorder.check()
+    recorder = _end_recording(worker)
     intervals = [end - begin for begin, end in zip(recorder.times, recorder.times[1:], strict=False)]
     gpu = graph_seconds(recorder.graphs[0]) if recorder.events else 0.0
     return {"clock": statistics.median(intervals), **kernel_times(recorder.events, PROFILED), "gpu": gpu}
@@ -156,11 +154,14 @@ def stop_recording(worker: Any) -> dict[str, Any]:
 
 def stop_timeline(worker: Any) -> list[Event]:
     """Every kernel of the PROFILED steps that were recorded."""
-    recorder = worker.model_runner.execute_model
+    return _end_recording(worker).events
+
+
+def _end_recording(worker: Any) -> _StepRecorder:
+    recorder: _StepRecorder = worker.model_runner.execute_model
     del worker.model_runner.execute_model
     recorder.check()
-    events: list[Event] = recorder.events
-    return events
+    return recorder
 
 
 class _PromptRecorder:

@@ -25,6 +25,7 @@ def _two_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
+TWO_RANKS = {"tensor_parallel_size": 2, "max_num_batched_tokens": 100}
 FAMILIES = [pytest.param(family, marks=() if family == "mamba2" else SLOW) for family in WRITERS]
 
 
@@ -34,10 +35,13 @@ def test_tensor_parallel(
     family: str, engine: Callable[..., Any], tiny_model: Callable[[str], Path], tiny_table: Callable[[str], Any]
 ) -> None:
     path, table = tiny_table(family)
-    running = engine(family, **longmamba(path), tensor_parallel_size=2, max_num_batched_tokens=100)
+    assert_two_ranks_are_exact(engine(family, **longmamba(path), **TWO_RANKS), tiny_model(family), table)
+
+
+def assert_two_ranks_are_exact(running: Any, model: Path, table: Any) -> None:
     prompts = [random_token_ids(length, seed=length) for length in (96, 101, 333, 640)]
     for prompt, result in zip(prompts, running.generate(prompts), strict=True):
-        assert_exact(tiny_model(family), prompt, result, table)
+        assert_exact(model, prompt, result, table)
 
 
 @pytest.mark.gpu
@@ -47,8 +51,5 @@ def test_expert_parallel(
 ) -> None:
     """Each rank has two of a layer's four experts. On a CPU it is refused."""
     path, table = tiny_table("jamba")
-    split = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
-    running = engine("jamba", **longmamba(path), **split, max_num_batched_tokens=100)
-    prompts = [random_token_ids(length, seed=length) for length in (96, 101, 333, 640)]
-    for prompt, result in zip(prompts, running.generate(prompts), strict=True):
-        assert_exact(tiny_model("jamba"), prompt, result, table)
+    running = engine("jamba", **longmamba(path), **TWO_RANKS, enable_expert_parallel=True)
+    assert_two_ranks_are_exact(running, tiny_model("jamba"), table)

@@ -174,12 +174,13 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
         """What vLLM's `_ssm_transform` has in front of dt_proj."""
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
         projected = project(self.x_proj, x)
+        parts = list(torch.split(projected, sizes, dim=-1))
+        if not self.use_rms_norm:
+            return parts
         norms = (self.dt_layernorm, self.b_layernorm, self.c_layernorm)
-        if self.use_rms_norm and self.runs_own_kernels():
+        if self.runs_own_kernels():
             self._norm_parts(projected, norms)
-        parts = torch.split(projected, sizes, dim=-1)
-        if not self.use_rms_norm or self.runs_own_kernels():
-            return list(parts)
+            return parts
         return [norm(part.contiguous()) for norm, part in zip(norms, parts, strict=True)]
 
     def _norm_parts(self, projected: torch.Tensor, norms: tuple[Any, Any, Any]) -> None:
