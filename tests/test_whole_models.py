@@ -189,7 +189,7 @@ def test_decode_steps_are_timed_and_then_profiled(log: list[str], monkeypatch: p
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", replayed.append)
     monkeypatch.setattr(step_recorder, "graph_seconds", {"graph of 2": 0.25}.__getitem__)
     worker = SimpleNamespace(model_runner=Runner(log, replays=1))
-    start_recording(worker, 2, 3)
+    start_recording(worker, 2, 3, is_profiled=True)
     run_steps(worker, 32, *[2] * (SKIPPED + 3 + PROFILED + 5))
     recorded = stop_recording(worker)
     assert recorded["gpu"] == 0.25
@@ -202,12 +202,36 @@ def test_decode_steps_are_timed_and_then_profiled(log: list[str], monkeypatch: p
     assert torch.cuda.CUDAGraph.replay == replayed.append
 
 
+def test_decode_steps_that_are_not_profiled(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from support import step_recorder
+    from support.step_recorder import SKIPPED, start_recording, stop_recording
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: None)
+    monkeypatch.setattr(step_recorder, "graph_seconds", {"graph of 2": 0.25}.__getitem__)
+    worker = SimpleNamespace(model_runner=Runner(log, replays=1))
+    start_recording(worker, 2, 3, is_profiled=False)
+    run_steps(worker, *[2] * (SKIPPED + 5))
+    recorded = stop_recording(worker)
+    assert (recorded["gpu"], recorded["kernels"]) == (0.25, {})
+    assert log == ["step of 2"] * (SKIPPED + 5)
+
+
+def test_medians_of_runs_have_the_kernels_of_the_last() -> None:
+    from whole_models import middle
+
+    runs: list[dict[str, Any]] = [
+        {"clock": clock, "gpu": gpu, "kernels": {}} for clock, gpu in [(5, 3), (1, 9), (2, 4)]
+    ]
+    runs[-1]["kernels"] = {"a": (1.0, 1.0)}
+    assert middle(runs) == {"clock": 2, "gpu": 4, "kernels": {"a": (1.0, 1.0)}, "clocks": [5, 1, 2]}
+
+
 def test_decode_steps_in_more_than_one_graph(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from support.step_recorder import PROFILED, SKIPPED, start_recording, stop_recording
 
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: None)
     worker = SimpleNamespace(model_runner=Runner(log, replays=2))
-    start_recording(worker, 2, 3)
+    start_recording(worker, 2, 3, is_profiled=True)
     run_steps(worker, *[2] * (SKIPPED + 3 + PROFILED + 1))
     with pytest.raises(RuntimeError, match="one CUDA graph by default, but it replayed 2"):
         stop_recording(worker)

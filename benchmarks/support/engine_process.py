@@ -110,19 +110,19 @@ class _Engine:
         self.llm.generate(inputs, sampling, use_tqdm=False)
         return time.perf_counter() - begin
 
-    def decode(self, batch: int, steps: int) -> dict[str, Any]:
+    def decode(self, batch: int, steps: int, is_profiled: bool) -> dict[str, Any]:
         """A decode step, see `stop_recording`; `steps` of them are timed."""
-        recorded: dict[str, Any] = self._record(batch, steps, stop_recording)
+        recorded: dict[str, Any] = self._record(batch, steps, is_profiled, stop_recording)
         return recorded
 
     def timeline(self, batch: int, steps: int) -> list[Event]:
         """The kernels of decode steps, see `stop_timeline`; `steps` of them come before those."""
-        events: list[Event] = self._record(batch, steps, stop_timeline)
+        events: list[Event] = self._record(batch, steps, True, stop_timeline)
         return events
 
-    def _record(self, batch: int, steps: int, stop: Callable[[Any], Any]) -> Any:
-        self.on_worker(start_recording, batch, steps)
-        self.generate(batch, 16, SKIPPED + steps + PROFILED + MARGIN)
+    def _record(self, batch: int, steps: int, is_profiled: bool, stop: Callable[[Any], Any]) -> Any:
+        self.on_worker(start_recording, batch, steps, is_profiled)
+        self.generate(batch, 16, SKIPPED + steps + PROFILED * is_profiled + MARGIN)
         return self.on_worker(stop)
 
     def profile_prompts(self, prompts: int, length: int) -> dict[str, Any]:

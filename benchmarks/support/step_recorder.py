@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Steps in front of those that are timed, and those behind them that are profiled.
+# Steps in front of those that are timed, and those behind them that may be profiled.
 SKIPPED = 8
 PROFILED = 12
 # Replays of a step's CUDA graph, one after the other.
@@ -80,11 +80,13 @@ class _StepRecorder:
     """Stands for the model runner's `execute_model` and counts the calls that hold one token of each request.
 
     Attributes:
+        times: of the clock, at the start of each step that is timed.
+        events: kernels of the PROFILED steps behind those, where `is_profiled`.
         graphs: CUDA graphs that the last such call replayed.
     """
 
-    def __init__(self, execute: Any, batch: int, steps: int) -> None:
-        self._execute, self._batch, self._steps = execute, batch, steps
+    def __init__(self, execute: Any, batch: int, steps: int, is_profiled: bool) -> None:
+        self._execute, self._batch, self._steps, self._is_profiled = execute, batch, steps, is_profiled
         self._count, self._profile = 0, None
         self.times: list[float] = []
         self.events: list[Event] = []
@@ -101,17 +103,18 @@ class _StepRecorder:
     def _before_step(self, since_timed: int) -> None:
         if -self._steps < since_timed <= 0:
             self.times.append(time.perf_counter())
-        elif since_timed == 1:
+        elif self._is_profiled and since_timed == 1:
             self._profile = start_profile()
-        elif since_timed == 1 + PROFILED:
+        elif self._is_profiled and since_timed == 1 + PROFILED:
             self.events = stop_profile(self._profile)
 
     def check(self) -> None:
         import torch
 
-        if len(self.times) < self._steps or (torch.cuda.is_available() and not self.events):
+        has_gpu = torch.cuda.is_available()
+        if len(self.times) < self._steps or (has_gpu and self._is_profiled and not self.events):
             raise RuntimeError(f"only {self._count} steps held {self._batch} requests; raise MARGIN")
-        if self.events and len(self.graphs) != 1:
+        if (has_gpu or self.graphs) and len(self.graphs) != 1:
             raise RuntimeError(f"a step is one CUDA graph by default, but it replayed {len(self.graphs)}")
 
 
@@ -134,9 +137,9 @@ def _noted_replays() -> Iterator[list[Any]]:
         torch.cuda.CUDAGraph.replay = replay
 
 
-def start_recording(worker: Any, batch: int, steps: int) -> None:
-    """Record the next steps that decode `batch` requests."""
-    worker.model_runner.execute_model = _StepRecorder(worker.model_runner.execute_model, batch, steps)
+def start_recording(worker: Any, batch: int, steps: int, is_profiled: bool) -> None:
+    """Record the next steps that decode `batch` requests; to profile some behind them takes seconds."""
+    worker.model_runner.execute_model = _StepRecorder(worker.model_runner.execute_model, batch, steps, is_profiled)
 
 
 def stop_recording(worker: Any) -> dict[str, Any]:
@@ -144,11 +147,11 @@ def stop_recording(worker: Any) -> dict[str, Any]:
 
     Returns:
         clock: median seconds from one step to the next; gpu: see `graph_seconds`, 0 without a GPU; kernels: see
-            `kernel_times`. Sampling is not in the graph.
+            `kernel_times`, none where they were not profiled. Sampling is not in the graph.
     """
     recorder = _end_recording(worker)
     intervals = [end - begin for begin, end in zip(recorder.times, recorder.times[1:], strict=False)]
-    gpu = graph_seconds(recorder.graphs[0]) if recorder.events else 0.0
+    gpu = graph_seconds(recorder.graphs[0]) if recorder.graphs else 0.0
     return {"clock": statistics.median(intervals), **kernel_times(recorder.events, PROFILED), "gpu": gpu}
 
 
