@@ -169,6 +169,28 @@ def test_parquet_values_that_python_cannot_hold(tmp_path: Path) -> None:
     assert [str(record.error).partition(":")[0] for record in records(path)] == ["bad row", "bad row"]
 
 
+@pytest.mark.parametrize(
+    ("table", "errors"),
+    [
+        (pa.table({"body": ["x", "y"]}), ["bad row: no text in column 'text': it has nothing"] * 2),
+        (pa.table({"text": [{"a": "x"}]}), ["bad row: no text in column 'text': {'a': 'x'}"]),
+        (pa.table({"text": [["x"]]}), ["bad row: no text in column 'text': ['x']"]),
+        (
+            pa.table([["x"], ["y"]], names=["text", "text"]),
+            ["unreadable: after row 1: 'Field \"text\" exists 2 times in schema'"],
+        ),
+    ],
+    ids=["none", "struct", "list", "two"],
+)
+def test_parquet_without_a_column_of_text(tmp_path: Path, table: pa.Table, errors: list[str]) -> None:
+    """Files of the same folder are read all the same."""
+    pq.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "b.txt").write_text("fine")
+    *bad, good = records(tmp_path)
+    assert [record.error for record in bad] == errors
+    assert good.content == b"fine"
+
+
 PARQUET_OF_LONG_VALUES = """
 import resource, sys
 import pyarrow as pa, pyarrow.parquet as pq
