@@ -137,6 +137,23 @@ def test_other_settings_are_refused(job: Job) -> None:
     assert job.answers()["r0"] == answer("text of row 0\n\nWho?")
 
 
+@pytest.mark.parametrize("again", ["overwrite", "retry_errors"])
+def test_rows_stay_until_there_are_new_ones(job: Job, again: str) -> None:
+    """Beginning anew with a wrong input, a wrong model, or a server that is away costs no row."""
+    write_jsonl(job.folder / "in" / "rows.jsonl", [*rows(3), {"id": "bad"}])
+    assert job() == EXIT_ERROR_ROWS
+    before = job.stored()
+    with pytest.raises(ValueError, match="no such file or folder"):
+        job(job.folder / "typo", **{again: True})
+    assert job(base_url="http://127.0.0.1:9/v1", retry_for_s=0.1, **{again: True}) == EXIT_STOPPED
+    if again == "overwrite":
+        assert job(model="other", overwrite=True) == EXIT_STOPPED
+    assert job.stored() == job.answers() == before
+    assert job(**{again: True}) == EXIT_ERROR_ROWS
+    assert f"{4 if again == 'overwrite' else 1} rows written" in job.said
+    assert job.answers() == before
+
+
 def test_the_way_of_running_may_change(job: Job) -> None:
     write_jsonl(job.folder / "in" / "rows.jsonl", rows(4))
     assert job(limit=2, concurrency=3) == 0

@@ -32,6 +32,7 @@ def write(output: Path, *rows: Row, **more: Any) -> None:
     store = Store(output, SETTINGS, **more)
     for each in rows:
         store.put(each)
+    store.begin()
     store.export()
     store.close()
 

@@ -70,6 +70,8 @@ async def _run(settings: JobSettings, progress: Progress, starting: Starting) ->
             except JobStoppedError:
                 store.export()
                 raise
+        if complete:
+            store.begin()
         store.export()
         if not complete:
             return EXIT_INTERRUPTED, _interrupted(settings)
