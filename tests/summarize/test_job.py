@@ -310,6 +310,21 @@ def test_interrupts(job: Job, interrupts: int) -> None:
     assert again == 0 if interrupts == 1 else 0 < again <= concurrency
 
 
+def test_an_interrupt_at_the_end(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows are there: the output is written all the same."""
+    write_jsonl(job.folder / "in" / "rows.jsonl", rows(5))
+    export = Store.export
+
+    def interrupted_export(store: Store) -> None:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        export(store)
+
+    monkeypatch.setattr(Store, "export", interrupted_export)
+    assert job() == 0
+    assert job.answers() == expected(5)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 512 KiB."""

@@ -170,8 +170,8 @@ async def _answer(
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
+            # Until the loop is closed: the engine has to be ended, and the output to be written, after the last row.
             loop.add_signal_handler(number, interrupt)
-            stack.callback(loop.remove_signal_handler, number)
         progress.begin()
         stack.callback(progress.end)
         return await runner.run()
