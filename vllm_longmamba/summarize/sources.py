@@ -147,7 +147,7 @@ def _open(file: InputFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     descriptor = sys.stdin.fileno() if file.path == STDIN else os.open(file.path, flags)
     with open(descriptor, "rb", closefd=file.path != STDIN) as raw:
         if file.path != STDIN and not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError("not a regular file but a pipe, a socket or a device")
+            raise OSError("not a regular file but a folder, a pipe, a socket or a device")
         if file.compression is None:
             yield raw, raw
             return
