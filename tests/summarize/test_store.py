@@ -168,7 +168,13 @@ def test_reading_only(output: Path) -> None:
     store = Store(output)
     assert store.admit("a", "h") is Verdict.DONE
     store.close()
+    job.put(row("b", error="empty: x"))
     job.close()
+    for again, verdict in ((False, Verdict.DONE), (True, Verdict.NEW)):
+        store = Store(output, retry_errors=again)
+        assert [store.admit(name, "h") for name in ("a", "b")] == [Verdict.DONE, verdict]
+        store.close()
+    assert os.listdir(output.parent) == [f"{output.name}.db"]
 
 
 def test_an_export_that_fails_changes_nothing(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

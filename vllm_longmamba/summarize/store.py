@@ -85,7 +85,9 @@ class Store:
                 self._lock(stack)
                 self._rows = self._connect(stack, "rw")
             elif self.path.exists() and self.path.stat().st_size and not overwrite:
-                self._rows = self._connect(stack, "ro")
+                # Where no job is at work or was killed, SQLite needs no files of its own beside it, and leaves none.
+                is_quiet = not self.path.with_name(self.path.name + "-wal").exists()
+                self._rows = self._connect(stack, "ro&immutable=1" if is_quiet else "ro")
             else:
                 self._rows = stack.enter_context(closing(sqlite3.connect("", isolation_level=None)))
             if not self._is_begun():
