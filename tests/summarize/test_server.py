@@ -88,6 +88,17 @@ def test_waits_as_long_as_the_server_asks(
     assert seconds == 1.0 if kind == "SECONDS" else 0 < seconds <= 2
 
 
+def test_no_pause_of_a_day(server: StubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr(server_module, "_sleep", sleep)
+    assert asyncio.run(ask(server, "NOT-TODAY", retry_for_s=30.0)).finish_reason == "stop"
+    assert waited == [30.0]
+
+
 def test_as_many_files_as_connections(server: StubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise documents could not be opened, and would be error rows."""
     limits: list[tuple[int, int]] = [(1024, 4096)]

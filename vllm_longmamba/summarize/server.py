@@ -202,8 +202,11 @@ class ServerBackend:
         since, failures = 0.0, 0
 
         def pause(state: tenacity.RetryCallState) -> float:
-            asked: float | None = _error_of(state).pause
-            return _PAUSE(state) if asked is None else asked
+            error = _error_of(state)
+            if error.pause is None:
+                return _PAUSE(state)
+            # Where failures are counted, and not the time, no pause may be longer than the server may be away.
+            return float(error.pause if error.away else min(error.pause, self._settings.retry_for_s))
 
         def is_enough(state: tenacity.RetryCallState) -> bool:
             nonlocal since, failures
