@@ -325,6 +325,29 @@ def test_an_interrupt_at_the_end(job: Job, monkeypatch: pytest.MonkeyPatch) -> N
     assert job.answers() == expected(5)
 
 
+def test_an_interrupt_before_the_first_document(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is enough, also while nothing comes from standard input."""
+    reading, writing = os.pipe()
+    ended = threading.Event()
+
+    def interrupt() -> None:
+        time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGINT)
+        # Or the job would wait for ever.
+        job_ended.append(ended.wait(5.0))
+        os.close(writing)
+
+    job_ended: list[bool] = []
+    thread = threading.Thread(target=interrupt)
+    with open(reading) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        thread.start()
+        code = job(Path("-"))
+        ended.set()
+        thread.join()
+    assert (code, job_ended) == (EXIT_INTERRUPTED, [True])
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 512 KiB."""
