@@ -180,6 +180,8 @@ def _misbehave(prompt: str, times: int) -> web.Response | None:
     for word, body in ODD_ANSWERS.items():
         if f"{word} " in prompt:
             return web.Response(text=body)
+    if "NOT-TODAY" in prompt and times == 1:
+        return web.Response(status=500, headers={"Retry-After": "86400"})
     if "FORBIDDEN" in prompt:
         return web.json_response({"error": {"message": "not for you"}}, status=403)
     if "ALWAYS-429" in prompt:

@@ -137,6 +137,23 @@ def test_other_settings_are_refused(job: Job) -> None:
     assert job.answers()["r0"] == answer("text of row 0\n\nWho?")
 
 
+@pytest.mark.parametrize("again", ["overwrite", "retry_errors"])
+def test_rows_stay_until_there_are_new_ones(job: Job, again: str) -> None:
+    """Beginning anew with a wrong input, a wrong model, or a server that is away costs no row."""
+    write_jsonl(job.folder / "in" / "rows.jsonl", [*rows(3), {"id": "bad"}])
+    assert job() == EXIT_ERROR_ROWS
+    before = job.stored()
+    with pytest.raises(ValueError, match="no such file or folder"):
+        job(job.folder / "typo", **{again: True})
+    assert job(base_url="http://127.0.0.1:9/v1", retry_for_s=0.1, **{again: True}) == EXIT_STOPPED
+    if again == "overwrite":
+        assert job(model="other", overwrite=True) == EXIT_STOPPED
+    assert job.stored() == job.answers() == before
+    assert job(**{again: True}) == EXIT_ERROR_ROWS
+    assert f"{4 if again == 'overwrite' else 1} rows written" in job.said
+    assert job.answers() == before
+
+
 def test_the_way_of_running_may_change(job: Job) -> None:
     write_jsonl(job.folder / "in" / "rows.jsonl", rows(4))
     assert job(limit=2, concurrency=3) == 0
@@ -291,6 +308,44 @@ def test_interrupts(job: Job, interrupts: int) -> None:
     assert job.answers("out.parquet") == expected(count)
     again = sum(job.server.requests.values()) - count
     assert again == 0 if interrupts == 1 else 0 < again <= concurrency
+
+
+def test_an_interrupt_at_the_end(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows are there: the output is written all the same."""
+    write_jsonl(job.folder / "in" / "rows.jsonl", rows(5))
+    export = Store.export
+
+    def interrupted_export(store: Store) -> None:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        export(store)
+
+    monkeypatch.setattr(Store, "export", interrupted_export)
+    assert job() == 0
+    assert job.answers() == expected(5)
+
+
+def test_an_interrupt_before_the_first_document(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is enough, also while nothing comes from standard input."""
+    reading, writing = os.pipe()
+    ended = threading.Event()
+
+    def interrupt() -> None:
+        time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGINT)
+        # Or the job would wait for ever.
+        job_ended.append(ended.wait(5.0))
+        os.close(writing)
+
+    job_ended: list[bool] = []
+    thread = threading.Thread(target=interrupt)
+    with open(reading) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        thread.start()
+        code = job(Path("-"))
+        ended.set()
+        thread.join()
+    assert (code, job_ended) == (EXIT_INTERRUPTED, [True])
 
 
 @pytest.fixture

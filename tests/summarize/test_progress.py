@@ -1,12 +1,15 @@
 """What a job shows of its progress, and what it reports at the end."""
 
+import errno
 import io
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from vllm_longmamba.summarize import progress as progress_module
-from vllm_longmamba.summarize.progress import Progress, duration
+from vllm_longmamba.summarize.progress import Progress, duration, say
 from vllm_longmamba.summarize.records import Row
 
 
@@ -96,3 +99,25 @@ def test_what_is_shown(clock: Clock, terminal: bool) -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+class Lost(io.StringIO):
+    """A file that nothing can be written to."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+    def flush(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), BrokenPipeError()], ids=["disk", "pipe"])
+def test_nowhere_to_print(error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk, or into a pipe that nobody reads: a job whose log is lost goes on."""
+    console = Console(file=Lost(error))
+    # rich takes any broken pipe for that of the standard output, which it redirects.
+    with (tmp_path / "stdout").open("w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        say(console, "a line")
+        say(console, "another one")

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,30 @@ def test_waits_as_long_as_the_server_asks(
     assert asyncio.run(ask(server, f"LATER-{status}-{kind}")).finish_reason == "stop"
     (seconds,) = waited
     assert seconds == 1.0 if kind == "SECONDS" else 0 < seconds <= 2
+
+
+def test_no_pause_of_a_day(server: StubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr(server_module, "_sleep", sleep)
+    assert asyncio.run(ask(server, "NOT-TODAY", retry_for_s=30.0)).finish_reason == "stop"
+    assert waited == [30.0]
+
+
+def test_as_many_files_as_connections(server: StubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise documents could not be opened, and would be error rows."""
+    limits: list[tuple[int, int]] = [(1024, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.append(new))
+    connected(server.url, concurrency=700)
+    assert len(limits) == 1
+    connected(server.url, concurrency=2000)
+    assert limits[1:] == [(2256, 4096)]
+    with pytest.raises(ValueError, match=r"5256 files must be open at a time, and 4096 may be .* lower --concurrency"):
+        connected(server.url, concurrency=5000)
 
 
 @pytest.mark.parametrize("value", ["", "soon", "nan", "inf", "-5", "1e999", "Mon, 99 Foo 2026"])

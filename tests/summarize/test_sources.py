@@ -169,6 +169,28 @@ def test_parquet_values_that_python_cannot_hold(tmp_path: Path) -> None:
     assert [str(record.error).partition(":")[0] for record in records(path)] == ["bad row", "bad row"]
 
 
+@pytest.mark.parametrize(
+    ("table", "errors"),
+    [
+        (pa.table({"body": ["x", "y"]}), ["bad row: no text in column 'text': it has nothing"] * 2),
+        (pa.table({"text": [{"a": "x"}]}), ["bad row: no text in column 'text': {'a': 'x'}"]),
+        (pa.table({"text": [["x"]]}), ["bad row: no text in column 'text': ['x']"]),
+        (
+            pa.table([["x"], ["y"]], names=["text", "text"]),
+            ["unreadable: after row 1: 'Field \"text\" exists 2 times in schema'"],
+        ),
+    ],
+    ids=["none", "struct", "list", "two"],
+)
+def test_parquet_without_a_column_of_text(tmp_path: Path, table: pa.Table, errors: list[str]) -> None:
+    """Files of the same folder are read all the same."""
+    pq.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "b.txt").write_text("fine")
+    *bad, good = records(tmp_path)
+    assert [record.error for record in bad] == errors
+    assert good.content == b"fine"
+
+
 PARQUET_OF_LONG_VALUES = """
 import resource, sys
 import pyarrow as pa, pyarrow.parquet as pq
@@ -213,9 +235,27 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     found = {Path(name).name: said for name, said in by_id(records(tmp_path)).items()}
     assert found.pop("fine.txt") == b"fine"
     assert found.pop("loop.txt") == "unreadable: Too many levels of symbolic links"
-    assert found.pop("pipe.parquet").endswith("not a regular file but a pipe, a socket or a device")
-    no_file = "unreadable: not a regular file but a pipe, a socket or a device"
+    assert found.pop("pipe.parquet").endswith("not a regular file but a folder, a pipe, a socket or a device")
+    no_file = "unreadable: not a regular file but a folder, a pipe, a socket or a device"
     assert found == {"pipe.txt": no_file, "zero.jsonl": no_file}
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error row stands for what it may hold: the job is not complete without an error."""
+    for name in ("a", "locked.d", "z"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(name)
+    scandir = os.scandir
+
+    def refusing(path: str) -> Any:
+        if Path(path).name == "locked.d":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    found = by_id(records(tmp_path))
+    assert str(found.pop(str(tmp_path / "locked.d"))).startswith("unreadable: ")
+    assert found == {str(tmp_path / name / "x.txt"): name.encode() for name in ("a", "z")}
 
 
 def test_stdin(monkeypatch: pytest.MonkeyPatch) -> None:

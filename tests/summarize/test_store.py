@@ -32,6 +32,7 @@ def write(output: Path, *rows: Row, **more: Any) -> None:
     store = Store(output, SETTINGS, **more)
     for each in rows:
         store.put(each)
+    store.begin()
     store.export()
     store.close()
 
@@ -167,7 +168,13 @@ def test_reading_only(output: Path) -> None:
     store = Store(output)
     assert store.admit("a", "h") is Verdict.DONE
     store.close()
+    job.put(row("b", error="empty: x"))
     job.close()
+    for again, verdict in ((False, Verdict.DONE), (True, Verdict.NEW)):
+        store = Store(output, retry_errors=again)
+        assert [store.admit(name, "h") for name in ("a", "b")] == [Verdict.DONE, verdict]
+        store.close()
+    assert os.listdir(output.parent) == [f"{output.name}.db"]
 
 
 def test_an_export_that_fails_changes_nothing(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """From the content of a record to its text."""
 
 import asyncio
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,6 +117,19 @@ def test_parsers_in_other_processes(extractor: TextExtractor, monkeypatch: pytes
     assert text(extractor, record("html", b"<p>others go on")) == "others go on"
 
 
+def test_parsers_that_others_end(extractor: TextExtractor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """While it has no work, as when memory is short; and in the middle of a document, as by who stops the job."""
+    assert text(extractor, record("html", b"<p>before")) == "before"
+    idle = [child for child in multiprocessing.active_children() if child.name == "pebble_pool_worker"]
+    idle[0].kill()
+    idle[0].join()
+    # pebble notices it.
+    time.sleep(0.5)
+    assert text(extractor, record("html", b"<p>after")) == "after"
+    monkeypatch.setattr(texts, "html_text", _ended_once)
+    assert text(extractor, record("html", os.fsencode(tmp_path / "ended"))) == "parsed all the same"
+
+
 def test_parsers_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a limit of time, of memory, of the text's length; and when the job does not wait any longer."""
     extractor = TextExtractor(seconds=1.0, max_bytes=1000)
@@ -153,6 +168,14 @@ def _swallow(content: bytes) -> str:
 
 def _long(content: bytes) -> str:
     return "x" * 1001
+
+
+def _ended_once(content: bytes) -> str:
+    mark = Path(os.fsdecode(content))
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return "parsed all the same"
 
 
 def _crash(content: bytes) -> str:

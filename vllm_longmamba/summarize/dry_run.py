@@ -35,7 +35,8 @@ async def dry_run(settings: JobSettings, console: Console, starting: Starting) -
     errors: Counter[str] = Counter()
     async with AsyncExitStack() as stack:
         stack.callback(Watchdog().stop)
-        store = stack.enter_context(closing(Store(settings.output, overwrite=settings.overwrite)))
+        again = {"overwrite": settings.overwrite, "retry_errors": settings.retry_errors}
+        store = stack.enter_context(closing(Store(settings.output, None, **again)))
         inputs = Inputs(settings.inputs, exclude=store.files())
         if settings.base_url is not None:
             _, answerer = await start_backend(stack, settings, console, starting)

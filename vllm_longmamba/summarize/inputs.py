@@ -71,9 +71,12 @@ class Inputs:
 def _paths(given: str) -> Iterator[str]:
     """The files of a folder, but hidden ones, or the matches of a pattern, in a stable order."""
     if os.path.isdir(given):
-        for parent, folders, files in os.walk(given):
+        errors: list[OSError] = []
+        for parent, folders, files in os.walk(given, onerror=errors.append):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             yield from (str(Path(parent) / name) for name in sorted(files) if not name.startswith("."))
+        # A folder that cannot be listed may hold documents: it is a document that cannot be read.
+        yield from sorted(str(error.filename) for error in errors)
     elif os.path.lexists(given):
         yield given
     else:
@@ -81,6 +84,8 @@ def _paths(given: str) -> Iterator[str]:
 
 
 def _file(path: str) -> InputFile | None:
+    if os.path.isdir(path):
+        return InputFile(path, "text", None, 0)
     stem, suffix = os.path.splitext(path.lower())
     compression = _COMPRESSIONS.get(suffix)
     if compression is not None:

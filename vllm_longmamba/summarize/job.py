@@ -14,7 +14,7 @@ from vllm_longmamba.summarize.answering import Answerer, Backend, make_answerer
 from vllm_longmamba.summarize.inputs import Inputs
 from vllm_longmamba.summarize.progress import Progress, say
 from vllm_longmamba.summarize.records import Admitted, DiskFullError, JobStoppedError, Row
-from vllm_longmamba.summarize.runner import Runner
+from vllm_longmamba.summarize.runner import Runner, next_in_thread
 from vllm_longmamba.summarize.settings import JobSettings
 from vllm_longmamba.summarize.sources import read_records
 from vllm_longmamba.summarize.store import Store, Verdict
@@ -64,12 +64,15 @@ async def _run(settings: JobSettings, progress: Progress, starting: Starting) ->
         admitted = admitted_records(settings, inputs, store, progress)
         complete = True
         # Where nothing is left to do, no engine is started for it.
-        if (first := next(admitted, None)) is not None:
+        # Ctrl-C ends the search, which may pass over many documents first, or wait for standard input.
+        if (first := await asyncio.wrap_future(next_in_thread(admitted, None))) is not None:
             try:
                 complete = await _answer(settings, chain([first], admitted), store, progress, starting)
             except JobStoppedError:
                 store.export()
                 raise
+        if complete:
+            store.begin()
         store.export()
         if not complete:
             return EXIT_INTERRUPTED, _interrupted(settings)
@@ -168,8 +171,8 @@ async def _answer(
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
+            # Until the loop is closed: the engine has to be ended, and the output to be written, after the last row.
             loop.add_signal_handler(number, interrupt)
-            stack.callback(loop.remove_signal_handler, number)
         progress.begin()
         stack.callback(progress.end)
         return await runner.run()

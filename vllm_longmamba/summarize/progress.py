@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn
@@ -15,8 +16,10 @@ _ETA_SHARE = 0.01
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a line as it is: names may look like markup."""
-    console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    """Print a line as it is: names may look like markup. If it cannot be printed, a job goes on without it."""
+    # A SystemExit: what rich makes of a reader that is gone.
+    with suppress(OSError, SystemExit):
+        console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 class Progress:

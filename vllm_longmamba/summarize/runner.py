@@ -27,7 +27,7 @@ _SYNC_SECONDS = 1.0
 _EXPORT_SECONDS, _EXPORT_SHARE = 10.0, 0.05
 
 # In a daemon thread, which may be abandoned while it waits for standard input.
-_next_in_thread = concurrent.thread(next)
+next_in_thread = concurrent.thread(next)
 
 
 class Runner:
@@ -100,7 +100,7 @@ class Runner:
 
     async def _read(self, documents: asyncio.TaskGroup) -> None:
         """Begin documents, each when there is room for it."""
-        while (admitted := await asyncio.wrap_future(_next_in_thread(self._admitted, None))) is not None:
+        while (admitted := await asyncio.wrap_future(next_in_thread(self._admitted, None))) is not None:
             size = sys.getsizeof(admitted.record.content)
             async with self._room:
                 await self._room.wait_for(partial(self._has_room, size))

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import resource
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -23,6 +24,8 @@ from vllm_longmamba.summarize.served import Answer, Models, ServedModel, Usage, 
 from vllm_longmamba.summarize.settings import JobSettings
 
 _CONCURRENCY = 64
+# Open beside the connections.
+_OTHER_FILES = 256
 _CONNECT_TIMEOUT_S = 10.0
 _PAUSE = tenacity.wait_random_exponential(multiplier=0.5, max=30.0)
 _sleep = asyncio.sleep
@@ -64,7 +67,7 @@ class ServerBackend:
     """A server somewhere; `connect` must come first.
 
     Raises:
-        ValueError: its address is none.
+        ValueError: its address is none, or there may not be as many connections.
     """
 
     def __init__(self, settings: JobSettings) -> None:
@@ -77,6 +80,7 @@ class ServerBackend:
         self.tokenizer: Any = None
         self.max_model_len: int | None = None
         self.concurrency = settings.concurrency or _CONCURRENCY
+        _allow_files(self.concurrency + _OTHER_FILES)
         # As it is shown: without a password.
         self._address = str(url.with_user(None).with_query(None).with_fragment(None))
         self._url, self._settings, self._model = url, settings, settings.model
@@ -198,8 +202,11 @@ class ServerBackend:
         since, failures = 0.0, 0
 
         def pause(state: tenacity.RetryCallState) -> float:
-            asked: float | None = _error_of(state).pause
-            return _PAUSE(state) if asked is None else asked
+            error = _error_of(state)
+            if error.pause is None:
+                return _PAUSE(state)
+            # Where failures are counted, and not the time, no pause may be longer than the server may be away.
+            return float(error.pause if error.away else min(error.pause, self._settings.retry_for_s))
 
         def is_enough(state: tenacity.RetryCallState) -> bool:
             nonlocal since, failures
@@ -224,6 +231,16 @@ class ServerBackend:
 
 def _error_of(state: tenacity.RetryCallState) -> Any:
     return state.outcome and state.outcome.exception()
+
+
+def _allow_files(wanted: int) -> None:
+    """Raise the limit of open files: beyond it, connections take those that the documents are read from."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise ValueError(f"{wanted} files must be open at a time, and {hard} may be (ulimit -Hn); lower --concurrency")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:

@@ -70,8 +70,7 @@ def _read_parquet(file: InputFile, settings: JobSettings) -> Iterator[Record]:
     row = 0
     text, id_ = settings.text_column, settings.id_column or "id"
     try:
-        # As a dictionary, a long value that many rows share is in memory once.
-        with _open(file) as (_, raw), pq.ParquetFile(raw, pre_buffer=False, read_dictionary=[text]) as table:
+        with _open(file) as (_, raw), pq.ParquetFile(raw, pre_buffer=False, **_as_dictionary(raw, text)) as table:
             weight = file.size / max(table.metadata.num_rows, 1)
             columns = [name for name in table.schema_arrow.names if name in (text, id_)]
             for group in range(table.num_row_groups):
@@ -82,8 +81,21 @@ def _read_parquet(file: InputFile, settings: JobSettings) -> Iterator[Record]:
                         row += 1
                         values = {name: _value(batch[name], index, settings) for name in batch.schema.names}
                         yield _from_row(values, f"{file.path}#{row}", weight, settings)
-    except (pa.ArrowException, ValueError, OSError) as error:
+    except (pa.ArrowException, ValueError, OSError, KeyError) as error:
+        # A KeyError: two columns of that name.
         raise RecordError("unreadable", f"after row {row}: {_reason(error)}") from None
+
+
+def _as_dictionary(raw: IO[bytes], text: str) -> dict[str, Any]:
+    """What has a column read as a dictionary: a long value that many rows share is in memory once.
+
+    pyarrow refuses a file without such a column, or with a nested one.
+    """
+    import pyarrow.parquet as pq
+
+    about = pq.read_metadata(raw)
+    paths = {about.schema.column(number).path for number in range(about.num_columns)}
+    return {"metadata": about} | ({"read_dictionary": [text]} if text in paths else {})
 
 
 def _value(column: Any, index: int, settings: JobSettings) -> Any:
@@ -135,7 +147,7 @@ def _open(file: InputFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     descriptor = sys.stdin.fileno() if file.path == STDIN else os.open(file.path, flags)
     with open(descriptor, "rb", closefd=file.path != STDIN) as raw:
         if file.path != STDIN and not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError("not a regular file but a pipe, a socket or a device")
+            raise OSError("not a regular file but a folder, a pipe, a socket or a device")
         if file.compression is None:
             yield raw, raw
             return

@@ -56,8 +56,8 @@ class Store:
     Args:
         output: .jsonl, .ndjson or .parquet.
         settings: everything that changes answers; None opens for reading only, and changes no file.
-        overwrite: forget all rows.
-        retry_errors: forget error rows.
+        overwrite: forget all rows, but not before `begin`.
+        retry_errors: the same of error rows.
 
     Raises:
         ValueError: another job writes it, it was made with other settings, or the output is not of this store.
@@ -77,18 +77,23 @@ class Store:
         self.output = output
         self.path = output.with_name(output.name + ".db")
         self._admitting, self._exporting = threading.Lock(), threading.Lock()
+        self._settings = settings
+        # Which rows are as if they were not there.
+        self._forgotten = "1" if overwrite else "failed" if retry_errors else "0"
         with ExitStack() as stack, _disk(self.path):
             if settings is not None:
                 self._lock(stack)
                 self._rows = self._connect(stack, "rw")
             elif self.path.exists() and self.path.stat().st_size and not overwrite:
-                self._rows = self._connect(stack, "ro")
+                # Where no job is at work or was killed, SQLite needs no files of its own beside it, and leaves none.
+                is_quiet = not self.path.with_name(self.path.name + "-wal").exists()
+                self._rows = self._connect(stack, "ro&immutable=1" if is_quiet else "ro")
             else:
                 self._rows = stack.enter_context(closing(sqlite3.connect("", isolation_level=None)))
             if not self._is_begun():
                 self._rows.executescript(_SCHEMA)
             if settings is not None:
-                self._begin(settings, overwrite, retry_errors)
+                self._check(settings, overwrite)
             self._rows.executescript(_MET)
             self._resources = stack.pop_all()
 
@@ -109,17 +114,28 @@ class Store:
             if met is not None:
                 return Verdict.REPEATED if met == (content_hash,) else Verdict.CLASHING
             self._rows.execute("INSERT INTO met VALUES (?, ?)", (key, content_hash))
-            row = self._rows.execute("SELECT hash FROM rows WHERE id = ?", (record_id,)).fetchone()
+            kept = f"SELECT hash FROM rows WHERE id = ? AND NOT {self._forgotten}"
+            row = self._rows.execute(kept, (record_id,)).fetchone()
         return Verdict.DONE if row == (content_hash,) else Verdict.NEW
 
+    def begin(self) -> None:
+        """Forget the rows that are to be answered anew: not before there is something in their place."""
+        if self._settings is None:
+            return
+        with _disk(self.path):
+            self._rows.execute(f"DELETE FROM rows WHERE {self._forgotten}")
+            _set(self._rows, "settings", self._settings)
+        self._settings, self._forgotten = None, "0"
+
     def put(self, row: Row) -> None:
-        """Write a row; one of the same id makes room for it.
+        """Write a row; one of the same id makes room for it. The first one begins the output.
 
         Raises:
             DiskFullError: no room; nothing was written.
         """
         text = json.dumps(asdict(row), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace").decode()
         values = row.id, row.hash, row.error is not None, text
+        self.begin()
         with _disk(self.path):
             self._rows.execute("INSERT OR REPLACE INTO rows (id, hash, failed, row) VALUES (?, ?, ?, ?)", values)
 
@@ -177,8 +193,8 @@ class Store:
                 f"{self.output} is being written by another job; wait for it, or choose another output"
             ) from None
 
-    def _begin(self, settings: dict[str, Any], overwrite: bool, retry_errors: bool) -> None:
-        """Check what is there, and forget the rows that are to be answered anew."""
+    def _check(self, settings: dict[str, Any], overwrite: bool) -> None:
+        """Refuse an output that this job cannot go on with."""
         self._check_output(self._rows)
         self._rows.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
         before = _get(self._rows, "settings", {})
@@ -189,9 +205,6 @@ class Store:
                 f"{self.output} was begun with other settings ({'; '.join(told)}); resume with the settings it "
                 "was begun with, choose another output, or begin anew with --overwrite"
             )
-        if overwrite or retry_errors:
-            self._rows.execute(f"DELETE FROM rows {'' if overwrite else 'WHERE failed'}")
-        _set(self._rows, "settings", settings)
 
     def _connect(self, stack: ExitStack, mode: str) -> sqlite3.Connection:
         address = f"{self.path.absolute().as_uri()}?mode={mode}"

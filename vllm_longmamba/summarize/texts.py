@@ -7,12 +7,15 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from vllm_longmamba.summarize.records import Record, RecordError
 
 _PROCESSES = min(4, os.cpu_count() or 1)
 _SECONDS = 60.0
+# Of a document whose parser ended through no fault of it.
+_ATTEMPTS = 3
 # Memory of a parser: so much, and a multiple of what it parses.
 _BASE_BYTES, _BYTES_A_BYTE = 2**30, 12
 
@@ -66,23 +69,37 @@ class TextExtractor:
         return text
 
     async def _parse(self, kind: str, content: bytes) -> str:
-        from pebble import ProcessExpired, ProcessPool
+        from pebble import ProcessExpired
 
+        parse = {"html": html_text, "pdf": pdf_text}[kind]
+        for _ in range(_ATTEMPTS):
+            try:
+                task = self._parsers().schedule(_parse, (parse, content, self._max_bytes), timeout=self._seconds)
+                text: str = await asyncio.wrap_future(task)
+                return text
+            except TimeoutError:
+                raise RecordError("unreadable", f"{kind}: not parsed after {self._seconds:g} s") from None
+            except BrokenProcessPool:
+                # A process ended that had no work, and pebble gives up all of them.
+                continue
+            except ProcessExpired as error:
+                # Who stops a job may tell all its processes to end, which says nothing of this document.
+                if abs(error.exitcode) != signal.SIGTERM:
+                    break
+            except Exception as error:
+                # Whatever a parser makes of a damaged file; it ends this record only.
+                raise RecordError("unreadable", f"{kind}: {type(error).__name__}: {error}") from None
+        raise RecordError("unreadable", f"the {kind} parser crashed")
+
+    def _parsers(self) -> Any:
+        from pebble import ProcessPool
+
+        if self._pool is not None and not self._pool.active:
+            self.close()
         if self._pool is None:
             spawn = multiprocessing.get_context("spawn")
             self._pool = ProcessPool(_PROCESSES, initializer=_ignore_interrupts, context=spawn)
-        try:
-            parse = {"html": html_text, "pdf": pdf_text}[kind]
-            task = self._pool.schedule(_parse, (parse, content, self._max_bytes), timeout=self._seconds)
-            text: str = await asyncio.wrap_future(task)
-            return text
-        except TimeoutError:
-            raise RecordError("unreadable", f"{kind}: not parsed after {self._seconds:g} s") from None
-        except ProcessExpired:
-            raise RecordError("unreadable", f"the {kind} parser crashed") from None
-        except Exception as error:
-            # Whatever a parser makes of a damaged file; it ends this record only.
-            raise RecordError("unreadable", f"{kind}: {type(error).__name__}: {error}") from None
+        return self._pool
 
 
 def _parse(parse: Callable[[bytes], str], content: bytes, max_bytes: int) -> str:
