@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN
+from vllm_longmamba.commands.calibrate import check_replaceable
 from vllm_longmamba.commands.engine_errors import explained_start
 from vllm_longmamba.commands.engine_options import EngineOptions, with_options
 from vllm_longmamba.commands.evaluate import Depths, Model, Output, Windows, method_arguments
@@ -106,7 +107,7 @@ def tune(
     calibration = CalibrationSettings(
         train_length=engine.train_length, max_length=max_length, texts=tuple(map(str, calibration_text or ()))
     )
-    _check_replaceable(table or Path(model) / FILE_NAME)
+    check_replaceable(table or Path(model) / FILE_NAME, "--table")
     trained = find_train_length(model, calibration, dict(plain))
     wanted = read_numbers("--lengths", lengths, int) if lengths else [factor * trained for factor in _MULTIPLES]
     calibration = replace(calibration, train_length=trained)
@@ -141,17 +142,6 @@ def tune(
         report = head | summarize_tuning(scores, best, held_out)
         write_report(store, report, "Tuning", tuning_markdown, draw_tuning)
     console.print(f"table with the best setting ({setting.label()}) as its default: {path}", soft_wrap=True)
-
-
-def _check_replaceable(table: Path) -> None:
-    """Refuse to write the best table over what is no table."""
-    from vllm_longmamba.tables import read_metadata
-
-    try:
-        if table.exists():
-            read_metadata(table)
-    except ValueError as error:
-        raise ValueError(f"{table}: is there, and no threshold table ({error}); give another path, --table") from error
 
 
 def _table_path(model: str, fingerprint: str, quantization: str | None) -> Path:
