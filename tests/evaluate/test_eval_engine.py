@@ -180,6 +180,13 @@ def test_a_plain_model_that_filters_is_refused(
     assert stopped == [True]
 
 
+def test_a_missing_tokenizer_is_one_line(tmp_path: Path) -> None:
+    model = write_mamba2_original(tmp_path, n_layer=1, tokenizer=False)
+    with pytest.raises(EngineStartError) as error:
+        EngineContestant(arguments_of(model, {"filter": False}), "plain", partial(explained_start, False))
+    assert "\n" not in str(error.value)
+
+
 def test_a_failed_start_is_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = arguments_of(model, {"filter": False}, gpu_memory_utilization=0.1)
     starting = partial(explained_start, False)

@@ -66,7 +66,9 @@ class EngineContestant:
         if method == "decimamba":
             # A text is scored in forced decode steps, see `EngineRunner.tail_logprobs`.
             self._arguments |= forcing_arguments(config, self._arguments.get("logits_processors"))
-        self.encoder = Encoder(cached_tokenizer_from_config(config.model_config), config.model_config.tokenizer)
+        with starting():
+            tokenizer = cached_tokenizer_from_config(config.model_config)
+        self.encoder = Encoder(tokenizer, config.model_config.tokenizer)
         self.description = self._describe(config)
 
     def _check(self, config: Any) -> None:
