@@ -13,8 +13,8 @@ from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN
 from vllm_longmamba.commands.calibrate import check_replaceable
 from vllm_longmamba.commands.engine_errors import explained_start
 from vllm_longmamba.commands.engine_options import EngineOptions, with_options
-from vllm_longmamba.commands.evaluate import Depths, Model, Output, Windows, method_arguments
-from vllm_longmamba.evaluate.terminal import console, progress_bars, read_numbers
+from vllm_longmamba.commands.evaluate import Depths, Model, Output, Windows, check_room, method_arguments
+from vllm_longmamba.evaluate.terminal import console, progress_bars, read_lengths, read_numbers
 
 # Multiples of the training length to score at where no lengths are given: what the settings do shows there.
 _MULTIPLES = (8, 16)
@@ -109,10 +109,12 @@ def tune(
     )
     check_replaceable(table or Path(model) / FILE_NAME, "--table")
     trained = find_train_length(model, calibration, dict(plain))
-    wanted = read_numbers("--lengths", lengths, int) if lengths else [factor * trained for factor in _MULTIPLES]
+    multiples = [factor * trained for factor in _MULTIPLES]
+    wanted = multiples if lengths is None else read_lengths("--lengths", lengths)
     calibration = replace(calibration, train_length=trained)
     if not calibration.can_filter(max(wanted)):
         raise ValueError(f"--lengths: prompts of {max(wanted)} tokens are not filtered; give longer ones")
+    check_room(engine, max(wanted) + ANSWER_TOKENS)
     starting = partial(explained_start, engine.verbose)
     contestant = EngineContestant(plain, "plain", starting)
     encoder, texts = contestant.encoder, read_books(text)
