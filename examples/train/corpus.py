@@ -47,8 +47,11 @@ def prepare(texts: list[Path], out: Path, vocabulary: int, tokens: int, seed: in
         How many tokens were written.
 
     Raises:
-        ValueError: no text, or a vocabulary that does not fit into 16 bits.
+        ValueError: no text, a file that cannot be read as text, less than one token, or a vocabulary that does not fit
+            into 16 bits.
     """
+    if tokens < 1:
+        raise ValueError(f"prepare: there must be 1 token or more, got {tokens}")
     if not 256 + len(SPECIAL_TOKENS) <= vocabulary <= 2**16:
         raise ValueError(f"prepare: the vocabulary must have 258 to 65536 tokens, got {vocabulary}")
     documents = [document for path in texts for document in read_documents(path)]
@@ -79,9 +82,16 @@ def load_corpus(folder: Path) -> Corpus:
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a text file, packed with xz or not; empty ones are left out."""
+    """The documents of a text file, packed with xz or not; empty ones are left out.
+
+    Raises:
+        ValueError: the file is not UTF-8, or not packed with xz as its name says.
+    """
     content = path.read_bytes()
-    text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
+    try:
+        text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
+    except (UnicodeDecodeError, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: texts must be UTF-8, and packed with xz if they end in .xz, but {error}") from error
     return [document for part in text.split(SEPARATOR) if (document := part.strip())]
 
 

@@ -1,10 +1,12 @@
 """Text files become a tokenizer and tokens."""
 
 import lzma
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from train.__main__ import main
 from train.corpus import Corpus, load_corpus, prepare, read_documents
 
 
@@ -43,5 +45,41 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         prepare([tmp_path / "empty.txt"], tmp_path, vocabulary=300, tokens=10)
     with pytest.raises(ValueError, match="258 to 65536 tokens, got 70000"):
         prepare([tmp_path / "empty.txt"], tmp_path, vocabulary=70_000, tokens=10)
+    with pytest.raises(ValueError, match="1 token or more, got -5"):
+        prepare([tmp_path / "empty.txt"], tmp_path, vocabulary=300, tokens=-5)
+    for name in ("latin-1.txt", "plain.txt.xz"):
+        (tmp_path / name).write_bytes(b"caf\xe9")
+        with pytest.raises(ValueError, match=f"{name}: texts must be UTF-8"):
+            read_documents(tmp_path / name)
     with pytest.raises(ValueError, match=r"must hold tokens\.npy\.xz, write it with"):
         load_corpus(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "gone.txt", "--out", "."], "python -m train prepare: .*gone.txt"),
+        (
+            ["mamba2", "--data", ".", "--out", ".", "--steps", "1"],
+            r"python -m train mamba2: .*must hold tokens\.npy\.xz",
+        ),
+        (["mamba2", "--data", "DATA", "--out", ".", "--set", "d_model"], "python -m train mamba2: --set d_model: "),
+        (
+            ["mamba2", "--data", "DATA", "--out", ".", "--set", "d_model=big"],
+            "python -m train mamba2: --set d_model=big: ",
+        ),
+        (
+            ["mamba2", "--data", "DATA", "--out", "."],
+            "python -m train mamba2: settings: steps or minutes must be given",
+        ),
+    ],
+    ids=["text", "data", "no value", "no JSON", "settings"],
+)
+def test_mistakes_are_said_without_a_traceback(
+    arguments: list[str], message: str, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        main([str(corpus_folder) if argument == "DATA" else argument for argument in arguments])
+    assert re.match(message, str(error.value))
+    assert not list(tmp_path.iterdir())
