@@ -3,6 +3,7 @@
 import lzma
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,12 +60,25 @@ def prepare(texts: list[Path], out: Path, vocabulary: int, tokens: int, seed: in
         raise ValueError(f"prepare: {', '.join(map(str, texts))} have no text")
     random.Random(seed).shuffle(documents)
     tokenizer = train_tokenizer(documents, vocabulary)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out / TOKENIZER_FILE))
     array = np.concatenate(list(_encoded(tokenizer, documents, tokens)))[:tokens]
-    with lzma.open(out / TOKENS_FILE, "wb", preset=6) as file:
-        np.save(file, array)
+    out.mkdir(parents=True, exist_ok=True)
+    # Tokens and their tokenizer belong together.
+    with whole_file(out / TOKENIZER_FILE) as part, whole_file(out / TOKENS_FILE) as packed:
+        tokenizer.save(str(part))
+        with lzma.open(packed, "wb", preset=6) as file:
+            np.save(file, array)
     return len(array)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a name to write under; at the end of the block the file gets its own, and none if the block fails."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_corpus(folder: Path) -> Corpus:

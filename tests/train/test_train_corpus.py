@@ -83,3 +83,18 @@ def test_mistakes_are_said_without_a_traceback(
         main([str(corpus_folder) if argument == "DATA" else argument for argument in arguments])
     assert re.match(message, str(error.value))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_prepare_leaves_what_was_there(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare([text_file], tmp_path, vocabulary=300, tokens=100)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(file: object, array: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare([text_file], tmp_path, vocabulary=400, tokens=100)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
