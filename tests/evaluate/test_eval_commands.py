@@ -187,6 +187,13 @@ def test_tune_refuses(given: list[str], message: str, seen: list[object], tmp_pa
     assert message in result.output.replace("\n", " ")
 
 
+def test_tune_refuses_a_folder_that_is_no_model_in_one_line(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["tune", str(tmp_path), "--text", HAYSTACK, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    (line,) = [line for line in result.output.splitlines() if line.startswith("longmamba tune: ")]
+    assert "config.json" in line
+
+
 @pytest.mark.parametrize("name", ["table", "min_retention", "unfiltered_end"])
 def test_tune_refuses_what_it_searches(name: str, seen: list[object], tmp_path: Path) -> None:
     further = {"additional_config": {"longmamba": {name: 1}}}

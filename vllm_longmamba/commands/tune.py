@@ -108,14 +108,15 @@ def tune(
         train_length=engine.train_length, max_length=max_length, texts=tuple(map(str, calibration_text or ()))
     )
     check_replaceable(table or Path(model) / FILE_NAME, "--table")
-    trained = find_train_length(model, calibration, dict(plain))
+    starting = partial(explained_start, engine.verbose)
+    with starting():
+        trained = find_train_length(model, calibration, dict(plain))
     multiples = [factor * trained for factor in _MULTIPLES]
     wanted = multiples if lengths is None else read_lengths("--lengths", lengths)
     calibration = replace(calibration, train_length=trained)
     if not calibration.can_filter(max(wanted)):
         raise ValueError(f"--lengths: prompts of {max(wanted)} tokens are not filtered; give longer ones")
     check_room(engine, max(wanted) + ANSWER_TOKENS)
-    starting = partial(explained_start, engine.verbose)
     contestant = EngineContestant(plain, "plain", starting)
     encoder, texts = contestant.encoder, read_books(text)
     books = {book.name: encoder.encode(book.text) for book in texts}
