@@ -130,15 +130,20 @@ class EngineContestant:
         """Start the engine; it is shut down at the end.
 
         Raises:
-            ValueError: the running engine is not what the method says.
+            ValueError: the running engine is not what the method says, or it died.
         """
         from vllm import LLM
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         with self._starting():
             llm = LLM(**self._arguments)
         try:
             self._check(llm.llm_engine.vllm_config)
             yield EngineRunner(llm, self.encoder)
+        except EngineDeadError as error:
+            raise ValueError(
+                "vLLM's engine died, and its log above says why; give the same command again to go on from there"
+            ) from error
         finally:
             llm.llm_engine.engine_core.shutdown()
 
