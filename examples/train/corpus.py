@@ -85,13 +85,16 @@ def load_corpus(folder: Path) -> Corpus:
     """Reads what `prepare` wrote.
 
     Raises:
-        ValueError: the folder lacks a file.
+        ValueError: the folder lacks a file, or the tokens are damaged.
     """
     for name in (TOKENS_FILE, TOKENIZER_FILE):
         if not (folder / name).exists():
             raise ValueError(f"{folder}: must hold {name}, write it with `python -m train prepare TEXT --out {folder}`")
-    with lzma.open(folder / TOKENS_FILE) as file:
-        tokens = np.load(file)
+    try:
+        with lzma.open(folder / TOKENS_FILE) as file:
+            tokens = np.load(file)
+    except (EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{folder / TOKENS_FILE}: is damaged ({error}), write it anew with `prepare`") from error
     return Corpus(tokens, Tokenizer.from_file(str(folder / TOKENIZER_FILE)))
 
 

@@ -72,8 +72,10 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
             ["mamba2", "--data", "DATA", "--out", "."],
             "python -m train mamba2: settings: steps or minutes must be given",
         ),
+        (["mamba2", "--data", "DATA", "--out", ".", "--steps", "0"], "python -m train mamba2: .*steps must be above 0"),
+        (["mamba1", "--data", "DATA", "--out", ".", "--minutes=-1"], "python -m train mamba1: .*minutes must be above"),
     ],
-    ids=["text", "data", "no value", "no JSON", "settings"],
+    ids=["text", "data", "no value", "no JSON", "settings", "steps", "minutes"],
 )
 def test_mistakes_are_said_without_a_traceback(
     arguments: list[str], message: str, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -83,6 +85,14 @@ def test_mistakes_are_said_without_a_traceback(
         main([str(corpus_folder) if argument == "DATA" else argument for argument in arguments])
     assert re.match(message, str(error.value))
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_tokens_are_refused(corpus_folder: Path, tmp_path: Path) -> None:
+    for path in corpus_folder.iterdir():
+        content = path.read_bytes()
+        (tmp_path / path.name).write_bytes(content[:5000] if path.name == "tokens.npy.xz" else content)
+    with pytest.raises(ValueError, match=r"tokens\.npy\.xz: is damaged .*, write it anew"):
+        load_corpus(tmp_path)
 
 
 def test_a_failed_prepare_leaves_what_was_there(
