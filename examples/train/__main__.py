@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 STARTED = time.monotonic()
 
@@ -23,18 +24,21 @@ VOCABULARY_MULTIPLE = 16
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command."""
     options = _parser().parse_args(arguments)
-    if options.command == "prepare":
-        count = prepare(options.texts, options.out, options.vocabulary, options.tokens)
-        print(f"wrote {count:,} tokens and their tokenizer to {options.out}")
-    else:
-        run(options)
+    try:
+        if options.command == "prepare":
+            count = prepare(options.texts, options.out, options.vocabulary, options.tokens)
+            print(f"wrote {count:,} tokens and their tokenizer to {options.out}")
+        else:
+            run(options)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"python -m train {options.command}: {error}") from error
 
 
 def run(options: argparse.Namespace) -> None:
     """Trains a model and exports it in its family's format."""
     corpus = load_corpus(options.data)
     vocabulary = -(-corpus.tokenizer.get_vocab_size() // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    changes = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.change)}
+    changes = dict(map(_change, options.change))
     limits = {name: value for name in ("minutes", "steps") if (value := getattr(options, name)) is not None}
     settings = family_settings(options.command, vocabulary, **changes, **limits, seed=options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -60,6 +64,15 @@ def run(options: argparse.Namespace) -> None:
     )
     (options.out / "curves.json").write_text(json.dumps(curves) + "\n")
     print(f"done after {time.monotonic() - STARTED:.0f} s", flush=True)
+
+
+def _change(item: str) -> tuple[str, Any]:
+    """Reads the value of --set."""
+    name, _, value = item.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"--set {item}: must be name=JSON value, such as d_model=768 ({error})") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 import lzma
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +48,11 @@ def prepare(texts: list[Path], out: Path, vocabulary: int, tokens: int, seed: in
         How many tokens were written.
 
     Raises:
-        ValueError: no text, or a vocabulary that does not fit into 16 bits.
+        ValueError: no text, a file that cannot be read as text, less than one token, or a vocabulary that does not fit
+            into 16 bits.
     """
+    if tokens < 1:
+        raise ValueError(f"prepare: there must be 1 token or more, got {tokens}")
     if not 256 + len(SPECIAL_TOKENS) <= vocabulary <= 2**16:
         raise ValueError(f"prepare: the vocabulary must have 258 to 65536 tokens, got {vocabulary}")
     documents = [document for path in texts for document in read_documents(path)]
@@ -56,32 +60,55 @@ def prepare(texts: list[Path], out: Path, vocabulary: int, tokens: int, seed: in
         raise ValueError(f"prepare: {', '.join(map(str, texts))} have no text")
     random.Random(seed).shuffle(documents)
     tokenizer = train_tokenizer(documents, vocabulary)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out / TOKENIZER_FILE))
     array = np.concatenate(list(_encoded(tokenizer, documents, tokens)))[:tokens]
-    with lzma.open(out / TOKENS_FILE, "wb", preset=6) as file:
-        np.save(file, array)
+    out.mkdir(parents=True, exist_ok=True)
+    # Tokens and their tokenizer belong together.
+    with whole_file(out / TOKENIZER_FILE) as part, whole_file(out / TOKENS_FILE) as packed:
+        tokenizer.save(str(part))
+        with lzma.open(packed, "wb", preset=6) as file:
+            np.save(file, array)
     return len(array)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a name to write under; at the end of the block the file gets its own, and none if the block fails."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_corpus(folder: Path) -> Corpus:
     """Reads what `prepare` wrote.
 
     Raises:
-        ValueError: the folder lacks a file.
+        ValueError: the folder lacks a file, or the tokens are damaged.
     """
     for name in (TOKENS_FILE, TOKENIZER_FILE):
         if not (folder / name).exists():
             raise ValueError(f"{folder}: must hold {name}, write it with `python -m train prepare TEXT --out {folder}`")
-    with lzma.open(folder / TOKENS_FILE) as file:
-        tokens = np.load(file)
+    try:
+        with lzma.open(folder / TOKENS_FILE) as file:
+            tokens = np.load(file)
+    except (EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{folder / TOKENS_FILE}: is damaged ({error}), write it anew with `prepare`") from error
     return Corpus(tokens, Tokenizer.from_file(str(folder / TOKENIZER_FILE)))
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a text file, packed with xz or not; empty ones are left out."""
+    """The documents of a text file, packed with xz or not; empty ones are left out.
+
+    Raises:
+        ValueError: the file is not UTF-8, or not packed with xz as its name says.
+    """
     content = path.read_bytes()
-    text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
+    try:
+        text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
+    except (UnicodeDecodeError, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: texts must be UTF-8, and packed with xz if they end in .xz, but {error}") from error
     return [document for part in text.split(SEPARATOR) if (document := part.strip())]
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
-from .corpus import END_OF_TEXT, SPECIAL_TOKENS, TOKENIZER_FILE
+from .corpus import END_OF_TEXT, SPECIAL_TOKENS, TOKENIZER_FILE, whole_file
 from .settings import Settings
 
 MAX_POSITIONS = 262_144  # of the rotary embedding; a longer context needs another value in config.json
@@ -76,7 +76,8 @@ def _write_original(weights: dict[str, torch.Tensor], settings: Settings, path: 
     }
     (path / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     weights["lm_head.weight"] = weights["backbone.embedding.weight"]
-    torch.save(weights, path / "pytorch_model.bin")
+    with whole_file(path / "pytorch_model.bin") as part:
+        torch.save(weights, part)
     return path / "pytorch_model.bin"
 
 
@@ -126,5 +127,6 @@ def _write_zamba2(weights: dict[str, torch.Tensor], settings: Settings, path: Pa
         "use_cache": True,
     }
     (path / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with whole_file(path / "model.safetensors") as part:
+        save_file(weights, part, metadata={"format": "pt"})
     return path / "model.safetensors"

@@ -105,6 +105,9 @@ class Settings:
             raise ValueError(f"settings: family must be one of {FAMILIES}, got {self.family!r}")
         if self.steps is None and self.minutes is None:
             raise ValueError("settings: steps or minutes must be given")
+        for name in ("steps", "minutes"):
+            if (limit := getattr(self, name)) is not None and not limit > 0:
+                raise ValueError(f"settings: {name} must be above 0, got {limit}")
         if (self.family == "zamba2") != bool(self.hybrid_layers):
             raise ValueError(f"settings: zamba2, and no other family, needs hybrid_layers, got {self.hybrid_layers}")
         if any(not 0 <= layer < self.n_layer for layer in self.hybrid_layers):

@@ -1,5 +1,6 @@
 """The `longmamba calibrate` command without an engine: what it passes on, writes and prints."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,27 @@ def test_calibrate_refuses_a_budget_or_an_end(options: str, code: int, message: 
 def test_calibrate_keeps_the_table_of_a_quantized_model_apart(run: Run, tmp_path: Path) -> None:
     assert run("m", "--quantization", "fp8")[0] == 0
     assert (tmp_path / "cache" / "vllm_longmamba" / f"{'f' * 32}-fp8.safetensors").is_file()
+
+
+def test_calibrate_writes_over_tables_only(run: Run, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    for path in (weights, tmp_path):
+        code, output, seen = run("m", "-o", str(path))
+        assert (code, seen) == (1, {})
+        assert f"{path}: is there, and no threshold table" in output
+    assert weights.read_bytes() == b"weights"
+    table = tmp_path / "table.safetensors"
+    assert [run("m", "-o", str(table))[0] for _ in range(2)] == [0, 0]
+
+
+def test_calibrate_refuses_a_folder_that_is_not_writable_before_the_engine_starts(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    code, output, seen = run("m", "-o", str(tmp_path / "table.safetensors"))
+    assert (code, seen) == (1, {})
+    assert "the folder must not be written to; give another path, --output" in output
 
 
 def test_calibrate_refuses(run: Run, tmp_path: Path) -> None:

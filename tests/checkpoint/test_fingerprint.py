@@ -116,3 +116,12 @@ def test_neither_a_repeated_head_nor_the_file_name_counts(tmp_path: Path) -> Non
     torch.save(tied, tmp_path / "b.bin")
     shutil.copy(tmp_path / "a.bin", tmp_path / "c.pt")
     assert len({weights_fingerprint([str(tmp_path / name)]) for name in ("a.bin", "b.bin", "c.pt")}) == 1
+
+
+@pytest.mark.parametrize("size", [0, 100], ids=["empty", "truncated"])
+def test_damaged_safetensors_file_is_named(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(weights(), path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"model\.safetensors: no safetensors file, or a truncated one .*copy it anew"):
+        weights_fingerprint([str(path)])

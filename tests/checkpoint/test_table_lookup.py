@@ -274,6 +274,11 @@ def test_locate_weights_of_dummy_weights(model: Path) -> None:
     assert (located.folder, located.fingerprint) == (None, DUMMY)
 
 
+def test_locate_weights_where_there_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Cannot find any model weights .* be \.safetensors or \.bin files"):
+        locate_weights(*configs(tmp_path))
+
+
 @pytest.mark.parametrize("load_format", ["npcache", "tensorizer", "bitsandbytes"])
 def test_locate_weights_refuses(load_format: str, model: Path) -> None:
     message = rf"--load-format {load_format} against a threshold table; use auto, safetensors or pt"

@@ -14,7 +14,7 @@ from vllm_longmamba.cli import app
 from vllm_longmamba.commands.tune import _table_path
 from vllm_longmamba.evaluate import engine
 from vllm_longmamba.evaluate.store import FILE_NAME
-from vllm_longmamba.evaluate.terminal import read_names, read_numbers
+from vllm_longmamba.evaluate.terminal import read_lengths, read_names, read_numbers
 from vllm_longmamba.tables import read_metadata
 
 MODEL = str(EXAMPLES / "passkey-mamba2-4m")
@@ -48,6 +48,13 @@ def test_read_numbers() -> None:
         read_numbers("--seeds", "0,1,00", int)
 
 
+def test_read_lengths() -> None:
+    assert read_lengths("--lengths", "512,1") == [512, 1]
+    for text in ("512,0", "-512"):
+        with pytest.raises(ValueError, match=f"--lengths: every length must be 1 token or more, got {text}"):
+            read_lengths("--lengths", text)
+
+
 def test_read_names() -> None:
     assert read_names("--method", "longmamba, plain", ["plain", "longmamba"]) == ["longmamba", "plain"]
     with pytest.raises(ValueError, match="--method: unknown are magic; known are plain, longmamba"):
@@ -64,6 +71,8 @@ def test_read_names() -> None:
         (["passkey", MODEL, "--haystack", HAYSTACK, "--lengths", "long"], "whole numbers separated by commas"),
         (["needles", MODEL, "--haystack", HAYSTACK, "--needles", "99"], "must lie between 1 and"),
         (["perplexity", MODEL, "--text", str(EXAMPLES / "passkey-mamba2-4m")], "no .txt file"),
+        (["perplexity", MODEL, "--text", HAYSTACK, "--lengths=-512"], "every length must be 1 token or more"),
+        (["passkey", MODEL, "--haystack", HAYSTACK, "--max-model-len", "9"], "but --max-model-len is 9; raise it"),
     ],
 )
 def test_mistakes_are_said_without_a_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -169,12 +178,20 @@ def test_what_a_command_sets_itself_is_refused_by_name(
         (["--unfiltered-ends", "-1"], "--unfiltered-ends: unfiltered_end must be a number of tokens"),
         (["--unfiltered-ends", "0.5"], "whole numbers separated by commas"),
         (["--train-length", "512", "--lengths", "512,640"], "--lengths: prompts of 640 tokens are not filtered"),
+        (["--train-length", "512", "--lengths", "9000", "--max-model-len", "900"], "but --max-model-len is 900"),
     ],
 )
 def test_tune_refuses(given: list[str], message: str, seen: list[object], tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["tune", MODEL, "--text", HAYSTACK, *given, "-o", str(tmp_path)])
     assert (result.exit_code, seen) == (1, []), result.output
     assert message in result.output.replace("\n", " ")
+
+
+def test_tune_refuses_a_folder_that_is_no_model_in_one_line(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["tune", str(tmp_path), "--text", HAYSTACK, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    (line,) = [line for line in result.output.splitlines() if line.startswith("longmamba tune: ")]
+    assert "config.json" in line
 
 
 @pytest.mark.parametrize("name", ["table", "min_retention", "unfiltered_end"])

@@ -12,6 +12,7 @@ import torch
 from engine.harness import ROW_LENGTHS, TRAIN_LENGTH, Filters, assert_agrees, write_table
 from references.reference_lm import reference_logprobs
 from tiny_models import random_token_ids, write_mamba2_original
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_longmamba.commands.engine_errors import EngineStartError, explained_start
 from vllm_longmamba.evaluate.engine import FILTER_EXTENSION, EngineContestant, EngineRunner
@@ -178,6 +179,25 @@ def test_a_plain_model_that_filters_is_refused(
     with pytest.raises(ValueError, match=wrong), contestant.start():
         pass
     assert stopped == [True]
+
+
+def test_an_engine_that_dies_is_no_traceback(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = []
+    core = SimpleNamespace(shutdown=lambda: stopped.append(True))
+    contestant = EngineContestant(arguments_of(model, {"filter": False}), "plain")
+    monkeypatch.setattr(contestant, "_check", lambda config: None)
+    engine = SimpleNamespace(vllm_config=None, engine_core=core)
+    monkeypatch.setattr("vllm.LLM", lambda **_: SimpleNamespace(llm_engine=engine))
+    with pytest.raises(ValueError, match=r"engine died, .*; give the same command again"), contestant.start():
+        raise EngineDeadError
+    assert stopped == [True]
+
+
+def test_a_missing_tokenizer_is_one_line(tmp_path: Path) -> None:
+    model = write_mamba2_original(tmp_path, n_layer=1, tokenizer=False)
+    with pytest.raises(EngineStartError) as error:
+        EngineContestant(arguments_of(model, {"filter": False}), "plain", partial(explained_start, False))
+    assert "\n" not in str(error.value)
 
 
 def test_a_failed_start_is_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from vllm_longmamba.cli import app
 from vllm_longmamba.inspect import pictures
-from vllm_longmamba.inspect.measure import LayerMeasurement, Measurements, choose_lengths
+from vllm_longmamba.inspect.measure import LayerMeasurement, Measurements, choose_lengths, measure
 from vllm_longmamba.inspect.summary import default_lengths, kept_by_layer, measured_table
 from vllm_longmamba.tables import LayerThresholds, TableMetadata, ThresholdTable
 
@@ -121,6 +121,9 @@ def test_pictures_of_a_table(tmp_path: Path) -> None:
             ["TABLE", "--lengths", "4k"],
             "--lengths: expected whole numbers separated by commas",
         ),
+        (["TABLE", "--output", "TABLE"], "Invalid value for '--output'"),
+        (["TABLE", "--lengths", "512,0"], "--lengths: every length must be 1 token or more, got 512,0"),
+        (["TABLE", "--lengths", ""], "--lengths: expected whole numbers separated by commas"),
         (["TABLE", "--channel", "0:9"], "layer 0 has the channels 0 to 2"),
     ],
 )
@@ -129,6 +132,24 @@ def test_refusals(arguments: list[str], message: str, tmp_path: Path) -> None:
     code, output = inspect(*[str(tmp_path / "table.safetensors") if word == "TABLE" else word for word in arguments])
     assert code != 0
     assert message in " ".join(output.replace("│", " ").split())
+
+
+def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    code, output = inspect(tmp_path)
+    assert code == 1
+    (line,) = [line for line in output.splitlines() if line.startswith("longmamba inspect: ")]
+    assert "config.json" in line
+    assert "pydantic" not in output
+
+
+def test_a_text_that_is_no_utf8_is_refused_before_the_engine_starts(
+    table: ThresholdTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "latin-1.txt"
+    path.write_bytes(b"caf\xe9")
+    monkeypatch.setattr("vllm.LLM", None)
+    with pytest.raises(ValueError, match=r"latin-1\.txt: texts must be UTF-8, but .*; convert the file"):
+        measure("model", table, tmp_path, path, None, [])
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

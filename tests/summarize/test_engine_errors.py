@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from vllm_longmamba.commands.engine_errors import EngineStartError, explain, explained_start
 
@@ -37,6 +39,16 @@ MEMORY = (
 )
 def test_explain(error: Exception, said: str, expected: str) -> None:
     assert expected in explain(error, said)
+
+
+def test_explain_names_the_argument_that_pydantic_refuses() -> None:
+    @dataclass
+    class Config:
+        max_num_seqs: int
+
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(Config).validate_python({"max_num_seqs": "many"})
+    assert explain(caught.value, "").startswith("max_num_seqs: Input should be a valid integer")
 
 
 START = """

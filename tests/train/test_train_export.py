@@ -89,3 +89,26 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _matrix(family: str) -> str:
     return "model.layers.0.mamba.in_proj.weight" if family == "zamba2" else "backbone.layers.0.mixer.in_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("family", "writer", "name"),
+    [("mamba2", "torch.save", "pytorch_model.bin"), ("zamba2", "train.export.save_file", "model.safetensors")],
+)
+def test_a_failed_export_leaves_the_weights_that_were_there(
+    family: str, writer: str, name: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_settings(family)
+    model = make_model(settings)
+    before = export_model(model, settings, corpus.tokenizer, tmp_path).read_bytes()
+    files = sorted(tmp_path.iterdir())
+
+    def full(weights: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"a part")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(writer, full)
+    with pytest.raises(OSError, match="No space left"):
+        export_model(model, settings, corpus.tokenizer, tmp_path)
+    assert (tmp_path / name).read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == files

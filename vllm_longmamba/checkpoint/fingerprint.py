@@ -41,8 +41,11 @@ def _tensors(file: str) -> Iterator[tuple[str, torch.Tensor]]:
     if Path(file).suffix != ".safetensors":
         yield from load_weights_file(file).items()
         return
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(file, framework="pt") as checkpoint:
-        for name in checkpoint.keys():  # noqa: SIM118 - not a dict
-            yield name, checkpoint.get_tensor(name)
+    try:
+        with safe_open(file, framework="pt") as checkpoint:
+            for name in checkpoint.keys():  # noqa: SIM118 - not a dict
+                yield name, checkpoint.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: no safetensors file, or a truncated one ({error}); copy it anew") from error

@@ -113,7 +113,7 @@ def locate_weights(model_config: Any, load_config: Any) -> Weights:
     """Find (and for a model on the hub, download) the weight files that vLLM will load with these configs.
 
     Raises:
-        ValueError: a load format whose files this plugin cannot read.
+        ValueError: a load format whose files this plugin cannot read, or no weight files.
     """
     if load_config.load_format == "dummy":
         return Weights(None, [])
@@ -124,13 +124,16 @@ def locate_weights(model_config: Any, load_config: Any) -> Weights:
         )
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    folder, files, _, _ = DefaultModelLoader(load_config)._prepare_weights(
-        model_config.model,
-        None,
-        model_config.revision,
-        fall_back_to_pt=True,
-        allow_patterns_overrides=weight_patterns(model_config),
-    )
+    try:
+        folder, files, _, _ = DefaultModelLoader(load_config)._prepare_weights(
+            model_config.model,
+            None,
+            model_config.revision,
+            fall_back_to_pt=True,
+            allow_patterns_overrides=weight_patterns(model_config),
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{error}; they must be .safetensors or .bin files there") from error
     if not Path(model_config.model).is_dir():
         _download_table(model_config, load_config)
     return Weights(Path(folder), [file for file in files if not is_threshold_table(Path(file))])

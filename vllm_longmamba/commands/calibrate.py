@@ -1,5 +1,6 @@
 """The `longmamba calibrate` command."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -96,14 +97,35 @@ def calibrate(
         text_column=text_column,
     )
     arguments = engine_arguments(model, engine, quantization=quantization)
+    if output is not None:
+        # Before the model is loaded.
+        check_replaceable(output, "--output")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(output.parent, os.W_OK):
+            raise ValueError(f"{output}: the folder must not be written to; give another path, --output")
     with explained_start(engine.verbose):
         table = make_table(arguments.pop("model"), settings, **arguments)
     path = output or cached_table_path(table.metadata.weights_fingerprint, quantization)
     if output is None:
         make_private_folder(path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_table(table, path)
     channels = sum(len(layer.retention) for layer in table.layers.values())
     share = f"{table.count_global()} of {channels} channels global"
     rows = f"rows up to {int(table.row_lengths[-1])} tokens"
     console.print(f"wrote {path}: {len(table.layers)} layers, {share}, {rows}", markup=False, soft_wrap=True)
+
+
+def check_replaceable(table: Path, option: str) -> None:
+    """Refuse to write a table over what is no table, of whatever format version.
+
+    Args:
+        table: path to write to.
+        option: names another one.
+
+    Raises:
+        ValueError: something else is there.
+    """
+    from vllm_longmamba.tables import is_table_file
+
+    if table.exists() and not is_table_file(table):
+        raise ValueError(f"{table}: is there, and no threshold table; remove it, or give another path, {option}")

@@ -68,7 +68,11 @@ def explain(error: BaseException, said: str) -> str:
     cause = _words(type(error).__name__, str(error))
     # Pydantic packs the message of a ValueError into several lines of its own.
     if callable(errors := getattr(error, "errors", None)) and errors():
-        cause = str(errors()[0]["msg"]).removeprefix("Value error, ")
+        cause = str(errors()[0]["msg"])
+        # Its own messages do not name the argument.
+        place = ".".join(map(str, errors()[0].get("loc", ())))
+        is_ours = cause.startswith("Value error, ") or not place
+        cause = cause.removeprefix("Value error, ") if is_ours else f"{place}: {cause}"
     if _POINTERS.search(cause):
         # The last exception in the output that does not point to another.
         causes = [found.groups() for line in said.splitlines() if (found := _EXCEPTION.search(line))]

@@ -13,7 +13,7 @@ from vllm_longmamba import decimamba_options
 from vllm_longmamba.architectures import DECIMAMBA
 from vllm_longmamba.commands.engine_errors import explained_start
 from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments, json_object, with_options
-from vllm_longmamba.evaluate.terminal import progress_bars, read_names, read_numbers
+from vllm_longmamba.evaluate.terminal import progress_bars, read_lengths, read_names, read_numbers
 
 if TYPE_CHECKING:
     from vllm_longmamba.evaluate.comparison import Comparison
@@ -54,7 +54,7 @@ class Grid:
         from vllm_longmamba.evaluate.needles import middles
 
         seeds = read_numbers("--seeds", self.seeds, int)
-        return read_numbers("--lengths", self.lengths, int), middles(self.depths), seeds
+        return read_lengths("--lengths", self.lengths), middles(self.depths), seeds
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Compared:
             known: methods that may be named; all by default.
 
         Raises:
-            ValueError: unknown methods, or files of others in the folder.
+            ValueError: unknown methods, a --max-model-len below `longest`, or files of others in the folder.
         """
         from vllm_longmamba.evaluate.comparison import Comparison
         from vllm_longmamba.evaluate.engine import LABELS, EngineContestant
@@ -115,6 +115,8 @@ class Compared:
         methods = read_names("--method", self.method, known or LABELS)
         if self.decimamba and "decimamba" not in methods:
             raise ValueError(f"--decimamba: its settings have a part with --method decimamba only, got {self.method}")
+        if longest is not None:
+            check_room(engine, longest)
         room = {} if longest is None else {"max_model_len": longest}
         arguments = {
             method: room | method_arguments(method, model, engine, self.unfiltered_end, self.decimamba)
@@ -127,6 +129,19 @@ class Compared:
             contestants = {name: EngineContestant(of, name, starting) for name, of in arguments.items()}
             with progress_bars() as progress:
                 yield Comparison(contestants, settings, store, progress)
+
+
+def check_room(engine: EngineOptions, longest: int) -> None:
+    """Refuse a --max-model-len below `longest`, the tokens of the longest prompt and its answer, before hours of work.
+
+    Raises:
+        ValueError: it is below.
+    """
+    if engine.max_model_len is not None and engine.max_model_len < longest:
+        raise ValueError(
+            f"the longest prompt and its answer are {longest} tokens, but --max-model-len is {engine.max_model_len}; "
+            "raise it, or leave it out"
+        )
 
 
 def method_arguments(
@@ -243,7 +258,7 @@ def perplexity(
     from vllm_longmamba.evaluate.report import provenance, summarize_perplexity, write_report
     from vllm_longmamba.evaluate.texts import read_books
 
-    books, wanted = read_books(text), read_numbers("--lengths", lengths, int)
+    books, wanted = read_books(text), read_lengths("--lengths", lengths)
     settings = {"scored_tokens": scored_tokens, "texts": {book.name: book.digest for book in books}}
 
     def choose(book_tokens: Mapping[str, int]) -> Iterator["Window"]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vllm_longmamba.commands.engine_options import EngineOptions, engine_arguments, with_options
-from vllm_longmamba.evaluate.terminal import read_numbers
+from vllm_longmamba.evaluate.terminal import read_lengths
 
 messages = Console(stderr=True)
 
@@ -26,7 +26,7 @@ def inspect(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for pictures, PNG and SVG (needs matplotlib)."),
+        typer.Option("--output", "-o", file_okay=False, help="Folder for pictures, PNG and SVG (needs matplotlib)."),
     ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Prompt lengths in tokens, such as 4096,8192. (default: training lengths x 2^n)")
@@ -46,8 +46,8 @@ def inspect(
     from vllm_longmamba.inspect.summary import default_lengths, layer_table, measured_table, provenance
     from vllm_longmamba.tables import load_table
 
-    wanted = read_numbers("--lengths", lengths, int) if lengths else None
-    path = _table_path(model_or_table, text, engine.table)
+    wanted = None if lengths is None else read_lengths("--lengths", lengths)
+    path = _table_path(model_or_table, text, engine)
     table = load_table(path)
     own_theta = table.metadata.min_retention
     if engine.min_retention is not None:
@@ -79,9 +79,9 @@ def inspect(
             messages.print(f"wrote {output / name}", markup=False, soft_wrap=True)
 
 
-def _table_path(model_or_table: str, text: Path | None, table: Path | None) -> Path:
+def _table_path(model_or_table: str, text: Path | None, engine: EngineOptions) -> Path:
     """The table that is named, or the model's, whose weights vLLM finds (and for a model on the hub, downloads)."""
-    path = Path(model_or_table)
+    path, table = Path(model_or_table), engine.table
     if path.is_file() or path.suffix == ".safetensors":
         if text is not None or table is not None:
             raise ValueError(
@@ -94,10 +94,12 @@ def _table_path(model_or_table: str, text: Path | None, table: Path | None) -> P
 
     from vllm_longmamba.architectures import MODEL_IMPL
     from vllm_longmamba.checkpoint.table_lookup import find_table, locate_weights
+    from vllm_longmamba.commands.engine_errors import explained_start
     from vllm_longmamba.options import LongMambaOptions
 
     # Ours makes original checkpoints readable.
     load_general_plugins()
     arguments = EngineArgs(model=model_or_table, model_impl=MODEL_IMPL)
-    weights = locate_weights(arguments.create_model_config(), arguments.create_load_config())
+    with explained_start(engine.verbose):
+        weights = locate_weights(arguments.create_model_config(), arguments.create_load_config())
     return find_table(model_or_table, weights, LongMambaOptions(table=None if table is None else str(table)))

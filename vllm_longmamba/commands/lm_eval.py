@@ -10,7 +10,7 @@ import typer
 
 from vllm_longmamba.commands.engine_options import EngineOptions, with_options
 from vllm_longmamba.commands.evaluate import Compared, Model, Output
-from vllm_longmamba.evaluate.terminal import read_numbers
+from vllm_longmamba.evaluate.terminal import read_lengths
 
 if TYPE_CHECKING:
     from vllm_longmamba.evaluate.harness.benchmarks import Benchmark
@@ -51,7 +51,7 @@ def ruler(
     from vllm_longmamba.evaluate.harness.benchmarks import RULER
     from vllm_longmamba.evaluate.harness.tasks import ruler_overrides
 
-    chosen, wanted = RULER.chosen(tasks), read_numbers("--lengths", lengths, int)
+    chosen, wanted = RULER.chosen(tasks), read_lengths("--lengths", lengths)
     overrides = partial(ruler_overrides, essays, squad, hotpot)
     _run(RULER, model, engine, compared, output, chosen, wanted, limit, seed, overrides)
 

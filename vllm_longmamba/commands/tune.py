@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN
+from vllm_longmamba.commands.calibrate import check_replaceable
 from vllm_longmamba.commands.engine_errors import explained_start
 from vllm_longmamba.commands.engine_options import EngineOptions, with_options
-from vllm_longmamba.commands.evaluate import Depths, Model, Output, Windows, method_arguments
-from vllm_longmamba.evaluate.terminal import console, progress_bars, read_numbers
+from vllm_longmamba.commands.evaluate import Depths, Model, Output, Windows, check_room, method_arguments
+from vllm_longmamba.evaluate.terminal import console, progress_bars, read_lengths, read_numbers
 
 # Multiples of the training length to score at where no lengths are given: what the settings do shows there.
 _MULTIPLES = (8, 16)
@@ -106,13 +107,16 @@ def tune(
     calibration = CalibrationSettings(
         train_length=engine.train_length, max_length=max_length, texts=tuple(map(str, calibration_text or ()))
     )
-    _check_replaceable(table or Path(model) / FILE_NAME)
-    trained = find_train_length(model, calibration, dict(plain))
-    wanted = read_numbers("--lengths", lengths, int) if lengths else [factor * trained for factor in _MULTIPLES]
+    check_replaceable(table or Path(model) / FILE_NAME, "--table")
+    starting = partial(explained_start, engine.verbose)
+    with starting():
+        trained = find_train_length(model, calibration, dict(plain))
+    multiples = [factor * trained for factor in _MULTIPLES]
+    wanted = multiples if lengths is None else read_lengths("--lengths", lengths)
     calibration = replace(calibration, train_length=trained)
     if not calibration.can_filter(max(wanted)):
         raise ValueError(f"--lengths: prompts of {max(wanted)} tokens are not filtered; give longer ones")
-    starting = partial(explained_start, engine.verbose)
+    check_room(engine, max(wanted) + ANSWER_TOKENS)
     contestant = EngineContestant(plain, "plain", starting)
     encoder, texts = contestant.encoder, read_books(text)
     books = {book.name: encoder.encode(book.text) for book in texts}
@@ -141,17 +145,6 @@ def tune(
         report = head | summarize_tuning(scores, best, held_out)
         write_report(store, report, "Tuning", tuning_markdown, draw_tuning)
     console.print(f"table with the best setting ({setting.label()}) as its default: {path}", soft_wrap=True)
-
-
-def _check_replaceable(table: Path) -> None:
-    """Refuse to write the best table over what is no table."""
-    from vllm_longmamba.tables import read_metadata
-
-    try:
-        if table.exists():
-            read_metadata(table)
-    except ValueError as error:
-        raise ValueError(f"{table}: is there, and no threshold table ({error}); give another path, --table") from error
 
 
 def _table_path(model: str, fingerprint: str, quantization: str | None) -> Path:

@@ -66,7 +66,9 @@ class EngineContestant:
         if method == "decimamba":
             # A text is scored in forced decode steps, see `EngineRunner.tail_logprobs`.
             self._arguments |= forcing_arguments(config, self._arguments.get("logits_processors"))
-        self.encoder = Encoder(cached_tokenizer_from_config(config.model_config), config.model_config.tokenizer)
+        with starting():
+            tokenizer = cached_tokenizer_from_config(config.model_config)
+        self.encoder = Encoder(tokenizer, config.model_config.tokenizer)
         self.description = self._describe(config)
 
     def _check(self, config: Any) -> None:
@@ -128,15 +130,20 @@ class EngineContestant:
         """Start the engine; it is shut down at the end.
 
         Raises:
-            ValueError: the running engine is not what the method says.
+            ValueError: the running engine is not what the method says, or it died.
         """
         from vllm import LLM
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         with self._starting():
             llm = LLM(**self._arguments)
         try:
             self._check(llm.llm_engine.vllm_config)
             yield EngineRunner(llm, self.encoder)
+        except EngineDeadError as error:
+            raise ValueError(
+                "vLLM's engine died, and its log above says why; give the same command again to go on from there"
+            ) from error
         finally:
             llm.llm_engine.engine_core.shutdown()
 

@@ -44,6 +44,18 @@ def read_numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
     return numbers
 
 
+def read_lengths(option: str, text: str) -> list[int]:
+    """Read numbers of tokens, such as "1024,2048", the value of an option.
+
+    Raises:
+        ValueError: as `read_numbers`, or a number below 1.
+    """
+    lengths = read_numbers(option, text, int)
+    if min(lengths) < 1:
+        raise ValueError(f"{option}: every length must be 1 token or more, got {text}")
+    return lengths
+
+
 def read_names(option: str, text: str, known: Collection[str]) -> list[str]:
     """Read "plain,longmamba", the value of an option.
 

@@ -87,10 +87,15 @@ def measure(
         engine_args: further arguments of vLLM's `LLM`, such as `dtype`; none of `SET_HERE`.
 
     Raises:
-        ValueError: the text is shorter than the training length or a length asked for.
+        ValueError: the text is not UTF-8, or shorter than the training length or a length asked for.
     """
     from vllm import LLM, SamplingParams
 
+    try:
+        # Before the engine starts.
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text}: texts must be UTF-8, but {error}; convert the file") from error
     once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
     longest = max(lengths) if lengths else 8 * table.metadata.train_length
     config = engine_args.pop("additional_config", {})
@@ -108,7 +113,7 @@ def measure(
             **{"model_impl": MODEL_IMPL, **engine_args},
         )
     try:
-        tokens = llm.get_tokenizer().encode(text.read_text(encoding="utf-8"), add_special_tokens=False)
+        tokens = llm.get_tokenizer().encode(content, add_special_tokens=False)
         lengths = choose_lengths(lengths, table.metadata.train_length, len(tokens))
         passes = [(length, is_filtered) for length in lengths for is_filtered in (False, True)]
         passes = [(length, is_filtered) for length, is_filtered in passes if table.row_of(length) or not is_filtered]

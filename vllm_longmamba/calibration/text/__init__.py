@@ -58,10 +58,16 @@ def read_corpus(paths: list[Path], column: str = "text") -> Corpus:
         return sample_corpus()
     parts, names, room = [], [], MOST_CHARACTERS
     for path in paths:
-        part = _read(path, column, room)
+        try:
+            part = _read(path, column, room)
+            # Half of a surrogate pair, which JSON can hold, is no character that could be encoded.
+            names.append(f"{path.name} ({_hash(part)})")
+        except UnicodeError as error:
+            raise ValueError(
+                f"{path}: calibration text must be UTF-8 ({error}); convert it, or give a .jsonl or .parquet file"
+            ) from error
         room -= len(part)
         parts.append(part)
-        names.append(f"{path.name} ({_hash(part)})")
     return Corpus(tuple(parts), ", ".join(names))
 
 
@@ -72,13 +78,8 @@ def _hash(text: str) -> str:
 def _read(path: Path, column: str, room: int) -> str:
     readers = {".jsonl": _json_lines, ".parquet": _parquet}
     if path.suffix not in readers:
-        try:
-            with path.open(encoding="utf-8") as file:
-                return file.read(room)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}: calibration text must be UTF-8 ({error}); convert it, or give a .jsonl or .parquet file"
-            ) from error
+        with path.open(encoding="utf-8") as file:
+            return file.read(room)
     documents, length = [], 0
     for document in readers[path.suffix](path, column):
         if length >= room:
@@ -95,7 +96,7 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
                 continue
             try:
                 content: Any = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not a line of JSON ({error})") from error
             document = content.get(column) if isinstance(content, dict) else None
             if not isinstance(document, str):
