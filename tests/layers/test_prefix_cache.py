@@ -25,7 +25,11 @@ def vllm_config(table: Path | None, *, caching: bool = True, connector: bool = F
 def request_of(length: int, salt: str | None = None) -> Any:
     """The fields of vLLM's `EngineCoreRequest` and `Request` that are read."""
     return SimpleNamespace(
-        prompt_token_ids=list(range(length)), prompt_embeds=None, cache_salt=salt, num_prompt_tokens=length
+        prompt_token_ids=list(range(length)),
+        prompt_embeds=None,
+        cache_salt=salt,
+        num_prompt_tokens=length,
+        resumable=False,
     )
 
 
@@ -121,6 +125,18 @@ def test_salt_of_the_user_is_kept_apart(table: Path) -> None:
     salts = [salt_of(config, 20, salt) for salt in foreign]
     assert len({*salts, without}) == len(foreign) + 1
     assert all(str(salted).endswith(f"|{salt}") for salted, salt in zip(salts, foreign, strict=True))
+
+
+def test_salt_of_a_streamed_prompt_is_its_own(table: Path) -> None:
+    """It will be longer, and of another row, when the states behind its first part are cached."""
+    config = vllm_config(table)
+    salts = {salt_of(config, 8, salt) for salt in (None, "mine")}
+    for _ in range(2):
+        request = request_of(8)
+        request.resumable = True
+        salt_request(config, request, load_table(table))
+        salts.add(request.cache_salt)
+    assert len(salts) == 4
 
 
 def test_salt_of_a_prompt_of_embeddings(table: Path) -> None:

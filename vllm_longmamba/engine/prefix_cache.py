@@ -4,9 +4,12 @@ A state depends on the thresholds that filtered its prompt, so the first block's
 the prompt's row. Generated tokens are never filtered, but count as prompt in the next turn of a conversation, so blocks
 that hold generated tokens of a filtered request are kept apart too, and so are blocks that hold tokens of a prompt's
 unfiltered end. (Block hashes are chained: what changes one changes all that follow.)
+
+A prompt that is streamed in becomes longer, and its row another, while it runs: its states are no other request's.
 """
 
 import re
+import secrets
 from typing import Any
 
 from vllm_longmamba.engine.prompt_lengths import prompt_length
@@ -43,7 +46,8 @@ def salt_request(vllm_config: Any, request: Any, table: ThresholdTable | None) -
         return
     digest, row = table.digest(options.min_retention, options.unfiltered_end), table.row_of(prompt_length(request))
     end = table.unfiltered_end(options.unfiltered_end)
-    request.cache_salt = f"longmamba:{digest}:{row}:{end}|{request.cache_salt or ''}"
+    own = f":{secrets.token_hex(8)}" if request.resumable else ""
+    request.cache_salt = f"longmamba:{digest}:{row}:{end}{own}|{request.cache_salt or ''}"
 
 
 def _is_cached(vllm_config: Any) -> bool:
