@@ -67,6 +67,12 @@ def test_can_filter(max_model_len: int, expected: bool) -> None:
     assert (PAPER_SETTINGS.empty_table({0: 1}).row_of(max_model_len) > 0) is expected
 
 
+@pytest.mark.parametrize(("max_model_len", "expected"), [(3000, False), (3001, True)])
+def test_can_filter_a_prompt_with_an_answer(max_model_len: int, expected: bool) -> None:
+    # Rows at 2999 and 3000 tokens.
+    assert replace(PAPER_SETTINGS, train_length=2999, max_length=4000).can_filter(max_model_len) is expected
+
+
 def test_settings_refuse() -> None:
     with pytest.raises(ValueError, match="method must be one of unclamped, paper, got 'closed-loop'"):
         CalibrationSettings(method="closed-loop")

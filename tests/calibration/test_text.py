@@ -89,5 +89,10 @@ def test_read_corpus_refuses_what_is_no_text(tmp_path: Path) -> None:
     path.write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(ValueError, match=r"picture\.png: calibration text must be UTF-8"):
         read_corpus([path])
+    for content in (b'{"text": "\xff"}', rb'{"text": "half a pair: \ud83d"}'):
+        lines = tmp_path / "lines.jsonl"
+        lines.write_bytes(content)
+        with pytest.raises(ValueError, match=r"lines\.jsonl: calibration text must be UTF-8 .*; convert it, or give"):
+            read_corpus([lines])
     with pytest.raises(FileNotFoundError):
         read_corpus([tmp_path / "gone.txt"])

@@ -71,3 +71,31 @@ def _generate_and_cache(running: Any, prompt: list[int], max_tokens: int) -> Any
             generated += 1
             assert llm_engine.reset_prefix_cache(reset_running_requests=True)
     return completion(outputs[0])
+
+
+def test_a_streamed_prompt_shares_no_states(
+    engine: Callable[..., Any], tiny_model: Callable[[str], Any], tiny_table: Callable[[str], Any]
+) -> None:
+    """Its second part is filtered by the row of both, but its blocks were named when it had the first one only."""
+    path, table = tiny_table("mamba2")
+    # States are kept every 16 tokens.
+    caching = {"enable_prefix_caching": True, "prefix_cache_retention_interval": None, "mamba_block_size": 16}
+    running = engine("mamba2", **longmamba(path), **caching, max_num_batched_tokens=48)
+    tokens = random_token_ids(400, seed=9)
+    _stream(running, [tokens[:60], tokens[60:]])
+    unfiltered = tokens[:111]
+    assert table.row_of(len(unfiltered)) == 0
+    assert_exact(tiny_model("mamba2"), unfiltered, running.generate([unfiltered])[0], table)
+
+
+def _stream(running: Any, parts: list[list[int]]) -> None:
+    """Send a prompt in parts, each when the one before is answered, as vLLM's `AsyncLLM` does."""
+    core = running.llm.llm_engine.engine_core
+    for part, is_last in [*((part, False) for part in parts), ([0], True)]:
+        request = running.llm.llm_engine.input_processor.process_inputs(
+            "streamed", {"prompt_token_ids": part}, sampling(1), ("generate",), resumable=not is_last
+        )
+        core.add_request(request)
+        answered = is_last
+        while not answered:
+            answered = any(output.finish_reason is not None for output in core.get_output().outputs)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from small_tables import write_small_table
 
-from vllm_longmamba.engine.prefix_cache import salt_request, unfiltered_block_keys
+from vllm_longmamba.engine import patches
+from vllm_longmamba.engine.prefix_cache import named_table, salt_request, unfiltered_block_keys
+from vllm_longmamba.tables import load_table
 
 
 def vllm_config(table: Path | None, *, caching: bool = True, connector: bool = False, **options: Any) -> Any:
@@ -23,13 +25,17 @@ def vllm_config(table: Path | None, *, caching: bool = True, connector: bool = F
 def request_of(length: int, salt: str | None = None) -> Any:
     """The fields of vLLM's `EngineCoreRequest` and `Request` that are read."""
     return SimpleNamespace(
-        prompt_token_ids=list(range(length)), prompt_embeds=None, cache_salt=salt, num_prompt_tokens=length
+        prompt_token_ids=list(range(length)),
+        prompt_embeds=None,
+        cache_salt=salt,
+        num_prompt_tokens=length,
+        resumable=False,
     )
 
 
 def salt_of(config: Any, length: int, salt: str | None = None) -> str | None:
     request = request_of(length, salt)
-    salt_request(config, request)
+    salt_request(config, request, named_table(config))
     result: str | None = request.cache_salt
     return result
 
@@ -89,6 +95,23 @@ def test_salt_stays(changes: dict[str, Any], salt: str | None, table: Path) -> N
     assert salt_of(vllm_config(table, **changes), 20, salt) == salt
 
 
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_the_table_is_that_of_the_start(change: str, table: Path) -> None:
+    """As in the workers: later, its file may hold another one, or be gone."""
+    config = vllm_config(table)
+    config.model_config = SimpleNamespace(model_impl="longmamba")
+    before = salt_of(config, 20)
+    core = SimpleNamespace(vllm_config=config, model_executor=None)
+    patches._provide_table(lambda self, vllm_config: None)(core, config)
+    table.unlink()
+    if change == "replaced":
+        write_small_table(table, train_length=100)
+    request = request_of(20)
+    request.sampling_params = None
+    patches._check_request(lambda self, request: None)(core, request)
+    assert request.cache_salt == before
+
+
 def test_salt_reaches_the_cache_of_a_connector(table: Path) -> None:
     salts = {salt_of(vllm_config(table, caching=caching, connector=True), 20) for caching in (False, True)}
     assert salts == {salt_of(vllm_config(table), 20)}
@@ -104,10 +127,22 @@ def test_salt_of_the_user_is_kept_apart(table: Path) -> None:
     assert all(str(salted).endswith(f"|{salt}") for salted, salt in zip(salts, foreign, strict=True))
 
 
+def test_salt_of_a_streamed_prompt_is_its_own(table: Path) -> None:
+    """It will be longer, and of another row, when the states behind its first part are cached."""
+    config = vllm_config(table)
+    salts = {salt_of(config, 8, salt) for salt in (None, "mine")}
+    for _ in range(2):
+        request = request_of(8)
+        request.resumable = True
+        salt_request(config, request, load_table(table))
+        salts.add(request.cache_salt)
+    assert len(salts) == 4
+
+
 def test_salt_of_a_prompt_of_embeddings(table: Path) -> None:
     request = request_of(0)
     request.prompt_token_ids, request.prompt_embeds = None, torch.zeros(20, 4)
-    salt_request(vllm_config(table), request)
+    salt_request(vllm_config(table), request, load_table(table))
     assert request.cache_salt == salt_of(vllm_config(table), 20)
 
 
@@ -162,8 +197,8 @@ def test_unfiltered_block_keys(length: int, salt: str | None, end_token: int, ex
 
 def test_unfiltered_block_keys_of_a_salted_request(table: Path) -> None:
     request = request_of(20, "longmamba:00:0:0|")
-    salt_request(vllm_config(table), request)
+    salt_request(vllm_config(table), request, load_table(table))
     assert unfiltered_block_keys(request, 21) == (("longmamba_prompt_length", 20),)
     request = request_of(8, "longmamba:00:3:0|")
-    salt_request(vllm_config(table), request)
+    salt_request(vllm_config(table), request, load_table(table))
     assert unfiltered_block_keys(request, 21) == ()

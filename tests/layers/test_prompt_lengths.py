@@ -38,6 +38,16 @@ def test_other_requests_stay(extra: dict[str, Any] | None) -> None:
     assert whole_prompt_length(request.sampling_params) is None
 
 
+@pytest.mark.parametrize("sent", [999_999, "x"])
+def test_no_client_sets_the_length(sent: Any) -> None:
+    request = request_of(70, {"longmamba_prompt_length": sent, "own": 1})
+    keep_prompt_length(request)
+    assert request.sampling_params.extra_args == {"own": 1}
+    request = request_of(70, {"longmamba_prompt_length": sent, **REMOTE})
+    keep_prompt_length(request)
+    assert whole_prompt_length(request.sampling_params) == 70
+
+
 def test_pooling_requests_stay() -> None:
     keep_prompt_length(SimpleNamespace(sampling_params=None))
     assert whole_prompt_length(None) is None

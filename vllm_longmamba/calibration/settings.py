@@ -123,8 +123,12 @@ class CalibrationSettings:
         return lengths
 
     def can_filter(self, max_model_len: int) -> bool:
-        """Whether any prompt of an engine can be long enough to be filtered."""
-        return 2 * max_model_len > int(self.row_lengths[0] + self.row_lengths[1])
+        """Whether any prompt of an engine can be long enough to be filtered: above the training length, and answered.
+
+        So the engine has room for a calibration sequence, which at_start.py makes one token longer and has answered.
+        """
+        first, second = map(int, self.row_lengths[:2])
+        return max_model_len > first + 1 and 2 * max_model_len > first + second
 
     def key(self) -> str:
         """32 hexadecimal digits that stand for all that decides on the table, the weights apart."""

@@ -77,8 +77,10 @@ def _provide_table(original: Callable[..., Any]) -> Callable[..., Any]:
         kv_cache_config = original(self, vllm_config)
         if uses_longmamba(vllm_config.model_config):
             from vllm_longmamba.calibration.at_start import provide_table
+            from vllm_longmamba.engine.prefix_cache import named_table
 
-            self.longmamba_table = provide_table(self.model_executor, vllm_config, kv_cache_config)
+            made = provide_table(self.model_executor, vllm_config, kv_cache_config)
+            self.longmamba_table = made if made is not None else named_table(vllm_config)
         return kv_cache_config
 
     return _initialize_kv_caches

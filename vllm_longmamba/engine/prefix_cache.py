@@ -4,10 +4,12 @@ A state depends on the thresholds that filtered its prompt, so the first block's
 the prompt's row. Generated tokens are never filtered, but count as prompt in the next turn of a conversation, so blocks
 that hold generated tokens of a filtered request are kept apart too, and so are blocks that hold tokens of a prompt's
 unfiltered end. (Block hashes are chained: what changes one changes all that follow.)
+
+A prompt that is streamed in becomes longer, and its row another, while it runs: its states are no other request's.
 """
 
 import re
-from functools import lru_cache
+import secrets
 from typing import Any
 
 from vllm_longmamba.engine.prompt_lengths import prompt_length
@@ -17,27 +19,39 @@ from vllm_longmamba.tables import ThresholdTable, load_table
 _SALT = re.compile(r"longmamba:[0-9a-f]+:(?P<row>\d+):(?P<end>\d+)\|")
 
 
-def salt_request(vllm_config: Any, request: Any, made_at_start: ThresholdTable | None = None) -> None:
+def named_table(vllm_config: Any) -> ThresholdTable | None:
+    """The table that the front end has found, for `salt_request`; None where it found none, or nothing is cached.
+
+    To be read once, at the engine's start, as the workers do: what lies there later may be another table, or none.
+
+    Raises:
+        TableError: the file cannot be read.
+    """
+    options = options_from_config(vllm_config.additional_config)
+    if not options.filter or options.table is None or not _is_cached(vllm_config):
+        return None
+    return load_table(options.table)
+
+
+def salt_request(vllm_config: Any, request: Any, table: ThresholdTable | None) -> None:
     """Add table, row and unfiltered end to a request's cache salt, in place.
 
     Args:
         vllm_config: configuration of the engine.
         request: vLLM's `EngineCoreRequest`; its own salt, if any, is kept behind ours.
-        made_at_start: the table of an engine that calibrated itself; others have theirs in a file.
+        table: that its workers filter by; None where they filter nothing.
     """
     options = options_from_config(vllm_config.additional_config)
-    is_cached = vllm_config.cache_config.enable_prefix_caching or vllm_config.kv_transfer_config is not None
-    if not options.filter or not is_cached:
+    if table is None or not options.filter or not _is_cached(vllm_config):
         return
-    if made_at_start is not None:
-        table, digest = made_at_start, made_at_start.digest(options.min_retention, options.unfiltered_end)
-    elif options.table is not None:
-        table, digest = _table_and_digest(options.table, options.min_retention, options.unfiltered_end)
-    else:
-        return
-    row = table.row_of(prompt_length(request))
+    digest, row = table.digest(options.min_retention, options.unfiltered_end), table.row_of(prompt_length(request))
     end = table.unfiltered_end(options.unfiltered_end)
-    request.cache_salt = f"longmamba:{digest}:{row}:{end}|{request.cache_salt or ''}"
+    own = f":{secrets.token_hex(8)}" if request.resumable else ""
+    request.cache_salt = f"longmamba:{digest}:{row}:{end}{own}|{request.cache_salt or ''}"
+
+
+def _is_cached(vllm_config: Any) -> bool:
+    return vllm_config.cache_config.enable_prefix_caching or vllm_config.kv_transfer_config is not None
 
 
 def unfiltered_block_keys(request: Any, end_token: int) -> tuple[tuple[str, int], ...]:
@@ -54,9 +68,3 @@ def unfiltered_block_keys(request: Any, end_token: int) -> tuple[tuple[str, int]
     if salt is None or int(salt["row"]) == 0 or end_token <= request.num_prompt_tokens - int(salt["end"]):
         return ()
     return (("longmamba_prompt_length", request.num_prompt_tokens),)
-
-
-@lru_cache(maxsize=4)
-def _table_and_digest(path: str, min_retention: float | None, unfiltered_end: int | None) -> tuple[ThresholdTable, str]:
-    table = load_table(path)
-    return table, table.digest(min_retention, unfiltered_end)

@@ -60,12 +60,17 @@ def _shortened_prompts(runner: Any) -> dict[int, int]:
 def keep_prompt_length(request: Any) -> None:
     """Write the prompt's length into a request whose prompt is computed for another engine, in place.
 
+    What a client itself has sent under that name (`vllm_xargs` of vLLM's server) is taken out: it would choose a row
+    that the prefix cache does not know of, and a worker fails on what is no number.
+
     Args:
         request: vLLM's `EngineCoreRequest`, before vLLM takes the last tokens off its prompt.
     """
     extra = getattr(request.sampling_params, "extra_args", None) or {}
     if (extra.get("kv_transfer_params") or {}).get("do_remote_decode"):
         request.sampling_params.extra_args = {**extra, _WHOLE: prompt_length(request)}
+    elif _WHOLE in extra:
+        request.sampling_params.extra_args = {name: value for name, value in extra.items() if name != _WHOLE}
 
 
 def whole_prompt_length(sampling_params: Any) -> int | None:

@@ -76,6 +76,18 @@ def _hash(text: str) -> str:
 
 
 def _read(path: Path, column: str, room: int) -> str:
+    try:
+        text = _text(path, column, room)
+        # JSON can spell half of a surrogate pair, which is no character and has no UTF-8.
+        text.encode()
+    except UnicodeError as error:
+        raise ValueError(
+            f"{path}: calibration text must be UTF-8 ({error}); convert it, or give another file"
+        ) from error
+    return text
+
+
+def _text(path: Path, column: str, room: int) -> str:
     readers = {".jsonl": _json_lines, ".parquet": _parquet}
     if path.suffix not in readers:
         with path.open(encoding="utf-8") as file:
