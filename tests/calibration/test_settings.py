@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -43,6 +43,23 @@ def test_settings_survive_the_config() -> None:
     assert from_config(json.loads(json.dumps(to_config([settings, unclamped])))) == [settings, unclamped]
     assert pickle.loads(pickle.dumps(unclamped)) == unclamped
     assert from_config({}) == from_config(None) == []
+
+
+def test_metadata_say_what_the_settings_say() -> None:
+    settings = replace(
+        PAPER_SETTINGS,
+        method="unclamped",
+        clamp_percent=0.0,
+        num_sequences=7,
+        seed=3,
+        min_retention=0.3,
+        budget=0.5,
+        unfiltered_end=9,
+    )
+    told, given = asdict(settings.metadata()), asdict(settings)
+    common = told.keys() & given.keys()
+    assert told.keys() - common == {"tool_version", "format_version"}
+    assert {name: told[name] for name in common} == {name: given[name] for name in common}
 
 
 def test_empty_table() -> None:
