@@ -38,7 +38,8 @@ def test_selective_scan_reference(is_filtered: bool, has_gate: bool):
     inputs["dt"][0, 1], inputs["dt_bias"][1] = 30.0, 0.0
     if is_filtered:
         inputs["dt_threshold"][inputs["seq_rows"][0], 1] = 30.0
-    inputs["dt"][0, 0] = 30.0
+    # Above 20 softplus is the identity, below it is not yet.
+    inputs["dt"][0, 0], inputs["dt"][1, 0] = 30.0, 12.0
     inputs["z"] = inputs["z"] if has_gate else None
     state = inputs["state"].clone()
     out = selective_scan_reference(**inputs)
