@@ -9,6 +9,7 @@ import pytest
 import torch
 from calibration_settings import PAPER_SETTINGS
 
+import vllm_longmamba.calibration.settings as calibration_settings
 from vllm_longmamba.calibration.settings import CalibrationSettings, from_config, to_config
 from vllm_longmamba.options import CALIBRATION_METHODS, options_from_config
 from vllm_longmamba.tables import METHODS
@@ -35,6 +36,14 @@ from vllm_longmamba.tables import METHODS
 def test_key(change: dict[str, Any], is_another: bool) -> None:
     assert (replace(PAPER_SETTINGS, **change).key() != PAPER_SETTINGS.key()) is is_another
     assert len(PAPER_SETTINGS.key()) == 32
+
+
+@pytest.mark.parametrize("name", ["_VERSION", "FORMAT_VERSION"])
+def test_key_of_another_version(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release that calibrates differently does not take what an earlier one has stored."""
+    before = PAPER_SETTINGS.key()
+    monkeypatch.setattr(calibration_settings, name, 99)
+    assert PAPER_SETTINGS.key() != before
 
 
 def test_settings_survive_the_config() -> None:
