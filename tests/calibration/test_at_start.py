@@ -89,6 +89,7 @@ def test_first_start_stores_and_the_second_reuses(
     assert calibrated == 1
     assert settings.store is not None
     assert Path(settings.store).read_bytes() == table_to_bytes(table)
+    assert Path(settings.store).parent.stat().st_mode & 0o077 == 0
     assert len(messages) == 1
     expected = (
         r"INFO LongMamba: calibrated in \d+\.\d s on 5 sequences of the training length of 8 tokens, 2 of 6 channels"

@@ -62,3 +62,8 @@ def test_a_training_length_that_is_known(started: list[dict[str, Any]], monkeypa
 def _known(model: str, settings: CalibrationSettings, engine_args: dict[str, Any]) -> int:
     assert (model, settings.train_length) == ("m", None)
     return 2048
+
+
+def test_the_engine_is_as_the_user_asks(started: list[dict[str, Any]]) -> None:
+    calibrate("m", SETTINGS, max_model_len=500, max_num_seqs=4)
+    assert (started[0]["max_model_len"], started[0]["max_num_seqs"]) == (500, 4)

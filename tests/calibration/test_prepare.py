@@ -17,6 +17,9 @@ import vllm_longmamba.calibration.prepare as prepare
 import vllm_longmamba.tables.shipped as shipped
 from vllm_longmamba.calibration.prepare import calibration_obstacle
 from vllm_longmamba.calibration.settings import CALIBRATION_KEY, CalibrationSettings, from_config, to_config
+from vllm_longmamba.checkpoint.table_lookup import cached_table_path
+from vllm_longmamba.engine.config import LongMambaModelConfig
+from vllm_longmamba.options import LongMambaOptions, options_from_config
 from vllm_longmamba.tables import read_metadata, save_table
 
 Configure = Callable[..., Any]
@@ -52,6 +55,15 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
 def planned(config: Any) -> CalibrationSettings:
     (settings,) = from_config(config.additional_config)
     return settings
+
+
+def save_to_cache(fingerprint: str) -> Path:
+    """A table of some weights, as a user makes it; returns its path."""
+    table = PAPER_SETTINGS.empty_table({0: 2})
+    made = cached_table_path(fingerprint)
+    made.parent.mkdir(parents=True, mode=0o700)
+    save_table(replace(table, metadata=replace(table.metadata, weights_fingerprint=fingerprint)), made)
+    return made
 
 
 def test_settings_of_an_engine_without_a_table(configure: Configure, tmp_path: Path) -> None:
@@ -113,15 +125,35 @@ def test_dummy_weights_are_not_stored(configure: Configure) -> None:
 
 def test_a_table_is_used_where_there_is_one(configure: Configure, tmp_path: Path) -> None:
     settings = planned(configure(train_length=96))
-    table = PAPER_SETTINGS.empty_table({0: 2})
-    made = tmp_path / "cache" / "vllm_longmamba" / f"{settings.weights_fingerprint[:32]}.safetensors"
-    made.parent.mkdir(parents=True)
-    metadata = replace(table.metadata, weights_fingerprint=settings.weights_fingerprint)
-    save_table(replace(table, metadata=metadata), made)
+    made = save_to_cache(settings.weights_fingerprint)
+    assert made == tmp_path / "cache" / "vllm_longmamba" / f"{settings.weights_fingerprint[:32]}.safetensors"
+    config = configure(train_length=96, min_retention=0.25, unfiltered_end=7)
+    assert CALIBRATION_KEY not in config.additional_config
+    given = {"train_length": 96, "min_retention": 0.25, "unfiltered_end": 7}
+    assert options_from_config(config.additional_config) == LongMambaOptions(table=str(made), **given)
+    assert read_metadata(made).train_length == 96
+
+
+def test_a_plan_is_dropped_where_a_table_has_come(configure: Configure) -> None:
     config = configure(train_length=96)
+    made = save_to_cache(planned(config).weights_fingerprint)
+    LongMambaModelConfig.verify_and_update_config(config)
     assert CALIBRATION_KEY not in config.additional_config
     assert config.additional_config["longmamba"]["table"] == str(made)
-    assert read_metadata(made).train_length == 96
+
+
+def test_a_quantized_engine_has_a_table_of_its_own(configure: Configure) -> None:
+    """It reads neither the table of the weights as they are nor what an engine made of these."""
+    plain = planned(configure(train_length=96))
+    made = save_to_cache(plain.weights_fingerprint)
+    config = configure(train_length=96)
+    assert config.additional_config["longmamba"]["table"] == str(made)
+    config.model_config.quantization = "fp8"
+    config.additional_config = {"longmamba": {"train_length": 96}}
+    LongMambaModelConfig.verify_and_update_config(config)
+    quantized = planned(config)
+    assert quantized == replace(plain, quantization="fp8", store=quantized.store)
+    assert quantized.store != plain.store
 
 
 def test_short_prompts_need_no_table(configure: Configure) -> None:

@@ -88,7 +88,7 @@ def test_record_a_sequence_in_chunks(chunks: list[int]) -> None:
     assert_same(found[1], expected([sequence + 1 for sequence in given]))
 
 
-@pytest.mark.parametrize("tokens", [0, 5, 12 + 12], ids=["none", "part", "two of one"])
+@pytest.mark.parametrize("tokens", [0, 5, 12 + 5, 12 + 12], ids=["none", "part", "a part of another", "two of one"])
 def test_finish_refuses_what_is_not_whole(tokens: int) -> None:
     made = recorder(num_sequences=1)
     made.record(0, torch.rand(min(tokens, LENGTH), CHANNELS))

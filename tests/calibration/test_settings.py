@@ -2,13 +2,14 @@
 
 import json
 import pickle
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
 from calibration_settings import PAPER_SETTINGS
 
+import vllm_longmamba.calibration.settings as calibration_settings
 from vllm_longmamba.calibration.settings import CalibrationSettings, from_config, to_config
 from vllm_longmamba.options import CALIBRATION_METHODS, options_from_config
 from vllm_longmamba.tables import METHODS
@@ -37,12 +38,37 @@ def test_key(change: dict[str, Any], is_another: bool) -> None:
     assert len(PAPER_SETTINGS.key()) == 32
 
 
+@pytest.mark.parametrize("name", ["_VERSION", "FORMAT_VERSION"])
+def test_key_of_another_version(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release that calibrates differently does not take what an earlier one has stored."""
+    before = PAPER_SETTINGS.key()
+    monkeypatch.setattr(calibration_settings, name, 99)
+    assert PAPER_SETTINGS.key() != before
+
+
 def test_settings_survive_the_config() -> None:
     settings = replace(PAPER_SETTINGS, texts=("/a", "/b"), store="/c")
     unclamped = replace(settings, method="unclamped", clamp_percent=0.0, budget=0.5)
     assert from_config(json.loads(json.dumps(to_config([settings, unclamped])))) == [settings, unclamped]
     assert pickle.loads(pickle.dumps(unclamped)) == unclamped
     assert from_config({}) == from_config(None) == []
+
+
+def test_metadata_say_what_the_settings_say() -> None:
+    settings = replace(
+        PAPER_SETTINGS,
+        method="unclamped",
+        clamp_percent=0.0,
+        num_sequences=7,
+        seed=3,
+        min_retention=0.3,
+        budget=0.5,
+        unfiltered_end=9,
+    )
+    told, given = asdict(settings.metadata()), asdict(settings)
+    common = told.keys() & given.keys()
+    assert told.keys() - common == {"tool_version", "format_version"}
+    assert {name: told[name] for name in common} == {name: given[name] for name in common}
 
 
 def test_empty_table() -> None:

@@ -82,6 +82,8 @@ def test_read_corpus_reads_no_more_than_its_limit(tmp_path: Path, monkeypatch: p
     lines.write_text('{"text": "abc"}\n{"text": "def"}\nnot JSON, and not read\n')
     assert read_corpus([plain, plain]).texts == ("0123456", "012")
     assert read_corpus([plain, lines]).texts == ("0123456", "abc")
+    lines.write_text('{"text": "a document of more"}\n')
+    assert read_corpus([lines]).texts == ("a document",)
 
 
 def test_read_corpus_refuses_what_is_no_text(tmp_path: Path) -> None:

@@ -169,6 +169,15 @@ def test_search_table_passes_a_table_over_that_others_may_write(
         find_table("org/model", weights, LongMambaOptions())
 
 
+def test_a_shipped_table_may_be_written_by_others(place: Callable[[str], Path], weights: Weights) -> None:
+    """Whoever may change the package may change its code."""
+    shipped_table = place("shipped")
+    write_small_table(shipped_table, weights_fingerprint=weights.fingerprint)
+    shipped_table.chmod(0o666)
+    shipped_table.parent.chmod(0o777)
+    assert search_table(weights, LongMambaOptions()) == shipped_table
+
+
 def test_search_table_of_a_quantized_model(place: Callable[[str], Path], weights: Weights) -> None:
     write_small_table(place("cache"), weights_fingerprint=weights.fingerprint)
     assert search_table(weights, LongMambaOptions(), "fp8") is None
@@ -315,11 +324,14 @@ def test_locate_weights_on_the_hub_fetches_the_table(
 
     import vllm_longmamba.checkpoint.table_lookup as table_lookup
 
-    def prepare(self: Any, name: str, *args: Any, **kwargs: Any) -> tuple[str, list[str], bool, str]:
+    def prepare(
+        self: Any, name: str, subfolder: None, revision: str, *args: Any, **kwargs: Any
+    ) -> tuple[str, list[str], bool, str]:
+        assert (name, revision) == ("org/name", "v1")
         return str(model), [str(model / "pytorch_model.bin")], False, ""
 
     def download(repo: str, filename: str, **kwargs: Any) -> str:
-        assert (repo, filename, kwargs["revision"]) == ("org/name", FILE_NAME, "v1")
+        assert (repo, filename, kwargs) == ("org/name", FILE_NAME, {"revision": "v1", "cache_dir": "/downloads"})
         if not has_table:
             raise EntryNotFoundError("404")
         write_small_table(model / FILE_NAME, weights_fingerprint=weights.fingerprint)
@@ -328,7 +340,7 @@ def test_locate_weights_on_the_hub_fetches_the_table(
     monkeypatch.setattr(DefaultModelLoader, "_prepare_weights", prepare)
     monkeypatch.setattr(table_lookup, "weight_patterns", lambda model_config: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    located = locate_weights(SimpleNamespace(model="org/name", revision="v1"), LoadConfig())
+    located = locate_weights(SimpleNamespace(model="org/name", revision="v1"), LoadConfig(download_dir="/downloads"))
     assert located.folder == model
     assert (model / FILE_NAME).is_file() is has_table
     assert located.fingerprint == weights.fingerprint

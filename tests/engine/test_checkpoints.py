@@ -120,7 +120,8 @@ def test_tokenizer_falls_to_that_of_the_published_models(
 ) -> None:
     folder = WRITERS[family](tmp_path / family, n_layer=1, tokenizer=False)
     with caplog.at_level("INFO", logger="vllm.longmamba"):
-        assert model_config(folder).tokenizer == "EleutherAI/gpt-neox-20b"
+        config = model_config(folder, tokenizer_revision="of the model")
+    assert (config.tokenizer, config.tokenizer_revision) == ("EleutherAI/gpt-neox-20b", None)
     (message,) = [record.getMessage() for record in caplog.records if "tokenizer" in record.getMessage()]
     assert f"{folder} has no tokenizer; using EleutherAI/gpt-neox-20b" in message
     assert "--tokenizer" in message

@@ -68,6 +68,13 @@ def test_too_short_a_haystack_is_said_before_anything_starts(tmp_path: Path) -> 
     assert plain.starts == 0
 
 
+def test_too_short_a_length_is_said_before_anything_starts(tmp_path: Path) -> None:
+    plain = HalfBlind("plain")
+    with pytest.raises(ValueError, match="a length of 60 tokens is too short"):
+        comparison(tmp_path, plain).ask([*QUESTIONS, *passkey_questions([60], [0.5], [0])], HAYSTACK)
+    assert plain.starts == 0
+
+
 def test_score(tmp_path: Path) -> None:
     plain = HalfBlind("plain")
     books = [Book("ascii", "abcd" * 100), Book("umlauts", "ä" * 200)]

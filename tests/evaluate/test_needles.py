@@ -33,10 +33,27 @@ def test_passkey_questions_do_not_depend_on_the_rest_of_the_grid() -> None:
     assert len(grid) == 12
     assert len({question.asked.number for question in grid}) == 12
     assert set(passkey_questions([700], [middles(3)[2]], [1])) <= set(grid)
+    assert len({str(question.identity) for question in grid}) == 12
     question = grid[0]
     assert question.needles == (question.asked,)
     assert question.text() == "\nWhat is the pass key? The pass key is "
     assert question.asked.text() == f"\nThe pass key is {question.asked.number}. Remember it.\n"
+
+
+def test_passkeys_have_all_their_digits() -> None:
+    keys = [question.asked.number for question in passkey_questions([512], [0.5], range(200))]
+    assert all(key.isdigit() and len(key) == KEY_DIGITS and key[0] != "0" for key in keys)
+
+
+def test_questions_stay_the_same() -> None:
+    """Results that are stored, and those that are published, are of these questions."""
+    (passkey,) = passkey_questions([512], [0.5], [0])
+    (needle,) = needle_questions([512], [0.5], [0], 2)
+    assert (passkey.asked.number, round(passkey.start, 6)) == ("54509", 0.188295)
+    assert ([(each.name, each.number) for each in needle.needles], round(needle.start, 6)) == (
+        [("desert", "58258"), ("bridge", "96598")],
+        0.162415,
+    )
 
 
 def test_needle_questions_ask_for_one() -> None:
@@ -48,8 +65,11 @@ def test_needle_questions_ask_for_one() -> None:
         assert all(needle.number.isdigit() and len(needle.number) == KEY_DIGITS for needle in question.needles)
         assert question.asked == question.needles[0]
         assert question.asked.depth == question.depth
+    assert len({str(question.identity) for question in questions}) == 15
     # The others stand anywhere, not at the depth asked for.
     assert len({needle.depth for question in questions for needle in question.needles[1:]}) == 45
+    (full,) = needle_questions([512], [0.5], [0], len(NAMES))
+    assert {needle.name for needle in full.needles} == set(NAMES)
     name = questions[0].asked.name
     assert questions[0].text() == f"\nWhat is the magic number of the {name}? The magic number of the {name} is "
 

@@ -19,8 +19,9 @@ def test_share_interval_solves_wilsons_equation(found: int, trials: int) -> None
 def test_share_interval_of_parts() -> None:
     whole = [share_interval([1.0] * found + [0.0] * (4 - found)) for found in range(5)]
     assert share_interval([0.5, 0.5, 1.0, 0.0]) == whole[2]
-    # Three times a third is no whole number in floats.
-    assert share_interval([1 / 3, 1 / 3, 1 / 3, 0.0]) == whole[1]
+    # In floats, six times a third is less than 2, and twenty times a fifth more than 4.
+    assert share_interval([1 / 3] * 6) == share_interval([1.0] * 2 + [0.0] * 4)
+    assert share_interval([0.2] * 20) == share_interval([1.0] * 4 + [0.0] * 16)
     low, high = share_interval([0.25, 1.0, 0.0, 0.0])
     assert (low, high) == (whole[1][0], whole[2][1])
 
@@ -44,6 +45,19 @@ def test_ratio_interval_weighs_by_the_sum_below() -> None:
     low, high = ratio_interval({"a": [[200.0, 100.0]] * 3, "b": [[100.0, 100.0]] * 3})
     # Draws of one book twice are a quarter each, more than 2.5 %.
     assert (low, high) == (1.0, 2.0)
+    # One long book decides wherever it is drawn; one draw in three is without it.
+    low, high = ratio_interval({"long": [[100.0, 100.0]] * 9, **{str(n): [[2.0, 1.0]] for n in range(9)}})
+    assert low == pytest.approx(1.0, abs=0.01)
+    assert high == 2.0
+
+
+def test_ratio_interval_keeps_both_sums_of_a_book_together() -> None:
+    assert ratio_interval({str(n): [[2.0 * n, float(n)]] for n in range(1, 9)}) == (2.0, 2.0)
+
+
+def test_intervals_are_the_same_every_time() -> None:
+    scores = np.random.default_rng(0).random(50).tolist()
+    assert average_interval([scores]) == average_interval([scores])
 
 
 def test_ratio_interval_resamples_whole_books() -> None:

@@ -83,6 +83,7 @@ def test_prefix() -> None:
     prompt = encoder.prompt(question, encoder.encode(HAYSTACK))
     assert prompt[:1] == encoder.prefix
     assert encoder.prefix[0] not in prompt[1:]
+    assert encoder.sizes({"book": [5, 6, 7]}) == {"book": 4}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,12 @@ def test_windows_of_all_lengths_end_at_the_same_places() -> None:
     assert [window.length for window in chosen] == sorted(window.length for window in chosen)
 
 
+def test_windows_are_told_apart() -> None:
+    """By the papers' defaults, of 10 windows: results are stored by identity."""
+    chosen = list(windows({"one": 50_000, "two": 50_000}, [1000, 2000]))
+    assert len(chosen) == len({str(window.identity) for window in chosen}) == 40
+
+
 @pytest.mark.parametrize("prefix", [[], [-1]], ids=["none", "bos"])
 def test_window_tokens(prefix: list[int]) -> None:
     book = list(range(1000))

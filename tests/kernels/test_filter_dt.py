@@ -31,6 +31,14 @@ def test_filter_dt_(tokens: int, channels: int, dtype: torch.dtype):
     torch.testing.assert_close(projection.cpu(), expected, rtol=0, atol=0)
 
 
+def test_filter_dt_of_a_dt_equal_to_the_threshold():
+    """It is filtered; above 20 softplus is exact."""
+    dt = torch.full((1, 3), 30.0, device=DEVICE)
+    dt_threshold = torch.tensor([[-1.0, -1.0, -1.0], [30.0, 29.5, 30.5]], device=DEVICE)
+    filter_dt_(dt, torch.zeros(3, device=DEVICE), dt_threshold, torch.ones(1, dtype=torch.int32, device=DEVICE))
+    assert dt.tolist() == [[float("-inf"), 30.0, float("-inf")]]
+
+
 def test_filter_dt_row_0_keeps_everything():
     projection, dt_bias, dt_threshold, token_rows = filter_inputs(9, 6, torch.float32)
     before = projection.clone()

@@ -34,7 +34,12 @@ def threshold_of(inputs: dict, sequence: int, position: int, channel: int) -> fl
 @pytest.mark.parametrize("has_gate", [False, True], ids=["no-gate", "gate"])
 def test_selective_scan_reference(is_filtered: bool, has_gate: bool):
     inputs = in_float64(scan_inputs((5, 1, 3), d_inner=3, d_state=5, is_filtered=is_filtered))
-    inputs["dt"][0, 0] = 30.0
+    # A dt equal to the threshold is filtered; the softplus of this one is exact.
+    inputs["dt"][0, 1], inputs["dt_bias"][1] = 30.0, 0.0
+    if is_filtered:
+        inputs["dt_threshold"][inputs["seq_rows"][0], 1] = 30.0
+    # Above 20 softplus is the identity, below it is not yet.
+    inputs["dt"][0, 0], inputs["dt"][1, 0] = 30.0, 12.0
     inputs["z"] = inputs["z"] if has_gate else None
     state = inputs["state"].clone()
     out = selective_scan_reference(**inputs)
@@ -106,12 +111,12 @@ def test_ssd_reference(is_filtered: bool):
 
 
 def test_filter_dt_reference():
-    dt = torch.tensor([[-1.0, 2.0, 25.0], [-1.0, 2.0, 0.5]])
+    dt = torch.tensor([[-1.0, 2.0, 25.0], [-1.0, 2.0, 26.5], [-1.0, 2.0, 25.0]])
     expected = dt.clone()
     dt_bias = torch.tensor([0.5, -1.0, 0.0])
-    dt_threshold = torch.tensor([[-1.0, -1.0, -1.0], [0.5, 0.5, 26.0]])
-    token_rows = torch.tensor([1, 0], dtype=torch.int32)
+    dt_threshold = torch.tensor([[-1.0, -1.0, -1.0], [0.5, 0.5, 25.0]])
+    token_rows = torch.tensor([1, 1, 0], dtype=torch.int32)
     # softplus(-0.5) = 0.474 and softplus(25) = 25 are filtered, softplus(1) = 1.313 is kept, row 0 keeps everything
-    expected[0, 0] = expected[0, 2] = -math.inf
+    expected[:2, 0] = expected[0, 2] = -math.inf
     filter_dt_reference(dt, dt_bias, dt_threshold, token_rows)
     torch.testing.assert_close(dt, expected, rtol=0, atol=0)

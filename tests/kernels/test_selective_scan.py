@@ -47,6 +47,18 @@ def test_selective_scan_of_B_and_C_side_by_side():  # noqa: N802
     check(inputs | {"B": projection[:, 16:32], "C": projection[:, 32:]}, torch.bfloat16)
 
 
+def test_selective_scan_filters_a_dt_equal_to_the_threshold():
+    """Above 20 softplus is exact. Tokens that are all filtered leave the state as it was."""
+    inputs = scan_inputs((6,), 4, 3)
+    inputs["dt"].fill_(30.0)
+    inputs["dt_bias"].zero_()
+    inputs["dt_threshold"].fill_(30.0)
+    inputs["seq_prompt_tokens"].fill_(6)
+    before = inputs["state"].clone()
+    selective_scan(**inputs)
+    torch.testing.assert_close(inputs["state"], before, rtol=0, atol=0)
+
+
 def test_selective_scan_without_gate():
     check(scan_inputs((4, 11), 9, 4) | {"z": None}, torch.float32)
 

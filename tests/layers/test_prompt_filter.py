@@ -231,6 +231,13 @@ def test_step_rows_from_metadata_without_lengths(missing: str) -> None:
         step_rows_from_metadata(PromptFilter(small_table()), common)
 
 
+def test_lengths_are_missed_where_nobody_says_who_reads_a_prompt() -> None:
+    """Otherwise a vLLM that has changed would serve the plain model without a word."""
+    common = common_metadata([(20, 0, 20)], rswa_prefix_lens=None, is_prefilling=None)
+    with pytest.raises(RuntimeError, match="did not pass the prompt lengths on"):
+        step_rows_from_metadata(PromptFilter(small_table()), common)
+
+
 def test_generated_tokens_are_not_filtered_without_prompt_lengths() -> None:
     common = common_metadata([(20, 20, 1)], rswa_prefix_lens=None)
     with pytest.raises(RuntimeError, match="did not pass the prompt lengths on"):

@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 
 from vllm_longmamba.layers.prompt_filter import PromptFilter, StepRows
 from vllm_longmamba.layers.step_metadata import (
+    FilterRows,
     LongMamba1Metadata,
     LongMamba1MetadataBuilder,
     LongMamba2Backend,
@@ -108,9 +109,96 @@ def test_captured_graphs_read_what_vllm_writes(family: Any, decodes: int, prefil
 def test_steps_that_hold_more_are_left_to_vllm(flag: str) -> None:
     builder = make_builder(LongMamba2MetadataBuilder, "none", **{flag: True})
     assert not builder._writes_slots_only(make_metadata(LongMamba2Metadata, 3, 0, 3))
-    assert make_builder(LongMamba2MetadataBuilder, "none")._writes_slots_only(
-        make_metadata(LongMamba2Metadata, 3, 0, 3)
+    builder, metadata = make_builder(LongMamba2MetadataBuilder, "none"), make_metadata(LongMamba2Metadata, 3, 0, 3)
+    assert builder._writes_slots_only(metadata)
+    metadata.checkpoint_meta = object()
+    assert not builder._writes_slots_only(metadata)
+
+
+@pytest.mark.parametrize("own_kernels", [False, True])
+def test_decodes_and_prefills_of_a_step_get_their_own_rows(own_kernels: bool) -> None:
+    """A generated token, the tail of a prompt; then a chunk, a preempted request and a short prompt."""
+    builder = make_builder(LongMamba2MetadataBuilder, "none")
+    builder._mixer = SimpleNamespace(runs_own_kernels=lambda: own_kernels)
+    step = PromptFilter(small_table()).step_rows(
+        np.array([20, 12, 16, 20, 5]), np.array([41, 12, 12, 25, 5]), np.array([1, 1, 9, 10, 5])
     )
+    rows = builder._filter_rows(SimpleNamespace(num_decodes=2, num_decode_tokens=2, num_prefills=3), step)
+    assert rows.decode.tolist() == [0, 1]
+    assert rows.prefill_rows.tolist() == [2, 3, 0]
+    assert rows.prefill_prompt_tokens.tolist() == [9, 5, 5]
+    tokens = None if rows.prefill_tokens is None else rows.prefill_tokens.tolist()
+    assert tokens == (None if own_kernels else [2] * 9 + [3] * 5 + [0] * 10)
+
+
+def test_with_decode_changes_nothing_else() -> None:
+    rows = FilterRows(*(torch.tensor([value]) for value in range(4)), StepRows.without_prompts(np.ones(1, np.int32)))
+    decode = torch.tensor([7])
+    assert vars(rows.with_decode(decode)) == vars(rows) | {"decode": decode}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=["mamba1", "mamba2"])
+def test_each_group_reads_rows_from_its_own_buffer(family: Any) -> None:
+    """The captured graph of another group of layers does not read the first group's."""
+    first, second = make_builder(family[0], "none"), make_builder(family[0], "none")
+    given = make_metadata(family[1], 3, 0, 3)
+    step = PromptFilter(small_table()).step_rows(np.array([20, 12, 20]), np.array([20, 40, 16]), np.array([1, 1, 1]))
+    given.filter_rows = first._filter_rows(given, step)
+    updated = second.update_block_table(given, torch.arange(24).view(3, 8).int(), None)
+    for rows, builder in ((given.filter_rows, first), (updated.filter_rows, second)):
+        assert rows.decode.tolist() == [3, 0, 3]
+        assert rows.decode.data_ptr() == builder._graph_rows.data_ptr()
+
+
+@pytest.mark.parametrize("decodes", [LARGEST, LARGEST + 1])
+def test_the_largest_graph_reads_the_rows_of_its_step(decodes: int) -> None:
+    """Tails of prompts; more decodes than vLLM has captured run without a graph."""
+    builder = make_builder(LongMamba1MetadataBuilder, "none")
+    lengths = np.full(decodes, 20)
+    step = PromptFilter(small_table()).step_rows(lengths, lengths, np.ones_like(lengths))
+    rows = builder._decode_rows(SimpleNamespace(num_prefills=0, num_decodes=decodes, num_decode_tokens=decodes), step)
+    assert rows.tolist() == [3] * decodes
+    assert (rows.data_ptr() == builder._graph_rows.data_ptr()) is (decodes == LARGEST)
+
+
+def test_no_row_outlives_its_step() -> None:
+    """Neither the rows of a step that filters, nor those behind a smaller step."""
+    builder = make_builder(LongMamba1MetadataBuilder, "none")
+    prompt_filter = PromptFilter(small_table())
+    found = []
+    # Three tails of prompts, then one request that generates, then three.
+    for prompts, lengths in (([20, 12, 20], [20, 12, 20]), ([20], [21]), ([20, 12, 20], [22, 14, 22])):
+        step = prompt_filter.step_rows(np.array(prompts), np.array(lengths), np.ones(len(prompts), np.int32))
+        metadata = SimpleNamespace(num_prefills=0, num_decodes=len(prompts), num_decode_tokens=len(prompts))
+        found.append(builder._decode_rows(metadata, step).tolist())
+    assert found == [[3, 1, 3], [0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("family", FAMILIES, ids=["mamba1", "mamba2"])
+def test_the_buffer_of_graphs_has_room_for_all_draft_tokens(
+    family: Any, drafts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(self: Any, *_: Any) -> None:
+        self.decode_cudagraph_max_bs, self.num_spec_tokens = LARGEST, drafts
+
+    monkeypatch.setattr(family[2], "__init__", init)
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={"layer": object()}),
+        scheduler_config=SimpleNamespace(max_num_seqs=LARGEST),
+    )
+    assert family[0](None, ["layer"], config, torch.device("cpu"))._graph_rows.tolist() == [0] * LARGEST * (1 + drafts)
+
+
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_prefills_with_a_checkpoint_are_numbered(has_checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = make_builder(LongMamba2MetadataBuilder, "none")
+    builder._mixer, builder._numbers = SimpleNamespace(prompt_filter=None), torch.arange(5)
+    made = make_metadata(LongMamba2Metadata, 3, 2, 5)
+    made.checkpoint_chunk_idx, made.prefill_numbers = torch.zeros(2) if has_checkpoint else None, None
+    monkeypatch.setattr(Mamba2AttentionMetadataBuilder, "build", lambda *_, **__: made)
+    numbers = builder.build(0, None).prefill_numbers
+    assert (None if numbers is None else numbers.tolist()) == ([0, 1] if has_checkpoint else None)
 
 
 @pytest.mark.parametrize("replays", [False, True])

@@ -101,3 +101,9 @@ def test_the_paper_has_no_budget(make_metadata: MakeMetadata) -> None:
     with pytest.raises(ValueError, match=message):
         make_metadata(budget=0.5)
     assert make_metadata(budget=1).budget == 1.0
+
+
+def test_the_method_without_a_clamp_has_none(make_metadata: MakeMetadata) -> None:
+    message = "with the method 'unclamped' clamp_percent must be 0, got 5.0; with a clamp the method is 'paper'"
+    with pytest.raises(ValueError, match=message):
+        make_metadata(method="unclamped")

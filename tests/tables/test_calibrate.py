@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_longmamba.tables import LayerCalibration, LayerThresholds, default_row_lengths, merge_channel_shards
+from vllm_longmamba.tables import (
+    LayerCalibration,
+    LayerThresholds,
+    calibrate,
+    default_row_lengths,
+    merge_channel_shards,
+)
 
 # Thresholds are float32: half a unit in the last place is 6e-8.
 TOLERANCE = 1e-7
@@ -124,9 +130,7 @@ def test_layer_calibration_of_many_channels() -> None:
     dt = _dt(length, channels, seed=9)
     row_lengths = default_row_lengths(length, 10000)
     calibration = LayerCalibration(torch.full((channels,), -1e-3), length, row_lengths, 5.0)
-    threads = torch.get_num_threads()
     calibration.add(dt)
-    assert torch.get_num_threads() == threads
     # A chunk holds about 160 channels of 200 rows.
     chosen = [0, 160, 170, 399]
     alone = LayerCalibration(torch.full((4,), -1e-3), length, row_lengths, 5.0)
@@ -134,6 +138,29 @@ def test_layer_calibration_of_many_channels() -> None:
     np.testing.assert_allclose(
         calibration.result().dt_threshold[:, chosen].numpy(), alone.result().dt_threshold.numpy(), rtol=TOLERANCE
     )
+
+
+def test_layer_calibration_sorts_the_channels_of_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long training sequence of many channels is sorted in parts, here of 3, 3 and 1 channels."""
+    dt = _dt(100, 7, seed=8)
+    results = []
+    for elements in (calibrate._SORT_ELEMENTS, 3 * 100):
+        monkeypatch.setattr(calibrate, "_SORT_ELEMENTS", elements)
+        calibration = LayerCalibration(torch.full((7,), -1e-3), 100, [100, 200, 500], 5.0)
+        calibration.add(dt)
+        results.append(calibration.result().dt_threshold)
+    assert torch.equal(*results)
+
+
+def test_layer_calibration_restores_the_number_of_threads() -> None:
+    """More than the one that it takes itself; the tests' workers have no more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        LayerCalibration(-torch.ones(3), 8, [8, 16], 5.0).add(torch.ones(8, 3))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.gpu

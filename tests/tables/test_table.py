@@ -71,6 +71,20 @@ def test_is_global(make_table: MakeTable) -> None:
     assert table.is_global(3, 1.0).tolist() == [False] * 5, "a retention equal to theta is local"
 
 
+def test_count_global(make_table: MakeTable) -> None:
+    table = make_table()
+    assert (table.count_global(), table.count_global(1e-5), table.count_global(1.0)) == (4, 8, 0)
+
+
+def test_the_row_lengths_of_the_caller_stay_his_own(make_table: MakeTable) -> None:
+    table, given = make_table(), np.array([8, 12, 16, 20], dtype=np.int64)
+    made = ThresholdTable(metadata=table.metadata, row_lengths=given, layers=table.layers)
+    given[3] = 999
+    assert made.row_lengths.tolist() == [8, 12, 16, 20]
+    with pytest.raises(ValueError, match="read-only"):
+        made.row_lengths[3] = 999
+
+
 def test_thresholds(make_table: MakeTable) -> None:
     table = make_table()
     stored = table.layers[3].dt_threshold.clone()
