@@ -255,6 +255,6 @@ def test_an_engine_that_cannot_calibrate_takes_what_another_stored(
     Path(settings.store).parent.mkdir(parents=True)
     Path(settings.store).parent.chmod(0o755)
     save_table(settings.empty_table({0: 2}), settings.store)
-    config = configure(train_length=96)
-    assert config.additional_config["longmamba"]["table"] == settings.store
-    assert CALIBRATION_KEY not in config.additional_config
+    for config in (configure(train_length=96), configure(train_length=96, calibrate=False)):
+        assert config.additional_config["longmamba"]["table"] == settings.store
+        assert CALIBRATION_KEY not in config.additional_config

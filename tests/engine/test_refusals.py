@@ -50,7 +50,7 @@ def options(**given: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("off", [False, "off"])
 def test_no_table(off: Any, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     model = tiny_model("mamba2")
-    message = refusal(model, **options(calibrate=off))
+    message = refusal(model, **options(calibrate=off, train_length=96))
     assert f"no threshold table for {str(model)!r}" in message
     assert str(tmp_path / "cache" / "vllm_longmamba") in message
     assert "the engine makes none: the option calibrate is off" in message
@@ -59,7 +59,7 @@ def test_no_table(off: Any, tiny_model: Callable[[str], Path], tmp_path: Path) -
 
 
 def test_no_table_of_dummy_weights(tiny_model: Callable[[str], Path]) -> None:
-    message = refusal(tiny_model("mamba2"), **options(calibrate=False), load_format="dummy")
+    message = refusal(tiny_model("mamba2"), **options(calibrate=False, train_length=96), load_format="dummy")
     assert "no threshold table for" in message
     assert '{"longmamba": {"filter": false}}' in message
 

@@ -99,7 +99,7 @@ class LongMambaModelConfig:
 def _resolve_table(vllm_config: Any, options: Any) -> dict[str, Any]:
     """The entries of the additional config that tell all processes where the thresholds come from."""
     from vllm_longmamba.calibration.settings import from_config
-    from vllm_longmamba.checkpoint.table_lookup import locate_weights, no_table, search_table
+    from vllm_longmamba.checkpoint.table_lookup import locate_weights, search_table
 
     model_config = vllm_config.model_config
     weights = locate_weights(model_config, vllm_config.load_config)
@@ -110,8 +110,6 @@ def _resolve_table(vllm_config: Any, options: Any) -> dict[str, Any]:
     if path is not None:
         _announce_table(path, model_config, options)
         return {KEY: {**options.to_dict(), "table": str(path)}}
-    if not options.calibrate:
-        raise no_table(model_config.model, "the option calibrate is off")
     return _plan_calibration(vllm_config, options, weights.fingerprint)
 
 
@@ -141,7 +139,7 @@ def _plan_calibration(vllm_config: Any, options: Any, fingerprint: str) -> dict[
     if not settings.can_filter(max_model_len):
         warn_of_short_prompts(settings, max_model_len)
         return {KEY: {**options.to_dict(), "filter": False}}
-    obstacle = calibration_obstacle(vllm_config)
+    obstacle = calibration_obstacle(vllm_config) if options.calibrate else "the option calibrate is off"
     if obstacle is not None:
         if settings.store is None or read_stored(settings) is None:
             raise no_table(vllm_config.model_config.model, obstacle)
