@@ -67,10 +67,10 @@ def explain(error: BaseException, said: str) -> str:
     """One line: why an engine did not start (`error`, while its processes `said`), and what to do."""
     cause = _words(type(error).__name__, str(error))
     # Pydantic packs the message of a ValueError into several lines of its own.
-    if callable(errors := getattr(error, "errors", None)) and errors():
-        cause = str(errors()[0]["msg"])
+    if callable(errors := getattr(error, "errors", None)) and (details := errors()):
+        cause = str(details[0]["msg"])
         # Its own messages do not name the argument.
-        place = ".".join(map(str, errors()[0].get("loc", ())))
+        place = ".".join(map(str, details[0].get("loc", ())))
         is_ours = cause.startswith("Value error, ") or not place
         cause = cause.removeprefix("Value error, ") if is_ours else f"{place}: {cause}"
     if _POINTERS.search(cause):

@@ -115,9 +115,10 @@ class Compared:
         methods = read_names("--method", self.method, known or LABELS)
         if self.decimamba and "decimamba" not in methods:
             raise ValueError(f"--decimamba: its settings have a part with --method decimamba only, got {self.method}")
+        room = {}
         if longest is not None:
             check_room(engine, longest)
-        room = {} if longest is None else {"max_model_len": longest}
+            room = {"max_model_len": longest}
         arguments = {
             method: room | method_arguments(method, model, engine, self.unfiltered_end, self.decimamba)
             for method in methods

@@ -41,9 +41,9 @@ def salt_request(vllm_config: Any, request: Any, table: ThresholdTable | None) -
         request: vLLM's `EngineCoreRequest`; its own salt, if any, is kept behind ours.
         table: that its workers filter by; None where they filter nothing.
     """
-    options = options_from_config(vllm_config.additional_config)
-    if table is None or not options.filter or not _is_cached(vllm_config):
+    if table is None or not _is_cached(vllm_config):
         return
+    options = options_from_config(vllm_config.additional_config)
     digest, row = table.digest(options.min_retention, options.unfiltered_end), table.row_of(prompt_length(request))
     end = table.unfiltered_end(options.unfiltered_end)
     own = f":{secrets.token_hex(8)}" if request.resumable else ""

@@ -14,7 +14,7 @@ from vllm_longmamba.summarize.answering import Answerer, Backend, make_answerer
 from vllm_longmamba.summarize.inputs import Inputs
 from vllm_longmamba.summarize.progress import Progress, say
 from vllm_longmamba.summarize.records import Admitted, DiskFullError, JobStoppedError, Row
-from vllm_longmamba.summarize.runner import Runner, next_in_thread
+from vllm_longmamba.summarize.runner import Runner, next_record
 from vllm_longmamba.summarize.settings import JobSettings
 from vllm_longmamba.summarize.sources import read_records
 from vllm_longmamba.summarize.store import Store, Verdict
@@ -65,7 +65,7 @@ async def _run(settings: JobSettings, progress: Progress, starting: Starting) ->
         complete = True
         # Where nothing is left to do, no engine is started for it.
         # Ctrl-C ends the search, which may pass over many documents first, or wait for standard input.
-        if (first := await asyncio.wrap_future(next_in_thread(admitted, None))) is not None:
+        if (first := await next_record(admitted)) is not None:
             try:
                 complete = await _answer(settings, chain([first], admitted), store, progress, starting)
             except JobStoppedError:

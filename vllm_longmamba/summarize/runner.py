@@ -27,7 +27,13 @@ _SYNC_SECONDS = 1.0
 _EXPORT_SECONDS, _EXPORT_SHARE = 10.0, 0.05
 
 # In a daemon thread, which may be abandoned while it waits for standard input.
-next_in_thread = concurrent.thread(next)
+_next_in_thread = concurrent.thread(next)
+
+
+async def next_record(admitted: Iterator[Admitted]) -> Admitted | None:
+    """The next record, None at the end; others may run, and the wait be cancelled, while it is looked for."""
+    record: Admitted | None = await asyncio.wrap_future(_next_in_thread(admitted, None))
+    return record
 
 
 class Runner:
@@ -100,7 +106,7 @@ class Runner:
 
     async def _read(self, documents: asyncio.TaskGroup) -> None:
         """Begin documents, each when there is room for it."""
-        while (admitted := await asyncio.wrap_future(next_in_thread(self._admitted, None))) is not None:
+        while (admitted := await next_record(self._admitted)) is not None:
             size = sys.getsizeof(admitted.record.content)
             async with self._room:
                 await self._room.wait_for(partial(self._has_room, size))

@@ -58,10 +58,10 @@ def read_corpus(paths: list[Path], column: str = "text") -> Corpus:
         return sample_corpus()
     parts, names, room = [], [], MOST_CHARACTERS
     for path in paths:
-        part = _read(path, column, room)
-        names.append(f"{path.name} ({_hash(part)})")
+        part, content_hash = _read(path, column, room)
         room -= len(part)
         parts.append(part)
+        names.append(f"{path.name} ({content_hash})")
     return Corpus(tuple(parts), ", ".join(names))
 
 
@@ -69,16 +69,16 @@ def _hash(text: str) -> str:
     return f"blake3 {blake3(text.encode()).hexdigest()[:16]}"
 
 
-def _read(path: Path, column: str, room: int) -> str:
+def _read(path: Path, column: str, room: int) -> tuple[str, str]:
+    """A file's text and its hash."""
     try:
         text = _text(path, column, room)
-        # JSON can spell half of a surrogate pair, which is no character and has no UTF-8.
-        text.encode()
+        # It fails, too: JSON can spell half of a surrogate pair, which is no character and has no UTF-8.
+        return text, _hash(text)
     except UnicodeError as error:
         raise ValueError(
             f"{path}: calibration text must be UTF-8 ({error}); convert it, or give another file"
         ) from error
-    return text
 
 
 def _text(path: Path, column: str, room: int) -> str:
