@@ -1,6 +1,6 @@
 """Time whole models with dummy weights and published shapes: stock vLLM against --model-impl longmamba, in one run.
 
-    python benchmarks/whole_models.py [--models NAME ...] [--only prefill|decode] [--batches 1 64 256] [--out FOLDER]
+    python benchmarks/whole_models.py [--models NAME ...] [--only prefill|decode] [--batches 1 64 256 512] [--out FOLDER]
 
 Both engines have vLLM's defaults, that of the state's type included. For each model both are started, each in a process
 of its own, then they take turns while the other waits.
@@ -28,9 +28,9 @@ from support.environment import environment
 from support.report import KERNEL_LENGTHS, decode_lines, write_report
 from support.shapes import MODELS, write_model
 
-LENGTHS = [4096, 8192, 16384, 24576, 32768, 40960, 49152, 65536, 81920, 98304]
+LENGTHS = [4096, 8192, 16384, 32768, 65536, 98304]
 BATCH = (32, 8192)
-BATCHES = [1, 64, 256]
+BATCHES = [1, 64, 256, 512]
 # the filter is switched off at these lengths as well; more repeats where a run is short
 OFF_LENGTHS = [8192, 32768, 65536]
 SHORT = 16384
