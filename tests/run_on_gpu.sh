@@ -50,7 +50,6 @@ wanted requests && tests requests engine/test_requests.py
 wanted kv_connectors && tests kv_connectors engine/test_kv_connectors.py -k offloaded
 wanted kv_two_engines && tests kv_two_engines engine/test_kv_connectors.py -k another_engine
 wanted embeddings && tests embeddings engine/test_embeddings.py
-wanted compressed_tensors && tests compressed_tensors engine/test_compressed_tensors.py
 for family in mamba1 mamba2 falcon_mamba; do
   wanted "decimamba_$family" &&
     tests "decimamba_$family" engine/test_decimamba.py -k "$family and not tensor_parallel and not preempted"

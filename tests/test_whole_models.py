@@ -207,13 +207,14 @@ def test_decode_steps_that_are_not_profiled(log: list[str], monkeypatch: pytest.
     from support.step_recorder import SKIPPED, start_recording, stop_recording
 
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: None)
-    monkeypatch.setattr(step_recorder, "graph_seconds", {"graph of 2": 0.25}.__getitem__)
+    monkeypatch.setattr(step_recorder, "graph_seconds", lambda graph: log.append(f"time {graph}") or 0.25)
     worker = SimpleNamespace(model_runner=Runner(log, replays=1))
     start_recording(worker, 2, 3, is_profiled=False)
-    run_steps(worker, *[2] * (SKIPPED + 5))
+    run_steps(worker, *[2] * (SKIPPED + 5), 1)
     recorded = stop_recording(worker)
     assert (recorded["gpu"], recorded["kernels"]) == (0.25, {})
-    assert log == ["step of 2"] * (SKIPPED + 5)
+    # The graph is timed while its buffers hold all requests, not those of a last step.
+    assert log == [*["step of 2"] * (SKIPPED + 4), "time graph of 2", "step of 2", "step of 1"]
 
 
 def test_medians_of_runs_have_the_kernels_of_the_last() -> None:

@@ -82,7 +82,8 @@ class _StepRecorder:
     Attributes:
         times: of the clock, at the start of each step that is timed.
         events: kernels of the PROFILED steps behind those, where `is_profiled`.
-        graphs: CUDA graphs that the last such call replayed.
+        graphs: CUDA graphs that the step behind all of these replayed.
+        gpu: see `graph_seconds`, of this step; 0 without a GPU.
     """
 
     def __init__(self, execute: Any, batch: int, steps: int, is_profiled: bool) -> None:
@@ -91,14 +92,22 @@ class _StepRecorder:
         self.times: list[float] = []
         self.events: list[Event] = []
         self.graphs: list[Any] = []
+        self.gpu = 0.0
 
     def __call__(self, scheduler_output: Any, *args: Any, **options: Any) -> Any:
         if scheduler_output.total_num_scheduled_tokens != self._batch:
             return self._execute(scheduler_output, *args, **options)
         self._count += 1
-        self._before_step(self._count - SKIPPED - self._steps)
-        with _noted_replays() as self.graphs:
+        since_timed = self._count - SKIPPED - self._steps
+        self._before_step(since_timed)
+        if since_timed != 1 + PROFILED * self._is_profiled:
             return self._execute(scheduler_output, *args, **options)
+        with _noted_replays() as self.graphs:
+            output = self._execute(scheduler_output, *args, **options)
+        if len(self.graphs) == 1:
+            # Now, while its buffers hold every request.
+            self.gpu = graph_seconds(self.graphs[0])
+        return output
 
     def _before_step(self, since_timed: int) -> None:
         if -self._steps < since_timed <= 0:
@@ -112,7 +121,7 @@ class _StepRecorder:
         import torch
 
         has_gpu = torch.cuda.is_available()
-        if len(self.times) < self._steps or (has_gpu and self._is_profiled and not self.events):
+        if self._count <= SKIPPED + self._steps + PROFILED * self._is_profiled:
             raise RuntimeError(f"only {self._count} steps held {self._batch} requests; raise MARGIN")
         if (has_gpu or self.graphs) and len(self.graphs) != 1:
             raise RuntimeError(f"a step is one CUDA graph by default, but it replayed {len(self.graphs)}")
@@ -151,8 +160,7 @@ def stop_recording(worker: Any) -> dict[str, Any]:
     """
     recorder = _end_recording(worker)
     intervals = [end - begin for begin, end in zip(recorder.times, recorder.times[1:], strict=False)]
-    gpu = graph_seconds(recorder.graphs[0]) if recorder.graphs else 0.0
-    return {"clock": statistics.median(intervals), **kernel_times(recorder.events, PROFILED), "gpu": gpu}
+    return {"clock": statistics.median(intervals), **kernel_times(recorder.events, PROFILED), "gpu": recorder.gpu}
 
 
 def stop_timeline(worker: Any) -> list[Event]:
