@@ -1,6 +1,6 @@
 """Time whole models with dummy weights and published shapes: stock vLLM against --model-impl longmamba, in one run.
 
-    python benchmarks/whole_models.py [--models NAME ...] [--only prefill|decode] [--batches 1 64 256 512] [--out FOLDER]
+    python benchmarks/whole_models.py [--models NAME ...] [--only prefill|decode] [--batches N ...] [--out FOLDER]
 
 Both engines have vLLM's defaults, that of the state's type included. For each model both are started, each in a process
 of its own, then they take turns while the other waits.
