@@ -136,7 +136,8 @@ def _decode(results: Path) -> str:
     for name, result in _whole_models(results):
         if decode := result.get("decode"):
             figures = [decode.get(batch) for batch in batches]
-            rows.append([name, *_speed_ups(figures, _gpu_times)])
+            clocks = _speed_ups(figures, _clock_times)
+            rows.append([name, *map("{} ({})".format, _speed_ups(figures, _gpu_times), clocks)])
     return markdown(["batch", *batches], rows)
 
 
@@ -149,6 +150,11 @@ def _decode_times(results: Path) -> str:
             rows.append([name, batch, *times, _clocks(stock), _clocks(ours)])
     head = ["model", "batch", "GPU time: stock", "ours", "stock / ours", "by the clock: stock", "ours"]
     return markdown(head, rows)
+
+
+def _clock_times(figure: Mapping[str, Any]) -> float:
+    clock: float = figure["stock"]["clock"] / figure["on"]["clock"]
+    return clock
 
 
 def _clocks(run: Mapping[str, Any]) -> str:
