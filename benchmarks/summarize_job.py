@@ -5,7 +5,8 @@
 Documents of random words, 4k to 64k tokens (their logarithm uniform), and 128 tokens of answer to each. The same
 documents in the same order go through `longmamba summarize`, `LLM.generate` with --model-impl longmamba, and
 `LLM.generate` with stock vLLM, one after the other, each in a process of its own and alone on the GPU, with vLLM's
-defaults and the command's. Each engine first answers two other documents, a short one and a long one.
+defaults and the command's. Each engine first answers 24 other documents together, the shortest and the longest possible
+among them, so that no kernel is compiled while the clock runs.
 
 The clock runs from the first document's start to the last answer, reading and tokenizing included: around
 `LLM.generate` with a list of strings; in the command from where its progress bar begins until its last row is in the
@@ -37,6 +38,7 @@ WAYS = {
 TOKENS = (4096, 65536)
 TINY_TOKENS = (200, 600)
 ANSWER_TOKENS = 128
+WARM_UP_DOCUMENTS, TINY_WARM_UP_DOCUMENTS = 24, 3
 SEED = 0
 PROCESS = Path(__file__).resolve().parent / "support" / "job_process.py"
 HEAD = ["model", "through", "engine's start", "job", "documents a minute", "tokens a second", "than stock"]
@@ -63,7 +65,8 @@ def job_settings(name: str, folder: Path, count: int, is_tiny: bool) -> dict[str
     model = write_model(name, folder / name, is_tiny)
     add_tokenizer(model)
     remove_end_token(model)
-    lengths = [shortest, longest, *log_uniform_lengths(count, shortest, longest, SEED)]
+    warm_up = TINY_WARM_UP_DOCUMENTS if is_tiny else WARM_UP_DOCUMENTS
+    lengths = [shortest, longest, *log_uniform_lengths(count + warm_up - 2, shortest, longest, SEED)]
     documents = make_documents(lengths, SEED)
     return {
         "model": str(model),
@@ -72,8 +75,8 @@ def job_settings(name: str, folder: Path, count: int, is_tiny: bool) -> dict[str
         "max_model_len": longest + len(prompt_of("")) + ANSWER_TOKENS,
         "answer_tokens": ANSWER_TOKENS,
         "engine": {"load_format": "dummy", **({"enforce_eager": True, "max_num_seqs": 4} if is_tiny else {})},
-        "warm_up": documents[:2],
-        "documents": documents[2:],
+        "warm_up": documents[:warm_up],
+        "documents": documents[warm_up:],
     }
 
 
@@ -134,7 +137,7 @@ def report(document: dict[str, Any]) -> str:
     text = (
         f"Dummy weights, {sizes}; {settings['documents']} documents of {shortest:,} to {longest:,} tokens, "
         f"{settings['answer_tokens']} tokens of answer each. The same documents in the same order, one engine after "
-        "the other, vLLM's defaults. The time of the job has no start of an engine in it, nor the two documents that "
+        "the other, vLLM's defaults. The time of the job has no start of an engine in it, nor the documents that "
         "each engine answers first."
     )
     title = "# A job of long documents"

@@ -76,7 +76,7 @@ def test_longest_document_and_its_answer_fit(settings: dict[str, Any]) -> None:
     from summarize_job import ANSWER_TOKENS, TINY_TOKENS
     from support.byte_documents import prompt_of
 
-    shortest, longest = settings["warm_up"]
+    shortest, longest, *_ = settings["warm_up"]
     assert (len(shortest), len(longest)) == TINY_TOKENS
     assert len(settings["documents"]) == COUNT
     assert settings["max_model_len"] == len(prompt_of(longest)) + ANSWER_TOKENS
@@ -110,8 +110,8 @@ def test_the_command_has_the_engine_of_generate_and_its_clock_leaves_out_start_a
     monkeypatch.setattr(engine, "EngineBackend", Backend)
     measured = job_process.run_command(settings, tmp_path)
     documents = [job_process.prompt_of(document) for document in settings["documents"]]
-    assert sorted(asked[:2]) == sorted(warm_up)
-    assert sorted(asked[2:]) == sorted(documents)
+    assert sorted(asked[: len(warm_up)]) == sorted(warm_up)
+    assert sorted(asked[len(warm_up) :]) == sorted(documents)
     assert DOCUMENT_SECONDS <= measured["seconds"] < WARM_UP_SECONDS
     assert measured["start_seconds"] > WARM_UP_SECONDS
     assert measured["prompt_tokens"] == [len(document) for document in documents]
