@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/results.md", "docs/evidence.md", "docs/decimamba.md")
 LENGTHS = (512, 2048, 8192, 16384, 32768)
+NOT_MEASURED = "–"
 TASKS = {"passkey": ("pass key", "share"), "needles": ("needle", "share"), "perplexity": ("text", "loss")}
 BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -121,7 +122,7 @@ def _prefill(results: Path) -> str:
     for name, result in _whole_models(results):
         if prefill := result.get("prefill"):
             figures = [{**prefill, "batch": result.get("batch")}.get(column) for column in columns]
-            rows.append([name, *_speed_ups(figures, _times)])
+            rows.append([name, *(_speed_up(figure, "median") if figure else NOT_MEASURED for figure in figures)])
     return markdown(["speed-up", *columns.values()], rows)
 
 
@@ -136,8 +137,8 @@ def _decode(results: Path) -> str:
     for name, result in _whole_models(results):
         if decode := result.get("decode"):
             figures = [decode.get(batch) for batch in batches]
-            clocks = _speed_ups(figures, _clock_times)
-            rows.append([name, *map("{} ({})".format, _speed_ups(figures, _gpu_times), clocks)])
+            cells = (f"{_speed_up(of, 'gpu')} ({_speed_up(of, 'clock')})" if of else NOT_MEASURED for of in figures)
+            rows.append([name, *cells])
     return markdown(["batch", *batches], rows)
 
 
@@ -146,15 +147,10 @@ def _decode_times(results: Path) -> str:
     for name, result in _whole_models(results):
         for batch, figure in result.get("decode", {}).items():
             stock, ours = figure["stock"], figure["on"]
-            times = [f"{1e3 * stock['gpu']:.2f}", f"{1e3 * ours['gpu']:.2f}", f"{_gpu_times(figure):.2f}"]
+            times = [f"{1e3 * stock['gpu']:.2f}", f"{1e3 * ours['gpu']:.2f}", _speed_up(figure, "gpu")]
             rows.append([name, batch, *times, _clocks(stock), _clocks(ours)])
     head = ["model", "batch", "GPU time: stock", "ours", "stock / ours", "by the clock: stock", "ours"]
     return markdown(head, rows)
-
-
-def _clock_times(figure: Mapping[str, Any]) -> float:
-    clock: float = figure["stock"]["clock"] / figure["on"]["clock"]
-    return clock
 
 
 def _clocks(run: Mapping[str, Any]) -> str:
@@ -162,19 +158,9 @@ def _clocks(run: Mapping[str, Any]) -> str:
     return f"{1e3 * min(run['clocks']):.1f} to {1e3 * max(run['clocks']):.1f}"
 
 
-def _speed_ups(figures: Iterable[Any], times: Callable[[Mapping[str, Any]], float]) -> list[str]:
-    """Cells; a figure that is None was not measured."""
-    return [f"{times(figure):.2f}" if figure else "–" for figure in figures]
-
-
-def _times(figure: Mapping[str, Any]) -> float:
-    """How many times as long stock vLLM takes."""
-    return float(figure["stock"]["median"] / figure["on"]["median"])
-
-
-def _gpu_times(figure: Mapping[str, Any]) -> float:
-    """The same of the GPU's time."""
-    return float(figure["stock"]["gpu"] / figure["on"]["gpu"])
+def _speed_up(figure: Mapping[str, Any], time: str) -> str:
+    """How many times as long stock vLLM takes, by one of its times."""
+    return f"{figure['stock'][time] / figure['on'][time]:.2f}"
 
 
 def _decimamba_prefill(results: Path) -> str:

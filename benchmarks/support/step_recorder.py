@@ -93,14 +93,15 @@ class _StepRecorder:
         self.events: list[Event] = []
         self.graphs: list[Any] = []
         self.gpu = 0.0
+        # Number of the step behind those that are timed and profiled.
+        self._last = SKIPPED + steps + PROFILED * is_profiled + 1
 
     def __call__(self, scheduler_output: Any, *args: Any, **options: Any) -> Any:
         if scheduler_output.total_num_scheduled_tokens != self._batch:
             return self._execute(scheduler_output, *args, **options)
         self._count += 1
-        since_timed = self._count - SKIPPED - self._steps
-        self._before_step(since_timed)
-        if since_timed != 1 + PROFILED * self._is_profiled:
+        self._before_step(self._count - SKIPPED - self._steps)
+        if self._count != self._last:
             return self._execute(scheduler_output, *args, **options)
         with _noted_replays() as self.graphs:
             output = self._execute(scheduler_output, *args, **options)
@@ -121,7 +122,7 @@ class _StepRecorder:
         import torch
 
         has_gpu = torch.cuda.is_available()
-        if self._count <= SKIPPED + self._steps + PROFILED * self._is_profiled:
+        if self._count < self._last or (has_gpu and self._is_profiled and not self.events):
             raise RuntimeError(f"only {self._count} steps held {self._batch} requests; raise MARGIN")
         if (has_gpu or self.graphs) and len(self.graphs) != 1:
             raise RuntimeError(f"a step is one CUDA graph by default, but it replayed {len(self.graphs)}")
