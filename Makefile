@@ -25,7 +25,7 @@ PROBE := import signal, urllib.request; signal.alarm(6); urllib.request.urlopen(
 COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
 # speed against stock vLLM
-BENCHMARKS := scan_kernels ssd_kernels small_products whole_models summarize_overhead summarize_job calibration_time
+BENCHMARKS := scan_kernels ssd_kernels small_products whole_models summarize_job calibration_time
 
 .PHONY: demo test test-all bench format clean install
 

@@ -16,14 +16,12 @@ from typing import Any
 
 from support.evidence_tables import evidence_tables
 from support.markdown import markdown
-from support.records import METHODS, MODELS, of_models
+from support.records import MODELS, of_models
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/results.md", "docs/evidence.md", "docs/decimamba.md")
-LENGTHS = (512, 2048, 8192, 16384, 32768)
 NOT_MEASURED = "–"
-TASKS = {"passkey": ("pass key", "share"), "needles": ("needle", "share"), "perplexity": ("text", "loss")}
 BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -34,9 +32,6 @@ def tables(results: Path) -> dict[str, Callable[[], str]]:
         results: folder of the records.
     """
     return {
-        "passkey": lambda: _by_length(results, "passkey"),
-        "needles": lambda: _by_length(results, "needles"),
-        "text": lambda: _by_length(results, "perplexity"),
         "generated": lambda: _generated(results),
         "prefill": lambda: _prefill(results),
         "decode": lambda: _decode(results),
@@ -81,19 +76,6 @@ def fill(page: str, results: Path) -> str:
         return f"{block[1]}\n{known[block[2]]()}\n\n{block[3]}"
 
     return BLOCK.sub(replace, page)
-
-
-def _by_length(results: Path, task: str) -> str:
-    value = TASKS[task][1]
-    rows = []
-    for model, record in of_models(results, task).items():
-        found = _figures(record["by_length"], value)
-        for method, label in METHODS.items():
-            if any(of == method for of, _ in found):
-                rows.append(
-                    [MODELS[model], label, *(_figure(found.get((method, length)), value) for length in LENGTHS)]
-                )
-    return markdown(["model", "method", *(f"{length}" for length in LENGTHS)], rows)
 
 
 def _generated(results: Path) -> str:

@@ -1,6 +1,7 @@
 """benchmarks/evidence_numbers.py: what becomes of digits, and that nothing else changes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from references.torch_models import LongMamba, TorchModel
 from references.torch_models.mixers import Mamba2Mixer, Projection
 
-from vllm_longmamba.tables import load_table
+from vllm_longmamba.tables import ThresholdTable, load_table
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "passkey-mamba2-4m"
@@ -36,6 +37,19 @@ class Characters:
 def _benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "references"))
+
+
+def _table() -> ThresholdTable:
+    """The example's table; all of a prompt is filtered."""
+    table = load_table(TABLE)
+    return replace(table, metadata=replace(table.metadata, unfiltered_end=0))
+
+
+def test_a_table_with_an_unfiltered_end_is_refused() -> None:
+    from support.numbers_reader import Reader
+
+    with pytest.raises(ValueError, match="must have no unfiltered end, and has one of 256 tokens"):
+        Reader(TorchModel(EXAMPLE, device="cpu"), load_table(TABLE), 3000)
 
 
 def _windows(tokenizer: Any = None) -> Any:
@@ -75,7 +89,7 @@ def test_answers_are_those_of_the_whole_prompt(length: int) -> None:
 
     from vllm_longmamba.evaluate.needles import PASSKEY_NEEDLE, PASSKEY_QUESTION
 
-    windows, table = _windows(AutoTokenizer.from_pretrained(EXAMPLE)), load_table(TABLE)
+    windows, table = _windows(AutoTokenizer.from_pretrained(EXAMPLE)), _table()
     model = TorchModel(EXAMPLE, device="cpu")
     variation = evidence_numbers.Variation(length=length, key_to_end=301)
     reader = Reader(model, table, length)
@@ -98,7 +112,7 @@ def test_answers_are_those_of_the_whole_prompt(length: int) -> None:
 def test_thresholds_are_raised_where_the_key_stays_above() -> None:
     from support.numbers_reader import BELOW, Reader, Tally
 
-    table, tally = load_table(TABLE), Tally()
+    table, tally = _table(), Tally()
     reader = Reader(TorchModel(EXAMPLE, device="cpu"), table, 3000)
     before = [thresholds.clone() for thresholds in reader._thresholds]
     for layer, thresholds in enumerate(before):
@@ -183,4 +197,4 @@ def test_records_become_tables(tmp_path: Path) -> None:
     (line,) = tables["evidence-numbers-oracles"]().splitlines()[2:]
     assert line == "| as they are | 1 of 2 (0.09 to 0.91) | 0.75 | 1 of 2 (0.09 to 0.91) | 0.75 |"
     (line,) = tables["evidence-numbers-thresholds"]().splitlines()[2:]
-    assert line == "| of the default table | 1 of 2 (0.09 to 0.91) | 0.50 | – | 0.25 | 0.40 |"
+    assert line == "| of the table | 1 of 2 (0.09 to 0.91) | 0.50 | – | 0.25 | 0.40 |"

@@ -73,7 +73,7 @@ def test_records_become_tables(tmp_path: Path) -> None:
 
     book = {"nats": 300.0, "tokens": 100, "all_nats": 100.0, "all_tokens": 50}
     records = [
-        {"key": "engine", "model": "tiny", "hardware": "an abacus"},
+        {"key": "engine", "model": "tiny", "decimamba": "", "hardware": "an abacus"},
         _cell("plain", 2048, found=3),
         _cell("default", 131072, found=1),
         _cell("default", 2048, books={"a": book, "b": book | {"nats": 500.0}}),

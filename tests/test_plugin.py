@@ -126,7 +126,8 @@ def test_patch_names_what_has_changed(patch: Patch, message: str, monkeypatch: p
 RUNNER = SimpleNamespace(model_config=SimpleNamespace(model_impl="auto", model_arch_config=None))
 CORE = SimpleNamespace(vllm_config=SimpleNamespace(model_config=STOCK))
 PLAIN = SimpleNamespace(model_impl="auto", hf_config=SimpleNamespace())
-REQUEST = SimpleNamespace(cache_salt="mine", num_prompt_tokens=4)
+REQUEST = SimpleNamespace(cache_salt="mine", num_prompt_tokens=4, num_computed_tokens=0)
+SCHEDULER = SimpleNamespace(cache_config=SimpleNamespace(block_size=2))
 STOCK_CALLS: dict[str, tuple[Any, ...]] = {
     "_set_default_chunked_prefill_and_prefix_caching_args": (SimpleNamespace(enable_chunked_prefill=None), PLAIN),
     "_rebind_kernels": ([],),
@@ -137,6 +138,7 @@ STOCK_CALLS: dict[str, tuple[Any, ...]] = {
     "preprocess_add_request": (CORE, REQUEST),
     "reload_weights": (CORE,),
     "generate_block_hash_extra_keys": (REQUEST, 0, 16, 0),
+    "_mamba_block_aligned_split": (SCHEDULER, REQUEST, 16, 0, 0),
 }
 
 

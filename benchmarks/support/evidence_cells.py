@@ -10,8 +10,17 @@ from statistics import mean
 from vllm_longmamba.evaluate.statistics import share_interval
 
 from .evidence_plan import Plan, Record, read_settings
+from .records import MODELS
 
 RULER = ("S1", "S2", "MK1", "MV", "MQ")
+# What the pages call the models, in their order.
+NAMES = {
+    "ref2k-mamba1-36m": "Mamba-1, 36M",
+    "ref2k-mamba2-36m": "Mamba-2, 36M",
+    "m2s7-mamba2-36m": "Mamba-2, second seed, 36M",
+    "rope2k-zamba2-36m": "Zamba2, 35M",
+    **MODELS,
+}
 
 
 class Evidence:
@@ -27,7 +36,7 @@ class Evidence:
     def __init__(self, folder: Path) -> None:
         self.cells: dict[tuple[str, str, str, str, int], Record] = {}
         self.searched: dict[tuple[str, str], list[Record]] = defaultdict(list)
-        self.engines: dict[str, Record] = {}
+        self.engines: dict[str, list[Record]] = defaultdict(list)
         self.inspected: dict[str, Record] = {}
         # Of evidence_numbers.py: a record a window; those of one model are expected.
         self.variations: dict[str, list[Record]] = defaultdict(list)
@@ -42,9 +51,9 @@ class Evidence:
                 elif "unit" in record:
                     measured.append(record)
                 else:
-                    self.engines.setdefault(record["model"], record)
+                    self.engines[record["model"]].append(record)
         self._add(measured)
-        self.models = sorted({model for model, *_ in self.cells})
+        self.models = sorted({model for model, *_ in self.cells}, key=_place)
         self.methods = list(dict.fromkeys(method for _, method, *_ in self.cells))
 
     def _add(self, measured: Sequence[Record]) -> None:
@@ -96,3 +105,13 @@ def _scores(record: Record) -> list[float]:
     if "scores" in record:
         return list(record["scores"])
     return [1.0] * record["found"] + [0.0] * (record["unit"]["count"] - record["found"])
+
+
+def name_of(model: str) -> str:
+    """What the pages call a model."""
+    return NAMES.get(model, model)
+
+
+def _place(model: str) -> tuple[int, str]:
+    named = list(NAMES)
+    return (named.index(model) if model in named else len(named)), model

@@ -7,8 +7,8 @@ from pathlib import Path
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from .evidence_cells import Evidence
-from .evidence_tables import DEFAULT, KINDS, LENGTHS, MAIN, name_of, short
+from .evidence_cells import Evidence, name_of
+from .evidence_tables import DEFAULT, KINDS, LENGTHS, MAIN, short
 
 TRAIN_LENGTH = 2048
 COLOURS = {"plain": "#b0413e", "paper": "#c9a227", DEFAULT: "#1f6f8b"}

@@ -1,13 +1,13 @@
 """The tables of docs/evidence.md, from the records of `evidence.py`."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from .evidence_cells import RULER, Evidence
+from .evidence_cells import RULER, Evidence, name_of
 from .evidence_plan import SEARCH, Setting, score
 from .markdown import markdown
 from .numbers_tables import numbers_tables
@@ -17,8 +17,9 @@ KINDS = {"novels": "novels", "numbers": "text full of numbers", "sentences": "re
 DEFAULT = "default"
 # What every table shows; the others stand in the table of options.
 MAIN = ("plain", "paper", DEFAULT)
-# What the pages call the models.
-NAMES = {"ref2k-mamba1-36m": "Mamba-1, 36M", "ref2k-mamba2-36m": "Mamba-2, 36M"}
+# The same for the models that read bytes.
+BYTES_METHODS = ("plain", "whole prompt", DEFAULT)
+BYTES_LENGTHS = (2048, 8192)
 # Lengths of the summary.
 SUMMARY = (32768, 65536)
 # Lengths at which options and rivals are compared.
@@ -43,6 +44,7 @@ def evidence_tables(folder: Path) -> dict[str, Callable[[], str]]:
         "evidence-theta": lambda: _theta(evidence),
         "evidence-sequences": lambda: _sequences(evidence),
         "evidence-receptive": lambda: _receptive(evidence),
+        "evidence-bytes": lambda: _bytes(Evidence(folder / "bytes")),
     }
     for task in ("passkey", "needles"):
         for kind in KINDS:
@@ -105,7 +107,8 @@ def _options(evidence: Evidence) -> str:
     rows = []
     for model in evidence.models:
         for method in evidence.methods:
-            if "seed" in method:
+            # These stand in the table of calibration sequences.
+            if "seed" in method or method.startswith("C "):
                 continue
             cells = []
             for kind in ("novels", "numbers"):
@@ -198,19 +201,31 @@ def _receptive(evidence: Evidence) -> str:
     return "\n\n".join([markdown(head, rows), *pictures])
 
 
-def _conditions(evidence: Evidence) -> str:
+def _bytes(evidence: Evidence) -> str:
+    """The small models that read bytes."""
     rows = []
     for model in evidence.models:
-        engine: Mapping[str, Any] = evidence.engines.get(model, {})
-        rows.append(
-            [name_of(model), *(str(engine.get(name, "")) for name in ("hardware", "vllm", "dtype", "step_tokens"))]
+        for method in BYTES_METHODS:
+            cells = []
+            for task in ("passkey", "needles"):
+                for length in BYTES_LENGTHS:
+                    share = evidence.share(model, method, task, "novels", length)
+                    cells.append(_number(share[0] if share else None, 2))
+            cells += [_number(evidence.loss(model, method, length), 3) for length in BYTES_LENGTHS]
+            rows.append([f"{name_of(model)}, {_bold(method)}", *cells])
+    names = [f"{what}, {length}" for what in ("pass key", "needle", "text") for length in BYTES_LENGTHS]
+    return markdown(["model, method", *names], rows)
+
+
+def _conditions(evidence: Evidence) -> str:
+    def values(model: str, name: str) -> str:
+        return ", ".join(
+            sorted({str(engine.get(name, "")) for engine in evidence.engines[model] if not engine["decimamba"]})
         )
+
+    names = ("hardware", "vllm", "dtype", "step_tokens")
+    rows = [[name_of(model), *(values(model, name) for name in names)] for model in evidence.models]
     return markdown(["model", "hardware", "vLLM", "dtype", "tokens a step"], rows)
-
-
-def name_of(model: str) -> str:
-    """What the pages call a model."""
-    return NAMES.get(model, model)
 
 
 def short(length: int) -> str:

@@ -98,11 +98,19 @@ class Reader:
         table: of the model.
         length: tokens of the prompt.
         factor: on the table's thresholds; 0 filters nothing.
+
+    Raises:
+        ValueError: the table leaves the ends of prompts unfiltered.
     """
 
     def __init__(self, model: TorchModel, table: ThresholdTable, length: int, factor: float = 1.0) -> None:
         self.model, self._length = model, length
         self._is_global = [table.is_global(layer.index) for layer in model.layers]
+        if end := table.metadata.unfiltered_end:
+            raise ValueError(
+                f"the table must have no unfiltered end, and has one of {end} tokens; make it with "
+                "`longmamba calibrate --unfiltered-end 0`"
+            )
         row = table.row_of(length) if factor else 0
         # -1, for no filter, stays negative.
         self._thresholds = [table.thresholds(layer.index)[row] * (factor or 1.0) for layer in model.layers]

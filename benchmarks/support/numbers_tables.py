@@ -29,7 +29,7 @@ ORACLES = {
     "write, but do not decay": ("digits do not decay", "early key, digits do not decay"),
 }
 THRESHOLDS = {
-    "numbers": "of the default table",
+    "numbers": "of the table",
     "thresholds times 16": "16 times as large",
     "thresholds at the key": "just below the key's dt",
 }

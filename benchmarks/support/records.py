@@ -1,4 +1,4 @@
-"""Which records the results page shows, and how it names them."""
+"""The records of the small models in examples/, and what the results page calls these."""
 
 import json
 from pathlib import Path
@@ -10,16 +10,6 @@ MODELS = {
     "passkey-mamba2-4m": "Mamba-2, 3.8M",
     "reference-mamba2-few-writes-4m": "Mamba-2 (few writes), 3.8M",
     "reference-zamba2-1m": "Zamba2, 1.1M",
-}
-DEFAULT = "LongMamba, unclamped"
-# Methods as the records name them, and as the page does.
-METHODS = {
-    "plain": "plain",
-    DEFAULT: "**default**",
-    "LongMamba, paper": "paper",
-    "LongMamba, unfiltered end": "unfiltered end",
-    "LongMamba, twice the budget": "twice the budget",
-    "decimamba": "DeciMamba",
 }
 
 

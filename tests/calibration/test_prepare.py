@@ -57,12 +57,13 @@ def planned(config: Any) -> CalibrationSettings:
     return settings
 
 
-def save_to_cache(fingerprint: str) -> Path:
+def save_to_cache(fingerprint: str, unfiltered_end: int = 0) -> Path:
     """A table of some weights, as a user makes it; returns its path."""
     table = PAPER_SETTINGS.empty_table({0: 2})
     made = cached_table_path(fingerprint)
-    made.parent.mkdir(parents=True, mode=0o700)
-    save_table(replace(table, metadata=replace(table.metadata, weights_fingerprint=fingerprint)), made)
+    made.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+    metadata = replace(table.metadata, weights_fingerprint=fingerprint, unfiltered_end=unfiltered_end)
+    save_table(replace(table, metadata=metadata), made)
     return made
 
 
@@ -134,6 +135,41 @@ def test_a_table_is_used_where_there_is_one(configure: Configure, tmp_path: Path
     assert read_metadata(made).train_length == 96
 
 
+@pytest.mark.parametrize(
+    ("options", "end", "budget"),
+    [
+        ({}, 48, 0.5),
+        ({"unfiltered_end": 24}, 24, 0.75),
+        ({"unfiltered_end": 500}, 500, 0.25),
+        ({"filter_generated": True}, 0, 1.0),
+        ({"calibration_method": "paper"}, 0, 1.0),
+        ({"calibration_method": "paper", "unfiltered_end": 24}, 24, 1.0),
+    ],
+)
+def test_the_end_and_what_it_leaves_of_the_budget(
+    options: dict[str, Any], end: int, budget: float, configure: Configure
+) -> None:
+    settings = planned(configure(train_length=96, **options))
+    assert (settings.unfiltered_end, settings.budget) == (end, budget)
+    metadata = settings.metadata()
+    assert (metadata.unfiltered_end, metadata.budget) == (end, budget)
+
+
+def test_a_found_table_with_an_end_is_not_for_generated_tokens(configure: Configure) -> None:
+    """Unless the options say how long its end is to be; a table without an end is."""
+    fingerprint = planned(configure(train_length=96)).weights_fingerprint
+    made = save_to_cache(fingerprint, unfiltered_end=48)
+    # Its training length is what the engine then calibrates with.
+    config = configure(filter_generated=True)
+    settings = planned(config)
+    assert (settings.train_length, settings.unfiltered_end, settings.budget) == (96, 0, 1.0)
+    assert config.additional_config["longmamba"]["table"] is None
+    for options in ({}, {"filter_generated": True, "unfiltered_end": 0}):
+        assert configure(**options).additional_config["longmamba"]["table"] == str(made)
+    save_to_cache(fingerprint)
+    assert configure(filter_generated=True).additional_config["longmamba"]["table"] == str(made)
+
+
 def test_a_plan_is_dropped_where_a_table_has_come(configure: Configure) -> None:
     config = configure(train_length=96)
     made = save_to_cache(planned(config).weights_fingerprint)
@@ -183,7 +219,8 @@ def test_what_a_command_asks_for_is_completed(configure: Configure, tmp_path: Pa
     first, second = from_config(config.additional_config)
     expected = planned(configure(train_length=96))
     filled = {name: getattr(expected, name) for name in ("model_id", "weights_fingerprint", "dtype", "quantization")}
-    assert first == replace(asked, min_retention=0.01, corpus=first.corpus, **filled)
+    by_method = {"min_retention": 0.01, "budget": 1.0, "unfiltered_end": 0}
+    assert first == replace(asked, corpus=first.corpus, **by_method, **filled)
     assert second == replace(first, seed=5)
     assert first.corpus.startswith("text.jsonl (blake3 ")
 

@@ -38,7 +38,7 @@ def expected(given: list[torch.Tensor]) -> LayerThresholds:
 
 def test_a_recorder_keeps_to_its_method() -> None:
     given = sequences(3)
-    made = CalibrationRecorder(replace(UNCLAMPED, num_sequences=3))
+    made = CalibrationRecorder(replace(UNCLAMPED, num_sequences=3, budget=1.0))
     made.attach(SimpleNamespace(layer_index=0, dt_recorder=None), A)
     calibration = LayerCalibration(A, LENGTH, ROWS, 0.0, "unclamped")
     for sequence in given:

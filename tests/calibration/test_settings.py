@@ -148,6 +148,6 @@ def test_methods_make_other_tables() -> None:
     methods = (paper, unclamped, replace(paper, clamp_percent=0.0), replace(unclamped, budget=2.0))
     assert len({each.key() for each in methods}) == len(methods)
     assert [(each.metadata().method, each.metadata().budget) for each in methods[1::2]] == [
-        ("unclamped", 1.0),
+        ("unclamped", 0.5),
         ("unclamped", 2.0),
     ]

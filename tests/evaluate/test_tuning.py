@@ -9,10 +9,21 @@ import pytest
 from small_tables import small_table
 
 from vllm_longmamba.calibration.settings import CalibrationSettings
-from vllm_longmamba.evaluate.tuning import DEFAULT, PLAIN, Score, Setting, Space, calibrations, choose, in_force, search
+from vllm_longmamba.evaluate.tuning import (
+    Score,
+    Setting,
+    Space,
+    calibrations,
+    choose,
+    default_setting,
+    in_force,
+    search,
+)
 from vllm_longmamba.evaluate.tuning_report import draw_tuning, summarize_tuning, tuning_markdown
 
-SPACE = Space([0.5, 2], (0.01, 0.5), [256], 12)
+DEFAULT = default_setting(CalibrationSettings(train_length=512))
+PLAIN = DEFAULT.plain()
+SPACE = Space([1, 2], (0.01, 0.5), [0], 12).including(DEFAULT)
 
 
 def scored(setting: Setting, share: float = 1.0, loss: float = 2.0) -> Score:
@@ -36,8 +47,8 @@ def test_settings_that_are_the_same_model() -> None:
 
 def test_labels() -> None:
     assert PLAIN.label() == "plain"
-    assert DEFAULT.label() == "budget 1, theta 0.05"
-    assert Setting(0.25, 1 / 3, 256).label() == "budget 0.25, theta 0.333, unfiltered end 256"
+    assert DEFAULT.label() == "budget 0.5, theta 0.05, unfiltered end 256"
+    assert Setting(0.25, 1 / 3, 0).label() == "budget 0.25, theta 0.333"
 
 
 @pytest.mark.parametrize(
@@ -73,9 +84,9 @@ class Best:
 
 def test_search() -> None:
     score = Best()
-    scores = search(score, SPACE)
+    scores = search(score, SPACE, DEFAULT)
     assert score.asked[:2] == [PLAIN, DEFAULT]
-    corners = [Setting(budget, 0.05, end) for end in (0, 256) for budget in (1.0, 0.5, 2)]
+    corners = [Setting(budget, 0.05, end) for end in (256, 0) for budget in (0.5, 1, 2)]
     assert score.asked[1:7] == corners
     # Each of the proposals is new, and within the space.
     proposed = score.asked[7:]
@@ -92,10 +103,10 @@ def test_a_second_search_goes_on() -> None:
     """It asks for the same settings again, whose results are in the store, and then for what was not asked yet."""
     interrupted = Best(fail_after=9)
     with pytest.raises(KeyboardInterrupt):
-        search(interrupted, SPACE)
+        search(interrupted, SPACE, DEFAULT)
     whole, longer = Best(), Best()
-    search(whole, SPACE)
-    search(longer, replace(SPACE, trials=14))
+    search(whole, SPACE, DEFAULT)
+    search(longer, replace(SPACE, trials=14), DEFAULT)
     assert interrupted.asked == whole.asked[:9]
     assert longer.asked[: len(whole.asked)] == whole.asked
     assert len(longer.asked) == 15
@@ -103,14 +114,15 @@ def test_a_second_search_goes_on() -> None:
 
 def test_fewer_trials_than_corners() -> None:
     score = Best()
-    search(score, replace(SPACE, trials=1))
+    search(score, replace(SPACE, trials=1), DEFAULT)
     assert score.asked == [PLAIN, DEFAULT]
 
 
 def test_the_default_is_in_every_space() -> None:
-    space = Space([], (0.05, 0.05), [], 1)
-    assert (space.budgets, space.unfiltered_ends) == ((1.0,), (0,))
-    assert Space([2, 1], (0.05, 0.05), [4, 0], 1).budgets == (1.0, 2)
+    space = Space([], (0.05, 0.05), [], 1).including(DEFAULT)
+    assert (space.budgets, space.unfiltered_ends) == ((0.5,), (256,))
+    space = Space([2, 0.5], (0.05, 0.05), [4, 256], 1).including(DEFAULT)
+    assert (space.budgets, space.unfiltered_ends) == ((0.5, 2), (256, 4))
 
 
 def test_no_table_is_made_twice(tmp_path: Path) -> None:
@@ -119,8 +131,7 @@ def test_no_table_is_made_twice(tmp_path: Path) -> None:
     text.write_text("one")
     settings = CalibrationSettings(train_length=8, texts=(str(text),))
     made = calibrations([1.0, 0.25], settings, {"weights": "w"}, tmp_path)
-    # The first is what `longmamba calibrate` makes by default.
-    assert [replace(one, store=None) for one in made] == [settings, replace(settings, budget=0.25)]
+    assert [replace(one, store=None) for one in made] == [replace(settings, budget=budget) for budget in (1.0, 0.25)]
     assert len({one.store for one in made}) == 2
     assert calibrations([2.0, 0.25], settings, {"weights": "w"}, tmp_path)[1] == made[1]
     names = {one.store for one in made}

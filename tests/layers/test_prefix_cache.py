@@ -9,7 +9,7 @@ import torch
 from small_tables import write_small_table
 
 from vllm_longmamba.engine import patches
-from vllm_longmamba.engine.prefix_cache import named_table, salt_request, unfiltered_block_keys
+from vllm_longmamba.engine.prefix_cache import named_table, next_chunk, salt_request, unfiltered_block_keys
 from vllm_longmamba.tables import load_table
 
 
@@ -202,3 +202,50 @@ def test_unfiltered_block_keys_of_a_salted_request(table: Path) -> None:
     request = request_of(8, "longmamba:00:3:0|")
     salt_request(vllm_config(table), request, load_table(table))
     assert unfiltered_block_keys(request, 21) == ()
+
+
+@pytest.mark.parametrize(
+    ("salt", "start", "tokens", "found", "expected", "kept"),
+    [
+        # 100 tokens, 30 of them unfiltered, in blocks of 16: the last boundary before the end is at 64.
+        ("longmamba:0a:3:30|", 0, 100, 0, (64, False), 64),
+        ("longmamba:0a:3:30|", 0, 40, 0, (40, False), 64),
+        ("longmamba:0a:3:30|", 32, 68, 0, (32, False), 64),
+        ("longmamba:0a:3:30|", 64, 36, 0, (36, True), 64),
+        ("longmamba:0a:3:30|", 64, 20, 0, (20, False), 64),
+        ("longmamba:0a:3:30|", 0, 100, 32, (64, False), 32),
+        ("longmamba:0a:3:30|", 64, 36, 96, (36, False), 96),
+        ("longmamba:0a:3:99|", 0, 100, 0, (100, False), 0),
+        ("longmamba:0a:3:0|", 0, 100, 0, (100, False), 0),
+        ("longmamba:0a:0:30|", 0, 100, 0, (100, False), 0),
+        (None, 0, 100, 0, (100, False), 0),
+    ],
+    ids=[
+        "whole-prompt",
+        "part-before",
+        "part-across",
+        "the-end",
+        "part-of-the-end",
+        "vllm-keeps-another",
+        "vllm-keeps-one-in-the-end",
+        "nothing-but-end",
+        "no-end",
+        "row-0",
+        "not-filtered",
+    ],
+)
+def test_next_chunk(
+    salt: str | None, start: int, tokens: int, found: int, expected: tuple[int, bool], kept: int
+) -> None:
+    request = request_of(100, salt)
+    request.num_tokens, request.shared_prefix_boundary = 100, found
+    scheduler = SimpleNamespace(cache_config=SimpleNamespace(block_size=16))
+    assert next_chunk(scheduler, request, start, tokens) == expected
+    assert request.shared_prefix_boundary == kept
+
+
+def test_a_resumed_request_is_cut_by_vllm() -> None:
+    """It has generated tokens, whose states are kept too."""
+    request = request_of(100, "longmamba:0a:3:30|")
+    request.num_tokens, request.shared_prefix_boundary = 110, 0
+    assert next_chunk(SimpleNamespace(cache_config=SimpleNamespace(block_size=16)), request, 64, 36) == (36, False)

@@ -118,7 +118,7 @@ def test_from_options_takes_all_of_them() -> None:
 
 
 def test_generated_tokens_are_not_filtered_behind_an_unfiltered_end() -> None:
-    message = f"the last {END} tokens of prompts are not to be filtered .* choose one"
+    message = f"the last {END} tokens of prompts are not to be filtered .*--unfiltered-end 0`"
     with pytest.raises(ValueError, match=message):
         PromptFilter(small_table(), filters_generated=True, unfiltered_end=END)
     table = small_table(unfiltered_end=END)

@@ -27,6 +27,8 @@ def settings_of_engine(vllm_config: Any, options: Any, fingerprint: str) -> Cali
         method=options.calibration_method,
         train_length=train_length(vllm_config.model_config.hf_text_config, options),
         max_length=max(vllm_config.model_config.max_model_len, DEFAULT_MAX_MODEL_LEN),
+        # Generated tokens follow the end of the prompt, so it cannot be left out where they are filtered.
+        unfiltered_end=0 if options.filter_generated else options.unfiltered_end,
         texts=(options.calibration_text,) if options.calibration_text else (),
     )
     if not settings.can_filter(vllm_config.model_config.max_model_len):
@@ -61,6 +63,8 @@ def complete(settings: CalibrationSettings, vllm_config: Any, fingerprint: str) 
         settings,
         clamp_percent=settings.clamp(model_config.architecture),
         min_retention=settings.theta,
+        budget=settings.budget_before_end(),
+        unfiltered_end=settings.end(),
         texts=tuple(map(str, texts)),
         model_id=Path(model).resolve().name if Path(model).is_dir() else model,
         weights_fingerprint=fingerprint,

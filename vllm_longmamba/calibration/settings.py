@@ -26,6 +26,9 @@ from vllm_longmamba.tables import (
 
 CALIBRATION_KEY = "longmamba_calibration"
 
+# Where the unfiltered end leaves less of a budget of 1: a smaller one was not tried.
+LEAST_BUDGET = 0.25
+
 # To be raised where the same settings and text give another table than before.
 _VERSION = 3
 # What decides nothing about the table beside the other fields.
@@ -47,8 +50,10 @@ class CalibrationSettings:
         seed: chooses the sequences.
         method: "paper"; or "unclamped", the same without the clamp, and with the clipped mean over the sequences. By
             default "unclamped", or "paper" where clamp_percent is given.
-        budget: what a channel may keep, as a factor of its sum of dt over the training length; the paper's is 1.
-        unfiltered_end: as many of a prompt's last tokens are not filtered; serving may change it. 0 in the paper.
+        budget: what a channel may keep before the unfiltered end, as a factor of its sum of dt over the training
+            length. By default what the end leaves of 1, but at least 0.25; 1 with the method "paper".
+        unfiltered_end: as many of a prompt's last tokens are not filtered; serving may change it. By default half of
+            the training length; 0 with the method "paper".
         texts: paths of the text; none stands for the sample that comes with the package.
         text_column: the field or column of .jsonl and .parquet files that holds the text.
         store: file that keeps the table, None where none does.
@@ -70,8 +75,8 @@ class CalibrationSettings:
     max_length: int = DEFAULT_MAX_MODEL_LEN
     seed: int = 0
     method: str | None = None
-    budget: float = 1.0
-    unfiltered_end: int = 0
+    budget: float | None = None
+    unfiltered_end: int | None = None
     texts: tuple[str, ...] = ()
     text_column: str = "text"
     store: str | None = None
@@ -85,7 +90,8 @@ class CalibrationSettings:
         # JSON knows no tuples.
         object.__setattr__(self, "texts", tuple(self.texts))
         for name in ("budget", "unfiltered_end"):
-            check_range(name, getattr(self, name), "CalibrationSettings")
+            if (value := getattr(self, name)) is not None:
+                check_range(name, value, "CalibrationSettings")
         if self.method is None:
             object.__setattr__(self, "method", PAPER if self.clamp_percent else UNCLAMPED)
         if self.method not in METHODS:
@@ -95,7 +101,7 @@ class CalibrationSettings:
                 f"CalibrationSettings: the method {UNCLAMPED} has no clamp, got clamp_percent {self.clamp_percent}; "
                 f"leave it out, or take the method {PAPER}"
             )
-        if self.method == PAPER and self.budget != 1:
+        if self.method == PAPER and self.budget not in (None, 1):
             raise ValueError(
                 f"CalibrationSettings: the method {PAPER} has no budget but that of the training length, got "
                 f"{self.budget}; leave it out, or take the method {UNCLAMPED}"
@@ -114,6 +120,22 @@ class CalibrationSettings:
         if self.method == UNCLAMPED:
             return 0.0
         return 20.0 if is_mamba1(architecture) else 5.0
+
+    def end(self) -> int:
+        """`unfiltered_end`; where none is given, the method's. The training length must be known."""
+        if self.unfiltered_end is not None:
+            return self.unfiltered_end
+        assert self.train_length is not None
+        return 0 if self.method == PAPER else self.train_length // 2
+
+    def budget_before_end(self) -> float:
+        """`budget`; where none is given, the method's. The training length must be known."""
+        if self.budget is not None:
+            return self.budget
+        if self.method == PAPER:
+            return 1.0
+        assert self.train_length is not None
+        return max(1 - self.end() / self.train_length, LEAST_BUDGET)
 
     @property
     def row_lengths(self) -> np.ndarray:
@@ -152,8 +174,8 @@ class CalibrationSettings:
             seed=self.seed,
             tool_version=f"vllm_longmamba {__version__}",
             method=self.method,
-            budget=self.budget,
-            unfiltered_end=self.unfiltered_end,
+            budget=self.budget_before_end(),
+            unfiltered_end=self.end(),
         )
 
     def empty_table(self, channels: dict[int, int]) -> ThresholdTable:

@@ -62,15 +62,20 @@ def calibrate(
         ),
     ] = None,
     budget: Annotated[
-        float,
-        typer.Option(help="What a channel may keep, as a factor of its sum over the training length; paper: 1."),
-    ] = 1.0,
-    unfiltered_end: Annotated[
-        int,
+        float | None,
         typer.Option(
-            min=0, help="As many of a prompt's last tokens are not filtered; serving may change it. The paper has 0."
+            help="What a channel may keep before the unfiltered end, as a factor of its sum over the training length.",
+            show_default="what the unfiltered end leaves of 1, at least 0.25; paper: 1",
         ),
-    ] = 0,
+    ] = None,
+    unfiltered_end: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="As many of a prompt's last tokens are not filtered; serving may change it.",
+            show_default="half of the training length; paper: 0",
+        ),
+    ] = None,
     quantization: Annotated[str | None, typer.Option(help="Quantization of the model, as for vllm serve.")] = None,
     *,
     engine: EngineOptions,

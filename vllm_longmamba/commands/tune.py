@@ -48,11 +48,17 @@ def tune(
             help="Path of the best table.", show_default="beside the model; your cache if it lies in no folder of yours"
         ),
     ] = None,
-    budgets: Annotated[str, typer.Option(help="Budgets to try beside 1, separated by commas.")] = "0.25,0.5,2",
+    budgets: Annotated[
+        str, typer.Option(help="Budgets to try beside the default's (0.5), separated by commas.")
+    ] = "0.25,1,2",
     thetas: Annotated[str, typer.Option(help="Smallest and largest min_retention to try.")] = "0.001,0.5",
     unfiltered_ends: Annotated[
-        str, typer.Option(help="Unfiltered ends to try beside 0, in tokens, separated by commas.")
-    ] = "256",
+        str,
+        typer.Option(
+            help="Unfiltered ends to try beside the default's (half of the training length), in tokens, separated by "
+            "commas."
+        ),
+    ] = "0",
     trials: Annotated[int, typer.Option(min=1, help="Number of settings to try.")] = 16,
     lengths: Annotated[
         str | None,
@@ -80,12 +86,11 @@ def tune(
     from vllm_longmamba.evaluate.store import Store
     from vllm_longmamba.evaluate.texts import read_books
     from vllm_longmamba.evaluate.tuning import (
-        DEFAULT,
-        PLAIN,
         Scorer,
         Space,
         calibrations,
         choose,
+        default_setting,
         halves,
         search,
     )
@@ -114,6 +119,8 @@ def tune(
     multiples = [factor * trained for factor in _MULTIPLES]
     wanted = multiples if lengths is None else read_lengths("--lengths", lengths)
     calibration = replace(calibration, train_length=trained)
+    default = default_setting(calibration)
+    space = space.including(default)
     if not calibration.can_filter(max(wanted)):
         raise ValueError(f"--lengths: prompts of {max(wanted)} tokens are not filtered; give longer ones")
     check_room(engine, max(wanted) + ANSWER_TOKENS)
@@ -126,14 +133,14 @@ def tune(
     with Store(output) as store, progress_bars() as progress:
         store.check_files(FILES)
         made = calibrations(space.budgets, calibration, contestant.description, output / "tables")
-        tables = {each.budget: Path(str(each.store)) for each in made}
+        tables = {each.budget_before_end(): Path(str(each.store)) for each in made}
         arguments["additional_config"] |= to_config(made)
         filtering = EngineContestant({"max_model_len": max(wanted) + ANSWER_TOKENS, **arguments}, starting=starting)
         with filtering.start() as runner:
             scorer = Scorer(runner, encoder, tables, {**contestant.description, **what}, store, progress)
-            scores = search(partial(scorer.score, part=first), space)
+            scores = search(partial(scorer.score, part=first), space, default)
             best = choose(scores[1:])
-            shown = dict.fromkeys([PLAIN, DEFAULT, best.setting])
+            shown = dict.fromkeys([default.plain(), default, best.setting])
             held_out = [scorer.score(setting, second) for setting in shown]
         setting, chosen = best.setting, load_table(tables[best.setting.budget])
         metadata = replace(chosen.metadata, min_retention=setting.min_retention, unfiltered_end=setting.unfiltered_end)

@@ -1,6 +1,7 @@
 """What `--model-impl longmamba` changes in vLLM's configuration, all of it before any weight is loaded."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,27 @@ def _resolve_table(vllm_config: Any, options: Any) -> dict[str, Any]:
     if asked:
         return _calibrate_as_asked(asked, vllm_config, options, weights.fingerprint)
     path = search_table(weights, options, model_config.quantization)
+    if path is not None and options.filter_generated and options.table is None:
+        path, options = _without_end(path, options)
     if path is not None:
         _announce_table(path, model_config, options)
         return {KEY: {**options.to_dict(), "table": str(path)}}
     return _plan_calibration(vllm_config, options, weights.fingerprint)
+
+
+def _without_end(path: Path, options: Any) -> tuple[Path | None, Any]:
+    """Pass a table over that nobody named and that leaves ends unfiltered: not with generated tokens behind them.
+
+    Returns:
+        The table, None where it is passed over; and the options, with its training length in that case.
+    """
+    from vllm_longmamba.tables import read_metadata
+
+    found = read_metadata(path)
+    if not found.unfiltered_end or options.unfiltered_end is not None:
+        return path, options
+    logger.info("LongMamba: %s leaves the ends of prompts unfiltered, so filter_generated takes another table", path)
+    return None, replace(options, train_length=found.train_length)
 
 
 def _calibrate_as_asked(asked: Any, vllm_config: Any, options: Any, fingerprint: str) -> dict[str, Any]:

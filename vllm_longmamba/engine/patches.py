@@ -147,6 +147,24 @@ def _separate_generated_blocks(original: Callable[..., Any]) -> Callable[..., An
     return generate_block_hash_extra_keys
 
 
+def _stop_before_end(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _mamba_block_aligned_split(
+        self: Any,
+        request: Any,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> Any:
+        from vllm_longmamba.engine.prefix_cache import next_chunk
+
+        cached = (num_new_local_computed_tokens, num_external_computed_tokens)
+        start = request.num_computed_tokens + sum(cached)
+        num_new_tokens, is_last = next_chunk(self, request, start, num_new_tokens)
+        return num_new_tokens if is_last else original(self, request, num_new_tokens, *cached)
+
+    return _mamba_block_aligned_split
+
+
 def _hide_llvmlite(original: Callable[..., Any]) -> Callable[..., Any]:
     def _rebind_kernels(overrides: Any) -> Any:
         hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "llvmlite"}
@@ -225,6 +243,14 @@ PATCHES = (
         ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
         _separate_generated_blocks,
         "generated tokens are not filtered, so their blocks must not serve a prompt that contains them",
+    ),
+    Patch(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
+        "_mamba_block_aligned_split",
+        ("self", "request", "num_new_tokens", "num_new_local_computed_tokens", "num_external_computed_tokens"),
+        _stop_before_end,
+        "vLLM keeps the state at a prompt's last block, where the unfiltered end has made it one of this length only",
     ),
     Patch(
         "vllm.v1.worker.gpu_worker",

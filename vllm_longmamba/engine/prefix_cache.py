@@ -5,6 +5,10 @@ the prompt's row. Generated tokens are never filtered, but count as prompt in th
 that hold generated tokens of a filtered request are kept apart too, and so are blocks that hold tokens of a prompt's
 unfiltered end. (Block hashes are chained: what changes one changes all that follow.)
 
+vLLM keeps the state at a prompt's last block, which lies in the unfiltered end and so serves prompts of the same length
+only. The scheduler is made to stop before the end instead, and to keep the state there: it serves all prompts of the
+row that begin in the same way.
+
 A prompt that is streamed in becomes longer, and its row another, while it runs: its states are no other request's.
 """
 
@@ -64,7 +68,47 @@ def unfiltered_block_keys(request: Any, end_token: int) -> tuple[tuple[str, int]
     Returns:
         One key, or none where all its tokens are prompt tokens before the unfiltered end, or nothing is filtered.
     """
-    salt = _SALT.match(request.cache_salt) if request.cache_salt is not None else None
-    if salt is None or int(salt["row"]) == 0 or end_token <= request.num_prompt_tokens - int(salt["end"]):
+    filtered = _filtered_tokens(request)
+    if filtered is None or end_token <= filtered:
         return ()
     return (("longmamba_prompt_length", request.num_prompt_tokens),)
+
+
+def next_chunk(scheduler: Any, request: Any, start: int, num_new_tokens: int) -> tuple[int, bool]:
+    """Cut a chunk of a prompt where its unfiltered end begins, so that the state there can be kept.
+
+    Args:
+        scheduler: vLLM's `Scheduler`.
+        request: vLLM's `Request`; told to have the state there kept, in place.
+        start: tokens before the chunk.
+        num_new_tokens: of the chunk.
+
+    Returns:
+        Its tokens; and whether it is the last one and needs no other cut.
+    """
+    boundary = _boundary_before_end(request, scheduler.cache_config.block_size)
+    if not boundary:
+        return num_new_tokens, False
+    # Else vLLM has found where a prompt shares more than it can take from the cache, and will keep the state there.
+    request.shared_prefix_boundary = request.shared_prefix_boundary or boundary
+    if start < boundary:
+        return min(num_new_tokens, boundary - start), False
+    is_last = request.num_tokens == request.num_prompt_tokens == start + num_new_tokens
+    return num_new_tokens, is_last and request.shared_prefix_boundary <= boundary
+
+
+def _boundary_before_end(request: Any, block_size: int) -> int:
+    """The last block boundary before the unfiltered end of a filtered request; 0 where there is none or no end."""
+    filtered = _filtered_tokens(request)
+    if filtered is None or filtered == request.num_prompt_tokens:
+        return 0
+    return max(filtered, 0) // block_size * block_size
+
+
+def _filtered_tokens(request: Any) -> int | None:
+    """Tokens of a prompt before its unfiltered end, below 0 where the end is longer; None where nothing is filtered."""
+    salt = _SALT.match(request.cache_salt) if request.cache_salt is not None else None
+    if salt is None or int(salt["row"]) == 0:
+        return None
+    tokens: int = request.num_prompt_tokens - int(salt["end"])
+    return tokens

@@ -110,7 +110,8 @@ class EngineContestant:
         else:
             # The engine will make the table at its start; the settings determine it. Of several it uses the first.
             source = from_config(config.additional_config)[0]
-            thresholds, end = source.key(), options.unfiltered_end or 0
+            thresholds = source.key()
+            end = source.unfiltered_end if options.unfiltered_end is None else options.unfiltered_end
         return {
             "filter": True,
             "table": thresholds,

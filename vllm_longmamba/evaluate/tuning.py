@@ -42,27 +42,31 @@ class Setting:
     min_retention: float
     unfiltered_end: int
 
+    def plain(self) -> "Setting":
+        """The plain model, by this setting's table: no channel has a retention above 1."""
+        return Setting(self.budget, 1.0, 0)
+
     def label(self) -> str:
         """The setting in words."""
-        if self == PLAIN:
+        if self == self.plain():
             return "plain"
         end = f", unfiltered end {self.unfiltered_end}" if self.unfiltered_end else ""
         return f"budget {self.budget:g}, theta {self.min_retention:.3g}{end}"
 
 
-# No channel has a retention above 1.
-PLAIN = Setting(1.0, 1.0, 0)
-DEFAULT = Setting(1.0, DEFAULT_MIN_RETENTION[UNCLAMPED], 0)
+def default_setting(calibration: CalibrationSettings) -> Setting:
+    """What an engine serves with if nothing is tuned; the training length must be known."""
+    return Setting(calibration.budget_before_end(), calibration.theta, calibration.end())
 
 
-@dataclass
+@dataclass(frozen=True)
 class Space:
-    """The settings to be searched, in which the default always is.
+    """The settings to be searched.
 
     Attributes:
-        budgets: beside 1; each takes a calibration.
+        budgets: each takes a calibration.
         thetas: the smallest and the largest `min_retention`.
-        unfiltered_ends: beside 0, in tokens.
+        unfiltered_ends: in tokens.
         trials: number of settings to try.
 
     Raises:
@@ -79,13 +83,20 @@ class Space:
             check_range("budget", budget, "--budgets")
         for end in self.unfiltered_ends:
             check_range("unfiltered_end", end, "--unfiltered-ends")
-        if len(self.thetas) != 2 or not 0 < self.thetas[0] <= DEFAULT.min_retention <= self.thetas[1] < 1:
+        theta = DEFAULT_MIN_RETENTION[UNCLAMPED]
+        if len(self.thetas) != 2 or not 0 < self.thetas[0] <= theta <= self.thetas[1] < 1:
             raise ValueError(
                 f"--thetas must be the smallest and the largest, between 0 and 1, with the default "
-                f"{DEFAULT.min_retention:g} between them, got {', '.join(map(str, self.thetas))}"
+                f"{theta:g} between them, got {', '.join(map(str, self.thetas))}"
             )
-        self.budgets = tuple(dict.fromkeys([DEFAULT.budget, *self.budgets]))
-        self.unfiltered_ends = tuple(dict.fromkeys([0, *self.unfiltered_ends]))
+
+    def including(self, default: Setting) -> "Space":
+        """The space with a setting's budget and unfiltered end in it, in the first places."""
+        return replace(
+            self,
+            budgets=tuple(dict.fromkeys([default.budget, *self.budgets])),
+            unfiltered_ends=tuple(dict.fromkeys([default.unfiltered_end, *self.unfiltered_ends])),
+        )
 
 
 @dataclass(frozen=True)
@@ -184,7 +195,7 @@ class Scorer:
             global_channels=load_table(self.tables[setting.budget]).count_global(setting.min_retention),
             found=share_of([float(result["found"]) for _, result in answers]),
             loss=loss_of(losses),
-            difference=difference(losses, self._results(PLAIN, part)[1]),
+            difference=difference(losses, self._results(setting.plain(), part)[1]),
         )
 
     def _results(self, setting: Setting, part: Part) -> tuple[Results, Results]:
@@ -219,14 +230,15 @@ def choose(scores: Sequence[Score]) -> Score:
     return min(good, key=lambda score: score.loss["loss"])
 
 
-def search(score: Callable[[Setting], Score], space: Space) -> list[Score]:
+def search(score: Callable[[Setting], Score], space: Space, default: Setting) -> list[Score]:
     """Score the plain model, every budget with every unfiltered end, and then what optuna proposes from these scores.
 
     The same scores lead to the same proposals: where scores are kept, an interrupted search goes on by itself.
 
     Args:
         score: scores a setting.
-        space: what to search.
+        space: what to search, including the default.
+        default: is scored first.
 
     Returns:
         The scores, the plain model's first, then the default's.
@@ -236,8 +248,9 @@ def search(score: Callable[[Setting], Score], space: Space) -> list[Score]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=optuna.samplers.TPESampler(seed=0))
     for end, budget in product(space.unfiltered_ends, space.budgets):
-        study.enqueue_trial({"budget": budget, "min_retention": DEFAULT.min_retention, "unfiltered_end": end})
-    scores = {PLAIN: score(PLAIN)}
+        study.enqueue_trial({"budget": budget, "min_retention": default.min_retention, "unfiltered_end": end})
+    plain = default.plain()
+    scores = {plain: score(plain)}
     for _ in range(space.trials):
         trial = study.ask()
         setting = Setting(

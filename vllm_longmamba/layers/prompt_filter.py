@@ -40,7 +40,8 @@ class PromptFilter:
         if filters_generated and self.unfiltered_end:
             raise ValueError(
                 f"the last {self.unfiltered_end} tokens of prompts are not to be filtered (unfiltered_end, of the "
-                "options or of the table), but generated tokens are (filter_generated); choose one"
+                "options or of the table), but generated tokens are (filter_generated); leave one of them out, or make "
+                "a table with `longmamba calibrate --unfiltered-end 0`"
             )
 
     @classmethod
