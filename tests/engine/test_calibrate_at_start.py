@@ -68,7 +68,13 @@ def assert_filtered_by(table: ThresholdTable, model: Path, prompt: list[int], re
     filters = filters_of(table, len(prompt))
 
     def expected(filters: Filters) -> np.ndarray:
-        reference = reference_logprobs(model, prompt + result.tokens, prompt_length=len(prompt), filters=filters)
+        reference = reference_logprobs(
+            model,
+            prompt + result.tokens,
+            prompt_length=len(prompt),
+            filters=filters,
+            unfiltered_end=table.metadata.unfiltered_end,
+        )
         return reference[len(prompt) - 1 : -1].numpy()
 
     assert_agrees(result.logprobs, expected, filters)
@@ -97,8 +103,10 @@ def assert_thresholds_agree(found: LayerThresholds, expected: LayerThresholds) -
 
 
 def assert_table_of_the_sample(model: Path, table: ThresholdTable) -> None:
-    """Compare with DESIGN's formulas on the reference's dt, without the clamp, and with the clipped mean."""
+    """Compare with the paper's formulas on the reference's dt, without clamp, with clipped means and half a budget."""
     from tokenizers import Tokenizer
+
+    assert (table.metadata.unfiltered_end, table.metadata.budget) == (TRAIN_LENGTH // 2, 0.5)
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     sequences = draw_sequences([tokenizer.encode(text).ids for text in sample_corpus().texts], TRAIN_LENGTH, 5, seed=0)
@@ -107,7 +115,12 @@ def assert_table_of_the_sample(model: Path, table: ThresholdTable) -> None:
     for layer, thresholds in table.layers.items():
         (A_log,) = (value for name, value in weights.items() if f"layers.{layer}." in name and name.endswith("A_log"))
         expected = LayerCalibration(
-            -torch.exp(A_log.double()), TRAIN_LENGTH, table.row_lengths, clamp_percent=0.0, method="unclamped"
+            -torch.exp(A_log.double()),
+            TRAIN_LENGTH,
+            table.row_lengths,
+            clamp_percent=0.0,
+            method="unclamped",
+            budget=0.5,
         )
         for dt in all_dt:
             expected.add(dt[layer].float())
@@ -142,7 +155,10 @@ def test_bfloat16(family: str, cache: Path, start: Callable[..., Engine], tiny_m
     for prompt, result in zip(prompts, results, strict=True):
         filters = filters_of(table, len(prompt))
         text = prompt + result.tokens
-        filtered = reference_logprobs(model, text, prompt_length=len(prompt), filters=filters)[len(prompt) - 1 : -1]
+        end = table.metadata.unfiltered_end
+        filtered = reference_logprobs(model, text, prompt_length=len(prompt), filters=filters, unfiltered_end=end)[
+            len(prompt) - 1 : -1
+        ]
         plain = reference_logprobs(model, text, prompt_length=len(prompt))[len(prompt) - 1 : -1]
         distance = np.abs(result.logprobs - filtered.numpy()).mean()
         assert distance < 0.5 * np.abs(result.logprobs - plain.numpy()).mean()
