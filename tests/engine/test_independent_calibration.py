@@ -44,6 +44,7 @@ def test_same_table(family: str, clamp_percent: float | None, tiny_model: Callab
         texts=(str(TEXT),),
     )
     table = calibrate(str(model), settings, dtype="float32", **EAGER)
+    assert table.metadata.unfiltered_end == (train_length // 2 if clamp_percent is None else 0)
 
     # The tokenizers of these models are byte-level.
     sequences = draw_sequences([list(TEXT.read_bytes())], train_length, 3, seed=11)

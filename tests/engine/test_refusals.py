@@ -193,7 +193,7 @@ def test_unfiltered_end_of_the_table_and_filtered_answers(
     save_table(ThresholdTable(metadata, table.row_lengths, table.layers), path)
     message = refusal(tiny_model("mamba2"), **longmamba(path, filter_generated=True))
     assert "the last 64 tokens of prompts are not to be filtered" in message
-    assert "choose one" in message
+    assert "`longmamba calibrate --unfiltered-end 0`" in message
 
 
 def test_unsupported_architecture(tmp_path: Path) -> None:

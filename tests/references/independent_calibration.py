@@ -8,8 +8,9 @@ The text (LongMamba, arXiv 2504.16053, sections 3 and 4, as the project's design
   the sorted curve linearly from L to S points, sum it up; g(S) is the value where the running sum first exceeds the
   clamped sum over the L tokens. Averaged over the sequences.
 
-Two steps are other ones in the method "unclamped" (docs/calibration.md): nothing is clamped, C = 0, and a channel's
-average over the sequences is taken of the smaller of each threshold and twice their median.
+Three steps are other ones in the method "unclamped" (docs/calibration.md): nothing is clamped, C = 0; a channel's
+average over the sequences is taken of the smaller of each threshold and twice their median; and half of a prompt's sum
+is for the last L / 2 tokens, which are not filtered, so that the running sum exceeds half of the sum over L tokens.
 
 The text leaves two things open, which are read here as numpy reads them: "the value that the top C % exceed" is
 np.percentile(dt, 100 - C), which interpolates between neighbouring dt's; a curve "stretched linearly" keeps both its
@@ -36,21 +37,22 @@ def retention(A: np.ndarray, sequences: list[np.ndarray]) -> np.ndarray:
 
 
 def dt_threshold(
-    sequences: list[np.ndarray], prompt_length: int, clamp_percent: float, clips_outliers: bool = False
+    sequences: list[np.ndarray], prompt_length: int, clamp_percent: float, unclamped: bool = False
 ) -> np.ndarray:
     """g(prompt_length) of every channel, (channels,); prompt_length > L."""
+    budget = 0.5 if unclamped else 1.0
     per_sequence = [
-        [_threshold_of(channel, prompt_length, clamp_percent) for channel in dt.astype(np.float64).T]
+        [_threshold_of(channel, prompt_length, clamp_percent, budget) for channel in dt.astype(np.float64).T]
         for dt in sequences
     ]
-    if clips_outliers:
+    if unclamped:
         per_sequence = np.minimum(per_sequence, 2 * np.median(per_sequence, axis=0))
     return np.mean(per_sequence, axis=0)
 
 
-def _threshold_of(dt: np.ndarray, prompt_length: int, clamp_percent: float) -> float:
+def _threshold_of(dt: np.ndarray, prompt_length: int, clamp_percent: float, budget: float) -> float:
     clamped = np.minimum(dt, np.percentile(dt, 100 - clamp_percent))
-    target = clamped.sum()
+    target = budget * clamped.sum()
     descending = np.sort(clamped)[::-1]
     stretched = np.interp(np.linspace(0, len(dt) - 1, prompt_length), np.arange(len(dt)), descending)
     running = 0.0

@@ -86,7 +86,8 @@ def next_chunk(scheduler: Any, request: Any, start: int, num_new_tokens: int) ->
     Returns:
         Its tokens; and whether it is the last one and needs no other cut.
     """
-    boundary = _boundary_before_end(request, scheduler.cache_config.block_size)
+    block_size = scheduler.cache_config.block_size
+    boundary = _boundary_before_end(request, block_size)
     if not boundary:
         return num_new_tokens, False
     # Else vLLM has found where a prompt shares more than it can take from the cache, and will keep the state there.
@@ -94,7 +95,9 @@ def next_chunk(scheduler: Any, request: Any, start: int, num_new_tokens: int) ->
     if start < boundary:
         return min(num_new_tokens, boundary - start), False
     is_last = request.num_tokens == request.num_prompt_tokens == start + num_new_tokens
-    return num_new_tokens, is_last and request.shared_prefix_boundary <= boundary
+    # A chunk that begins amid a block has to end with it: vLLM would take its state for that of the whole block.
+    is_free = start % block_size == 0 and request.shared_prefix_boundary <= boundary
+    return num_new_tokens, is_last and is_free
 
 
 def _boundary_before_end(request: Any, block_size: int) -> int:
