@@ -127,7 +127,7 @@ RUNNER = SimpleNamespace(model_config=SimpleNamespace(model_impl="auto", model_a
 CORE = SimpleNamespace(vllm_config=SimpleNamespace(model_config=STOCK))
 PLAIN = SimpleNamespace(model_impl="auto", hf_config=SimpleNamespace())
 REQUEST = SimpleNamespace(cache_salt="mine", num_prompt_tokens=4, num_computed_tokens=0)
-SCHEDULER = SimpleNamespace(cache_config=SimpleNamespace(block_size=2))
+SCHEDULER = SimpleNamespace(cache_config=SimpleNamespace(block_size=2), use_eagle_block_drop=False)
 STOCK_CALLS: dict[str, tuple[Any, ...]] = {
     "_set_default_chunked_prefill_and_prefix_caching_args": (SimpleNamespace(enable_chunked_prefill=None), PLAIN),
     "_rebind_kernels": ([],),

@@ -29,13 +29,14 @@ class LongMambaOptions:
         filter: False runs the plain model through the same engine, for comparison.
         filter_generated: generated tokens are filtered too, by the row of their prompt; for long generations. The paper
             filters prompts only.
-        unfiltered_end: as many of a prompt's last tokens are not filtered. By default what the table says, which is 0,
-            as in the paper, unless it was made with another number.
+        unfiltered_end: as many of a prompt's last tokens are not filtered. By default what the table says: half of the
+            training length, or 0 by the paper's method, unless it was made with another number.
         calibrate: whether the engine makes a table itself where it finds none; "on" and "off" are taken too. Without,
             a missing table is an error.
         calibration_text: path of the text (.txt, .jsonl or .parquet) that the engine then calibrates on. By default
             the sample that comes with the package.
-        calibration_method: how the table is then made: "paper"; or "unclamped", without its clamp, with a clipped mean.
+        calibration_method: how the table is then made: "paper"; or "unclamped", without its clamp, with a clipped mean,
+            and with an unfiltered end for half of the budget.
     """
 
     table: str | None = None

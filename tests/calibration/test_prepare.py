@@ -225,6 +225,12 @@ def test_what_a_command_asks_for_is_completed(configure: Configure, tmp_path: Pa
     assert first.corpus.startswith("text.jsonl (blake3 ")
 
 
+def test_a_command_makes_no_end_before_filtered_answers(configure: Configure) -> None:
+    asked = [CalibrationSettings(train_length=96)]
+    (settings,) = from_config(configure(asked=asked, filter_generated=True).additional_config)
+    assert (settings.unfiltered_end, settings.budget) == (0, 1.0)
+
+
 @pytest.mark.parametrize("given", [5, "x", [5], [{"unknown": 1}], [{"method": "open"}]])
 def test_foreign_settings_are_refused(given: Any, configure: Configure) -> None:
     from vllm.engine.arg_utils import EngineArgs

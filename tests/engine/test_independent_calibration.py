@@ -61,5 +61,6 @@ def test_same_table(family: str, clamp_percent: float | None, tiny_model: Callab
         for row in (1, len(table.row_lengths) // 2, len(table.row_lengths) - 1):
             length = int(table.row_lengths[row])
             unclamped = clamp_percent is None
-            expected = independent_calibration.dt_threshold(of_layer, length, clamp_percent or 0.0, unclamped)
+            method = (0.0, True, 0.5) if unclamped else (clamp_percent,)
+            expected = independent_calibration.dt_threshold(of_layer, length, *method)
             np.testing.assert_allclose(thresholds.dt_threshold[row].numpy(), expected, rtol=TOLERANCE)

@@ -92,3 +92,27 @@ def test_prefix_cache(family: str, engine: Engines, tiny_model: Models, tiny_tab
     other_row = first[:590]
     assert table.row_of(len(other_row)) != table.row_of(len(first))
     assert ask(other_row).cached_tokens == 0
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "zamba2"])
+@pytest.mark.parametrize("interval", [0, None], ids=["default-retention", "all-states"])
+def test_many_prompts_with_common_beginnings(
+    family: str, interval: int | None, engine: Engines, tiny_model: Models, tiny_table: Tables
+) -> None:
+    """In batches, cut by a small step, in an order by chance; some come again."""
+    path, table = tiny_table(family)
+    blocks = {} if family == "zamba2" else {"mamba_block_size": 16}
+    caching = {"enable_prefix_caching": True, "prefix_cache_retention_interval": interval}
+    running = engine(family, **longmamba(path, unfiltered_end=END), **caching, **blocks, max_num_batched_tokens=96)
+    rng = random.Random(f"{family} {interval}")
+    trunk = random_token_ids(700, seed=11)
+    prompts = [
+        trunk[: rng.randrange(300, 700)] + random_token_ids(rng.randrange(1, 250), seed=number) for number in range(9)
+    ]
+    cached = 0
+    for _ in range(3):
+        batch = rng.sample(prompts, 5)
+        for prompt, result in zip(batch, running.generate(batch), strict=True):
+            assert_exact(tiny_model(family), prompt, result, table, unfiltered_end=END)
+            cached += result.cached_tokens
+    assert cached > 0

@@ -214,7 +214,8 @@ def test_unfiltered_block_keys_of_a_salted_request(table: Path) -> None:
         ("longmamba:0a:3:30|", 64, 36, 0, (36, True), 64),
         ("longmamba:0a:3:30|", 64, 20, 0, (20, False), 64),
         ("longmamba:0a:3:30|", 72, 28, 0, (28, False), 64),
-        ("longmamba:0a:3:30|", 0, 100, 32, (64, False), 32),
+        ("longmamba:0a:3:30|", 100, 1, 0, (1, False), 0),
+        ("longmamba:0a:3:30|", 0, 100, 32, (100, False), 32),
         ("longmamba:0a:3:30|", 64, 36, 96, (36, False), 96),
         ("longmamba:0a:3:99|", 0, 100, 0, (100, False), 0),
         ("longmamba:0a:3:0|", 0, 100, 0, (100, False), 0),
@@ -228,6 +229,7 @@ def test_unfiltered_block_keys_of_a_salted_request(table: Path) -> None:
         "the-end",
         "part-of-the-end",
         "amid-a-block",
+        "generated",
         "vllm-keeps-another",
         "vllm-keeps-one-in-the-end",
         "nothing-but-end",
@@ -241,13 +243,34 @@ def test_next_chunk(
 ) -> None:
     request = request_of(100, salt)
     request.num_tokens, request.shared_prefix_boundary = 100, found
-    scheduler = SimpleNamespace(cache_config=SimpleNamespace(block_size=16))
-    assert next_chunk(scheduler, request, start, tokens) == expected
+    assert next_chunk(scheduler_of(), request, start, tokens) == expected
     assert request.shared_prefix_boundary == kept
+
+
+def scheduler_of(**changes: bool) -> Any:
+    """The fields of vLLM's `Scheduler` that are read."""
+    flags = {"use_eagle_block_drop": False, "mamba_has_prefill_checkpoint_blocks": False} | changes
+    return SimpleNamespace(cache_config=SimpleNamespace(block_size=16), **flags)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens", "expected"),
+    [
+        # The state of the block before the last shared one is what attention layers then let be used.
+        ({"use_eagle_block_drop": True}, 100, (48, False)),
+        # In one step, with a state kept amid it; in several.
+        ({"mamba_has_prefill_checkpoint_blocks": True}, 100, (100, False)),
+        ({"mamba_has_prefill_checkpoint_blocks": True}, 80, (64, False)),
+    ],
+)
+def test_next_chunk_of_other_schedulers(changes: dict[str, bool], tokens: int, expected: tuple[int, bool]) -> None:
+    request = request_of(100, "longmamba:0a:3:30|")
+    request.num_tokens, request.shared_prefix_boundary = 100, 0
+    assert next_chunk(scheduler_of(**changes), request, 0, tokens) == expected
 
 
 def test_a_resumed_request_is_cut_by_vllm() -> None:
     """It has generated tokens, whose states are kept too."""
     request = request_of(100, "longmamba:0a:3:30|")
     request.num_tokens, request.shared_prefix_boundary = 110, 0
-    assert next_chunk(SimpleNamespace(cache_config=SimpleNamespace(block_size=16)), request, 64, 36) == (36, False)
+    assert next_chunk(scheduler_of(), request, 64, 36) == (36, False)

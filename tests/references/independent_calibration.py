@@ -37,15 +37,18 @@ def retention(A: np.ndarray, sequences: list[np.ndarray]) -> np.ndarray:
 
 
 def dt_threshold(
-    sequences: list[np.ndarray], prompt_length: int, clamp_percent: float, unclamped: bool = False
+    sequences: list[np.ndarray],
+    prompt_length: int,
+    clamp_percent: float,
+    clips_outliers: bool = False,
+    budget: float = 1.0,
 ) -> np.ndarray:
-    """g(prompt_length) of every channel, (channels,); prompt_length > L."""
-    budget = 0.5 if unclamped else 1.0
+    """g(prompt_length) of every channel, (channels,); prompt_length > L. `budget`: share of the sum over L tokens."""
     per_sequence = [
         [_threshold_of(channel, prompt_length, clamp_percent, budget) for channel in dt.astype(np.float64).T]
         for dt in sequences
     ]
-    if unclamped:
+    if clips_outliers:
         per_sequence = np.minimum(per_sequence, 2 * np.median(per_sequence, axis=0))
     return np.mean(per_sequence, axis=0)
 

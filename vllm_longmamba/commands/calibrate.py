@@ -57,7 +57,7 @@ def calibrate(
         str | None,
         typer.Option(
             help="paper: stretch what sequences of the training length show. unclamped: the same without the clamp, "
-            "and with a mean over the sequences in which outliers are clipped. "
+            "with a mean over the sequences in which outliers are clipped, and with an unfiltered end. "
             "(default: unclamped; with --clamp-percent: paper)"
         ),
     ] = None,

@@ -109,6 +109,8 @@ def tune(
     given = arguments["additional_config"][KEY]
     if named := [name for name in _SEARCHED if name in given]:
         raise ValueError(f"--engine-args: additional_config names {named[0]}, which this command searches")
+    if given.get("filter_generated"):
+        raise ValueError("--engine-args: additional_config names filter_generated, which allows no unfiltered end")
     calibration = CalibrationSettings(
         train_length=engine.train_length, max_length=max_length, texts=tuple(map(str, calibration_text or ()))
     )

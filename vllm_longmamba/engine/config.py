@@ -127,7 +127,11 @@ def _without_end(path: Path, options: Any) -> tuple[Path | None, Any]:
     found = read_metadata(path)
     if not found.unfiltered_end or options.unfiltered_end is not None:
         return path, options
-    logger.info("LongMamba: %s leaves the ends of prompts unfiltered, so filter_generated takes another table", path)
+    logger.warning(
+        "LongMamba: %s leaves the ends of prompts unfiltered, which cannot be with filter_generated; looking for what "
+        "an earlier start has made, or making another one",
+        path,
+    )
     return None, replace(options, train_length=found.train_length)
 
 
@@ -137,6 +141,8 @@ def _calibrate_as_asked(asked: Any, vllm_config: Any, options: Any, fingerprint:
     from vllm_longmamba.calibration.settings import to_config
 
     obstacle = calibration_obstacle(vllm_config)
+    if options.filter_generated:
+        asked = [replace(settings, unfiltered_end=settings.unfiltered_end or 0) for settings in asked]
     if obstacle is not None:
         raise ValueError(f"this engine cannot calibrate: {obstacle}; leave that argument out")
     return {
@@ -160,6 +166,8 @@ def _plan_calibration(vllm_config: Any, options: Any, fingerprint: str) -> dict[
     obstacle = calibration_obstacle(vllm_config) if options.calibrate else "the option calibrate is off"
     if obstacle is not None:
         if settings.store is None or read_stored(settings) is None:
+            if options.filter_generated:
+                obstacle += "; with filter_generated, add --unfiltered-end 0 to the following command"
             raise no_table(vllm_config.model_config.model, obstacle)
         _announce_table(Path(settings.store), vllm_config.model_config, options)
         return {KEY: {**options.to_dict(), "table": settings.store}}

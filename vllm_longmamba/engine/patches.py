@@ -242,7 +242,7 @@ PATCHES = (
         "generate_block_hash_extra_keys",
         ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
         _separate_generated_blocks,
-        "generated tokens are not filtered, so their blocks must not serve a prompt that contains them",
+        "generated tokens and ends of prompts are not filtered: their blocks must not serve prompts that filter them",
     ),
     Patch(
         "vllm.v1.core.sched.scheduler",

@@ -6,8 +6,8 @@ that hold generated tokens of a filtered request are kept apart too, and so are 
 unfiltered end. (Block hashes are chained: what changes one changes all that follow.)
 
 vLLM keeps the state at a prompt's last block, which lies in the unfiltered end and so serves prompts of the same length
-only. The scheduler is made to stop before the end instead, and to keep the state there: it serves all prompts of the
-row that begin in the same way.
+only. The scheduler is made to stop before the end instead, and to keep the state there: it serves prompts of the row
+that begin in the same way and whose own end does not begin before it.
 
 A prompt that is streamed in becomes longer, and its row another, while it runs: its states are no other request's.
 """
@@ -86,18 +86,28 @@ def next_chunk(scheduler: Any, request: Any, start: int, num_new_tokens: int) ->
     Returns:
         Its tokens; and whether it is the last one and needs no other cut.
     """
+    if start >= request.num_prompt_tokens:
+        return num_new_tokens, False
     block_size = scheduler.cache_config.block_size
     boundary = _boundary_before_end(request, block_size)
-    if not boundary:
+    if scheduler.use_eagle_block_drop:
+        # Attention layers then give up the last block that two prompts share.
+        boundary -= block_size
+    is_whole = start == 0 and num_new_tokens >= request.num_prompt_tokens
+    # A prompt that fits into a step is worth no second one where vLLM keeps a state amid a step. And vLLM may have
+    # found where a prompt shares more than it can take from the cache, and will keep the state there.
+    if (
+        boundary <= 0
+        or (is_whole and scheduler.mamba_has_prefill_checkpoint_blocks)
+        or request.shared_prefix_boundary not in (0, boundary)
+    ):
         return num_new_tokens, False
-    # Else vLLM has found where a prompt shares more than it can take from the cache, and will keep the state there.
-    request.shared_prefix_boundary = request.shared_prefix_boundary or boundary
+    request.shared_prefix_boundary = boundary
     if start < boundary:
         return min(num_new_tokens, boundary - start), False
-    is_last = request.num_tokens == request.num_prompt_tokens == start + num_new_tokens
     # A chunk that begins amid a block has to end with it: vLLM would take its state for that of the whole block.
-    is_free = start % block_size == 0 and request.shared_prefix_boundary <= boundary
-    return num_new_tokens, is_last and is_free
+    is_last = request.num_tokens == request.num_prompt_tokens == start + num_new_tokens
+    return num_new_tokens, is_last and start % block_size == 0
 
 
 def _boundary_before_end(request: Any, block_size: int) -> int:

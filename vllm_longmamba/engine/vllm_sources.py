@@ -224,6 +224,24 @@ SOURCES = [
     ),
     # Of DeciMamba.
     (
+        "vllm.v1.core.sched.scheduler:Scheduler.__init__",
+        r"self\.use_eagle_block_drop = [\s\S]*self\.mamba_has_prefill_checkpoint_blocks = ",
+        "the scheduler says which states it keeps",
+        "prefix_cache.py",
+    ),
+    (
+        "vllm.v1.core.sched.scheduler:Scheduler._mamba_block_aligned_split",
+        r"junction = request\.shared_prefix_boundary",
+        "a prompt is cut where it shares a beginning",
+        "prefix_cache.py",
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.cache_blocks",
+        r"reachable_boundaries\.append\(request\.shared_prefix_boundary\)",
+        "the state there is kept",
+        "prefix_cache.py",
+    ),
+    (
         "vllm.v1.core.sched.scheduler:Scheduler.schedule",
         r"not self\.scheduler_config\.enable_chunked_prefill\s+and num_new_tokens > request_token_budget",
         "without chunked prefill a prompt waits until it fits a step",
