@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from .evidence_cells import RULER, Evidence, name_of
 from .evidence_plan import SEARCH, Setting, score
@@ -53,15 +52,8 @@ def evidence_tables(folder: Path) -> dict[str, Callable[[], str]]:
 
 
 def _summary(evidence: Evidence) -> str:
-    def found(task: str, text: str) -> Callable[[str, str, int], str]:
-        def cell(*where: Any) -> str:
-            share = evidence.share(*where[:2], task, text, where[2])
-            return _number(share[0] if share else None, 2)
-
-        return cell
-
-    tasks = {f"pass key, {kind}": found("passkey", text) for text, kind in KINDS.items()}
-    tasks["needle, novels"] = found("needles", "novels")
+    tasks = {f"pass key, {kind}": _share(evidence, "passkey", text) for text, kind in KINDS.items()}
+    tasks["needle, novels"] = _share(evidence, "needles", "novels")
     tasks["RULER, five tasks"] = lambda *where: _number(evidence.ruler(*where), 2)
     tasks["text, loss"] = lambda *where: _number(evidence.loss(*where), 3)
     rows = []
@@ -75,11 +67,17 @@ def _summary(evidence: Evidence) -> str:
 
 
 def _found(evidence: Evidence, task: str, kind: str) -> Callable[[], str]:
+    return lambda: _by_length(evidence, _share(evidence, task, kind))
+
+
+def _share(evidence: Evidence, task: str, kind: str) -> Callable[[str, str, int], str]:
+    """Cells of a task in a kind of text: share of the numbers found by model, method and length."""
+
     def cell(model: str, method: str, length: int) -> str:
         share = evidence.share(model, method, task, kind, length)
         return _number(share[0] if share else None, 2)
 
-    return lambda: _by_length(evidence, cell)
+    return cell
 
 
 def _by_length(evidence: Evidence, cell: Callable[[str, str, int], str]) -> str:
@@ -110,11 +108,8 @@ def _options(evidence: Evidence) -> str:
             # These stand in the table of calibration sequences.
             if "seed" in method or method.startswith("C "):
                 continue
-            cells = []
-            for kind in ("novels", "numbers"):
-                for length in OPTIONS:
-                    share = evidence.share(model, method, "passkey", kind, length)
-                    cells.append(_number(share[0] if share else None, 2))
+            found = [_share(evidence, "passkey", kind) for kind in ("novels", "numbers")]
+            cells = [cell(model, method, length) for cell in found for length in OPTIONS]
             cells += [_loss_gained(evidence, model, method, length) for length in OPTIONS]
             if any(cells):
                 rows.append([name_of(model), f"{_bold(method)}{_setting(evidence, model, method)}", *cells])
@@ -206,11 +201,8 @@ def _bytes(evidence: Evidence) -> str:
     rows = []
     for model in evidence.models:
         for method in BYTES_METHODS:
-            cells = []
-            for task in ("passkey", "needles"):
-                for length in BYTES_LENGTHS:
-                    share = evidence.share(model, method, task, "novels", length)
-                    cells.append(_number(share[0] if share else None, 2))
+            found = [_share(evidence, task, "novels") for task in ("passkey", "needles")]
+            cells = [cell(model, method, length) for cell in found for length in BYTES_LENGTHS]
             cells += [_number(evidence.loss(model, method, length), 3) for length in BYTES_LENGTHS]
             rows.append([f"{name_of(model)}, {_bold(method)}", *cells])
     names = [f"{what}, {length}" for what in ("pass key", "needle", "text") for length in BYTES_LENGTHS]

@@ -29,6 +29,8 @@ def request_of(length: int, salt: str | None = None) -> Any:
         prompt_embeds=None,
         cache_salt=salt,
         num_prompt_tokens=length,
+        num_tokens=length,
+        shared_prefix_boundary=0,
         resumable=False,
     )
 
@@ -242,7 +244,7 @@ def test_next_chunk(
     salt: str | None, start: int, tokens: int, found: int, expected: tuple[int, bool], kept: int
 ) -> None:
     request = request_of(100, salt)
-    request.num_tokens, request.shared_prefix_boundary = 100, found
+    request.shared_prefix_boundary = found
     assert next_chunk(scheduler_of(), request, start, tokens) == expected
     assert request.shared_prefix_boundary == kept
 
@@ -265,12 +267,11 @@ def scheduler_of(**changes: bool) -> Any:
 )
 def test_next_chunk_of_other_schedulers(changes: dict[str, bool], tokens: int, expected: tuple[int, bool]) -> None:
     request = request_of(100, "longmamba:0a:3:30|")
-    request.num_tokens, request.shared_prefix_boundary = 100, 0
     assert next_chunk(scheduler_of(**changes), request, 0, tokens) == expected
 
 
 def test_a_resumed_request_is_cut_by_vllm() -> None:
     """It has generated tokens, whose states are kept too."""
     request = request_of(100, "longmamba:0a:3:30|")
-    request.num_tokens, request.shared_prefix_boundary = 110, 0
+    request.num_tokens = 110
     assert next_chunk(scheduler_of(), request, 64, 36) == (36, False)

@@ -9,7 +9,7 @@ from vllm_longmamba.calibration.text import read_corpus
 from vllm_longmamba.checkpoint.fingerprint import DUMMY
 from vllm_longmamba.checkpoint.table_lookup import cache_folder
 from vllm_longmamba.checkpoint.train_length import DEFAULT_MAX_MODEL_LEN, train_length
-from vllm_longmamba.options import expand_home
+from vllm_longmamba.options import expand_home, options_from_config
 
 
 def settings_of_engine(vllm_config: Any, options: Any, fingerprint: str) -> CalibrationSettings:
@@ -27,8 +27,7 @@ def settings_of_engine(vllm_config: Any, options: Any, fingerprint: str) -> Cali
         method=options.calibration_method,
         train_length=train_length(vllm_config.model_config.hf_text_config, options),
         max_length=max(vllm_config.model_config.max_model_len, DEFAULT_MAX_MODEL_LEN),
-        # Generated tokens follow the end of the prompt, so it cannot be left out where they are filtered.
-        unfiltered_end=0 if options.filter_generated else options.unfiltered_end,
+        unfiltered_end=options.unfiltered_end,
         texts=(options.calibration_text,) if options.calibration_text else (),
     )
     if not settings.can_filter(vllm_config.model_config.max_model_len):
@@ -59,6 +58,9 @@ def complete(settings: CalibrationSettings, vllm_config: Any, fingerprint: str) 
             f"the text to calibrate on (option calibration_text, or --text) cannot be read: {error}; name another file"
         ) from error
     model = model_config.model
+    if settings.unfiltered_end is None and options_from_config(vllm_config.additional_config).filter_generated:
+        # Generated tokens follow the end of the prompt, so it cannot be left out where they are filtered.
+        settings = replace(settings, unfiltered_end=0)
     settings = replace(
         settings,
         clamp_percent=settings.clamp(model_config.architecture),

@@ -141,8 +141,6 @@ def _calibrate_as_asked(asked: Any, vllm_config: Any, options: Any, fingerprint:
     from vllm_longmamba.calibration.settings import to_config
 
     obstacle = calibration_obstacle(vllm_config)
-    if options.filter_generated:
-        asked = [replace(settings, unfiltered_end=settings.unfiltered_end or 0) for settings in asked]
     if obstacle is not None:
         raise ValueError(f"this engine cannot calibrate: {obstacle}; leave that argument out")
     return {

@@ -222,7 +222,6 @@ SOURCES = [
         "the calibration's methods join the worker",
         "worker.py",
     ),
-    # Of DeciMamba.
     (
         "vllm.v1.core.sched.scheduler:Scheduler.__init__",
         r"self\.use_eagle_block_drop = [\s\S]*self\.mamba_has_prefill_checkpoint_blocks = ",
@@ -241,6 +240,7 @@ SOURCES = [
         "the state there is kept",
         "prefix_cache.py",
     ),
+    # Of DeciMamba.
     (
         "vllm.v1.core.sched.scheduler:Scheduler.schedule",
         r"not self\.scheduler_config\.enable_chunked_prefill\s+and num_new_tokens > request_token_budget",
