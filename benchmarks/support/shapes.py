@@ -70,14 +70,15 @@ def filtered_channels(config: Any) -> tuple[list[int], int]:
 def write_model(name: str, folder: Path, tiny: bool = False) -> Path:
     """Write the configuration and a threshold table for dummy weights; returns the model's folder.
 
-    The table: 35 % of the channels are global. Dummy weights are next to 0, so dt is softplus(0) = 0.69 up to small
-    deviations of both signs; a threshold of 0.69315 filters about half of a global channel's tokens.
+    The table: 35 % of the channels are global; an unfiltered end of half the training length, as by default. Dummy
+    weights are next to 0, so dt is softplus(0) = 0.69 up to small deviations of both signs; a threshold of 0.69315
+    filters about half of a global channel's tokens.
     """
     import numpy as np
     import torch
 
     from vllm_longmamba.checkpoint.fingerprint import DUMMY
-    from vllm_longmamba.tables import LayerThresholds, TableMetadata, ThresholdTable, save_table
+    from vllm_longmamba.tables import UNCLAMPED, LayerThresholds, TableMetadata, ThresholdTable, save_table
 
     folder.mkdir(parents=True, exist_ok=True)
     config = model_config(name, tiny)
@@ -91,9 +92,11 @@ def write_model(name: str, folder: Path, tiny: bool = False) -> Path:
         dt_threshold = torch.full((len(row_lengths), channels), 0.693147)
         dt_threshold[0] = -1.0
         thresholds[layer] = LayerThresholds(torch.where(is_global, 0.5, 1e-9).double(), dt_threshold)
+    train_length = int(row_lengths[0])
     metadata = TableMetadata(
-        model_id=name, weights_fingerprint=DUMMY, train_length=int(row_lengths[0]), corpus="none: random", seed=0,
-        clamp_percent=5.0, min_retention=1e-2, num_sequences=1, tool_version="benchmark",
+        model_id=name, weights_fingerprint=DUMMY, train_length=train_length, corpus="none: random", seed=0,
+        method=UNCLAMPED, clamp_percent=0, min_retention=0.05, num_sequences=1, tool_version="benchmark",
+        budget=0.5, unfiltered_end=train_length // 2,
     )  # fmt: skip
     table = ThresholdTable(metadata=metadata, row_lengths=row_lengths, layers=thresholds)
     save_table(table, folder / "table.safetensors")
