@@ -195,6 +195,11 @@ def filters_of(table: ThresholdTable, prompt_length: int) -> Filters:
     return {layer: table.thresholds(layer)[row].double() for layer in table.layers}
 
 
+def scaled(filters: Filters, factor: float) -> Filters:
+    """The same with all thresholds multiplied."""
+    return {layer: thresholds.double() * factor for layer, thresholds in filters.items()}
+
+
 def assert_agrees(actual: np.ndarray, expected: Callable[[Filters], np.ndarray], filters: Filters) -> None:
     """Compare log-probabilities with what a reference expects of filters: layer index -> (channels,) thresholds.
 
@@ -203,8 +208,7 @@ def assert_agrees(actual: np.ndarray, expected: Callable[[Filters], np.ndarray],
     as little decides as the engine did, and then has to agree as closely as any other.
     """
     for shift in THRESHOLD_SHIFTS if filters else (0.0,):
-        shifted = {layer: thresholds.double() * (1 + shift) for layer, thresholds in filters.items()}
-        logprobs = expected(shifted)
+        logprobs = expected(scaled(filters, 1 + shift))
         assert actual.shape == logprobs.shape
         if np.abs(actual - logprobs).max() <= LOGPROB_TOLERANCE:
             return
