@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import UNALIGNED
+from .launch import launch
 from .launch_sizes import cdiv, next_power_of_2
 from .reference import NULL_SLOT
 from .triton_helpers import filter_raw_dt, find_sequence, silu
@@ -154,7 +155,7 @@ def causal_conv1d_triton(
     nheads = dt.shape[1] if is_filtered else 1
     # an unused pointer argument still needs a tensor
     filters = (dt, dt_bias, dt_threshold, seq_rows, seq_prompt_tokens) if is_filtered else (x,) * 5
-    _causal_conv1d_kernel[(programs * (tokens // PART + nseq),)](
+    launch(_causal_conv1d_kernel, (programs * (tokens // PART + nseq),), x)(
         x, weight, x if bias is None else bias, conv_state, out,
         query_start_loc, state_indices, has_initial_state.view(torch.uint8), *filters,
         nseq, (nseq - 1).bit_length(), x.stride(0), out.stride(0), dt.stride(0) if is_filtered else 0,

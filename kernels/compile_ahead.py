@@ -8,7 +8,7 @@ compiles what the same call would launch on a GPU; compilers run in threads and 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def compile_ahead(
     Does nothing for tensors that are not on a GPU, nor for a second call with arguments of the same layout.
 
     Args:
-        function: a wrapper of this package whose kernels go through `launch`.
+        function: a wrapper of this package whose kernels go through `launch.launch`.
         arguments: of a call of it, by name.
         most_tokens: the most that a call will have.
         per_token: names of the arguments with a row per token.
@@ -62,17 +62,15 @@ def meta_calls(
         yield {name: _on_meta(argument, rows[name], bases) for name, argument in arguments.items()}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor) -> Callable[..., Any]:
-    """What to call with a Triton kernel's arguments to launch it, or, where `x` is a meta tensor, to compile it."""
-    if x.is_meta:
-        return partial(_schedule, kernel, grid)
-    if _pending:
-        return partial(_wait_and_launch, kernel, grid)
-    launcher: Callable[..., Any] = kernel[grid]
-    return launcher
+def schedule(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Start to compile a kernel for such arguments, unless that was begun before.
 
-
-def _schedule(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    Args:
+        kernel: made by ``triton.jit``.
+        grid: of the launch.
+        arguments: of the kernel; meta tensors, or tensors of the GPU.
+        constants: compile-time constants and launch options.
+    """
     key = _key(kernel, arguments, constants)
     if key not in _scheduled:
         _scheduled.add(key)
@@ -85,14 +83,19 @@ def _compile(kernel: Any, grid: tuple[int, ...], device: int, arguments: tuple[A
     kernel.warmup(*arguments, grid=grid, **constants)
 
 
-def _wait_and_launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+def is_compiling() -> bool:
+    """Whether something is, so that a launch has to `wait_for` it."""
+    return bool(_pending)
+
+
+def wait_for(kernel: Any, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
+    """Wait until a kernel is compiled for such arguments, if that has begun."""
     future = _pending.get(_key(kernel, arguments, constants))
     if future is not None:
         # If it failed, the launch compiles again, and says why.
         future.exception()
     for key in [key for key, future in _pending.items() if future.done()]:
         del _pending[key]
-    kernel[grid](*arguments, **constants)
 
 
 def _key(kernel: Any, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import UNALIGNED
+from .launch import launch
 from .launch_sizes import cdiv
 from .triton_helpers import filter_raw_dt
 
@@ -49,7 +50,7 @@ def filter_dt_triton_(
     if tokens == 0:
         return
     grid = (cdiv(tokens, BLOCK_TOKENS), cdiv(channels, BLOCK_CHANNELS))
-    _filter_dt_kernel[grid](
+    launch(_filter_dt_kernel, grid, dt)(
         dt,
         dt_bias,
         dt_threshold,

@@ -6,8 +6,8 @@
 import triton
 import triton.language as tl
 
-from .compile_ahead import launch
 from .dispatch import supports_dependent_launch
+from .launch import launch
 from .launch_sizes import cdiv, next_power_of_2
 
 # From so many tokens on, a program has several.

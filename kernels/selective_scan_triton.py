@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .compile_ahead import launch
 from .dispatch import UNALIGNED, is_nvidia, supports_dependent_launch
+from .launch import launch
 from .launch_sizes import cdiv, next_power_of_2
 from .reference import NULL_SLOT
 from .selective_scan_chunks_triton import _load_rows, _selective_scan_pack_kernel, _selective_scan_walk_kernel, _unpack

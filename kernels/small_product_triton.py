@@ -7,8 +7,8 @@
 import triton
 import triton.language as tl
 
-from .compile_ahead import launch
 from .dispatch import UNALIGNED, supports_dependent_launch
+from .launch import launch
 from .launch_sizes import cdiv, next_power_of_2
 from .reference import NULL_SLOT
 from .triton_helpers import convolve_last, silu

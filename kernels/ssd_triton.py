@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from .compile_ahead import launch
 from .dispatch import is_nvidia
+from .launch import launch
 from .launch_sizes import cdiv, next_power_of_2
 from .reference import NULL_SLOT
 from .ssd_blocks_triton import _ssd_prepare_kernel, _ssd_walk_kernel

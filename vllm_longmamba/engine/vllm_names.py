@@ -61,7 +61,7 @@ SYMBOLS = [
     ("vllm.config.mamba:MambaBackendEnum.FLASHINFER", "refusals.py"),
     (f"{MAMBA2}:Mamba2AttentionBackend.supports_device_cpu_query_lens_mismatch", "step_metadata.py overrides it"),
     # Of DeciMamba.
-    (f"{MIXER1.partition(':')[0]}:mamba_mixer", "decimated_mamba2.py, as the custom op of a whole layer"),
+    (f"{MIXER1.partition(':')[0]}:mamba_mixer", "mamba2.py, as the custom op of a whole layer"),
     ("vllm.model_executor.layers.mamba.mamba_mixer2:Mixer2RMSNormGated.forward_cuda", "decimated_mamba2.py"),
     ("vllm.model_executor.layers.mamba.mamba_mixer2:Mixer2RMSNormGated.forward_native", "decimated_mamba2.py"),
 ]

@@ -1,11 +1,8 @@
 """The Mamba-2 mixer of DeciMamba."""
 
 from copy import copy
-from typing import Any
 
 import torch
-from vllm.model_executor.layers.mamba.mamba_mixer import mamba_mixer  # noqa: F401 - registers torch.ops.vllm.mamba_mixer
-from vllm.utils.torch_utils import _encode_layer_name
 
 from vllm_longmamba.layers.decimated_metadata import DeciMamba2Backend
 from vllm_longmamba.layers.decimated_mixer import DecimatedMixer
@@ -15,32 +12,7 @@ from vllm_longmamba.layers.projections import project
 from vllm_longmamba.layers.step_metadata import FilterRows
 
 
-class WholeMambaMixer2(LongMambaMixer2):
-    """The Mamba-2 mixer as one step, as vLLM's Mamba-1 mixer is: its projections are not compiled with the model."""
-
-    def forward_impl(self, hidden_states: torch.Tensor, output: torch.Tensor) -> Any:
-        """Run the layer on a batch of decode tokens followed by prefill tokens.
-
-        Args:
-            hidden_states: (tokens, d_model).
-            output: (tokens, d_model), written in place.
-        """
-        projected = project(self.in_proj, hidden_states)
-        scanned = self._empty_scanned(projected)
-        self.conv_ssm_forward(projected, scanned)
-        self._gate_and_project_out(scanned, projected, output)
-        return None
-
-    def _gate_and_project_out(self, scanned: torch.Tensor, projected: torch.Tensor, output: torch.Tensor) -> None:
-        if self._has_norm_kernel():
-            self.project_out(scanned, projected, output)
-            return
-        # Where vLLM compiles a model, it takes the norm's form for the compiler, which is slow outside.
-        norm = self.norm.forward_cuda if scanned.is_cuda else self.norm.forward_native
-        project(self.out_proj, norm(scanned, projected[..., : self.tped_intermediate_size]), output)
-
-
-class DeciMambaMixer2(DecimatedMixer, WholeMambaMixer2):
+class DeciMambaMixer2(DecimatedMixer, LongMambaMixer2):
     """Mamba-2 mixer that can drop tokens for itself and the layers behind it."""
 
     def get_attn_backend(self) -> type[DeciMamba2Backend]:  # type: ignore[override]
@@ -57,9 +29,16 @@ class DeciMambaMixer2(DecimatedMixer, WholeMambaMixer2):
         if not self.is_decimated:
             output: torch.Tensor = super().forward(hidden_states, mup_vector)
             return output
-        output = torch.empty_like(hidden_states)
-        torch.ops.vllm.mamba_mixer(hidden_states, output, _encode_layer_name(self.prefix))
-        return output
+        return self._run_whole(hidden_states)
+
+    def _project_out(self, scanned: torch.Tensor, projected: torch.Tensor, out: torch.Tensor) -> None:
+        """See `LongMambaMixer2`; also where the norm has no kernel of this project."""
+        if self._has_norm_kernel():
+            super()._project_out(scanned, projected, out)
+            return
+        # Where vLLM compiles a model, it takes the norm's form for the compiler, which is slow outside.
+        norm = self.norm.forward_cuda if scanned.is_cuda else self.norm.forward_native
+        project(self.out_proj, norm(scanned, projected[..., : self.tped_intermediate_size]), out)
 
     def _decimate(self, hidden_states: torch.Tensor, step: StepDecimation) -> torch.Tensor:
         """See `DecimatedMixer`."""
@@ -86,7 +65,7 @@ class DeciMambaMixer2(DecimatedMixer, WholeMambaMixer2):
             states = self._ssd_by_vllm(convolved, dt, after, scanned[decodes:])
             self.kv_cache[1][after.state_indices_tensor_p] = states
         result = torch.empty((len(rows), hidden_states.shape[1]), dtype=projected.dtype, device=projected.device)
-        self._gate_and_project_out(scanned, projected, result)
+        self._project_out(scanned, projected, result)
         return result
 
     def _scratch_per_token(self, element_size: int) -> int:

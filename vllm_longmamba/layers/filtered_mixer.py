@@ -131,23 +131,26 @@ class FilteredMixer:
         return {"x": x, "dt": dt, "A": self.A, "B": B, "C": C, "D": self.D}
 
     def _run_prefill(self, kernel: Callable[..., Any], **arguments: Any) -> None:
-        """Call a kernel; the first time, which is vLLM's warm-up, also compile it for prompts of any length.
-
-        Every step hands it arguments of one layout, so that they are checked once.
-        """
-        is_first = self._most_prompt_tokens is not None
+        """Call a kernel; the first time, which is vLLM's warm-up, also compile it for prompts of any length."""
+        is_first = self._is_first_prefill
         if self._most_prompt_tokens is not None:
             compile_ahead(kernel, arguments, self._most_prompt_tokens)
             self._most_prompt_tokens = None
         kernel(**arguments, check=is_first)
 
+    @property
+    def _is_first_prefill(self) -> bool:
+        """Whether none was run yet; arguments have the same layout in each, so that they are checked once."""
+        return self._most_prompt_tokens is not None
+
     def _run_decode(self, token_rows: torch.Tensor | None, **arguments: Any) -> None:
         """Call `selective_state_update`; the first time, which is vLLM's warm-up, also compile it for any batch."""
+        is_first = self._most_decodes is not None
         if self._most_decodes is not None:
             self._compile_decode(arguments, self._most_decodes)
             self._most_decodes = None
         threshold = self.dt_threshold if token_rows is not None else None
-        selective_state_update(**arguments, dt_threshold=threshold, token_rows=token_rows)
+        selective_state_update(**arguments, dt_threshold=threshold, token_rows=token_rows, check=is_first)
 
     def _compile_decode(self, arguments: dict[str, Any], most_decodes: int) -> None:
         """With a filter and without: steps without a CUDA graph have one or the other."""
@@ -174,8 +177,7 @@ class FilteredMixer:
             metadata.state_indices_tensor_p,
             metadata.has_initial_states_p,
             silu=self._has_silu,
-            # `_run_prefill`, which follows, notes the first call.
-            check=self._most_prompt_tokens is not None,
+            check=self._is_first_prefill,
             **filter_arguments,
         )
         return convolved
@@ -188,9 +190,10 @@ class FilteredMixer:
             convolved = vllm_causal_conv1d_update(x, state, weights, bias, self.activation, conv_state_indices=slots)
             return convolved
         arguments = {"x": x, "weight": weights, "bias": bias, "conv_state": state, "state_indices": slots[:, 0]}
+        is_first = self._most_decodes is not None
         if self._most_decodes is not None:
             compile_ahead(causal_conv1d_update, arguments, self._most_decodes, PER_DECODE_TOKEN)
-        convolved = causal_conv1d_update(**arguments, silu=self._has_silu)
+        convolved = causal_conv1d_update(**arguments, silu=self._has_silu, check=is_first)
         return convolved
 
     def _decode_convolution(self, slots: torch.Tensor) -> dict[str, Any]:
@@ -208,12 +211,13 @@ class FilteredMixer:
         return self.activation in ("silu", "swish")
 
     def _conv_weights(self) -> torch.Tensor:
+        conv1d = self.conv1d
+        weight: torch.Tensor = conv1d.weight.data
+        if weight.is_cuda:
+            return weight.squeeze(1)
         # On CPUs with bfloat16 instructions vLLM packs the weight for a kernel of its own, and keeps a copy.
-        weights: torch.Tensor | None = getattr(self.conv1d, "_cpu_unpacked_conv_weight", None)
-        if weights is None:
-            weight = self.conv1d.weight.data
-            weights = weight.view(weight.size(0), weight.size(2))
-        return weights
+        unpacked: torch.Tensor | None = getattr(conv1d, "_cpu_unpacked_conv_weight", None)
+        return weight.view(weight.size(0), weight.size(2)) if unpacked is None else unpacked
 
     def _conv_state(self) -> torch.Tensor:
         state = self.kv_cache[0]

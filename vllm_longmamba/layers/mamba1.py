@@ -190,4 +190,4 @@ class LongMambaMixer(FilteredMixer, MambaMixer):  # type: ignore[misc]
         arguments |= dict(zip(("dt_weight", "B_weight", "C_weight"), weights, strict=True))
         if self._most_prompt_tokens is not None:
             compile_ahead(norm_parts_, arguments, self._most_prompt_tokens)
-        norm_parts_(**arguments)
+        norm_parts_(**arguments, check=self._is_first_prefill)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from vllm.config.mamba import MambaBackendEnum
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.mamba_mixer import mamba_mixer  # noqa: F401 - registers torch.ops.vllm.mamba_mixer
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.layers.mamba.ops.ssd_checkpoint import store_prefill_checkpoint
 from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
@@ -35,28 +36,40 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
         return super().get_kv_cache_spec(vllm_config)
 
     def forward(self, hidden_states: torch.Tensor, mup_vector: torch.Tensor | None = None) -> torch.Tensor:
-        """See vLLM's `MambaMixer2`. A kernel of the gated norm is faster than what its compiler makes of the norm.
+        """See vLLM's `MambaMixer2`. Where its compiler has nothing to do in the layer, the layer is one operation.
 
         Args:
             hidden_states: (tokens, d_model).
             mup_vector: (gate + x + B + C + dt,), or None.
         """
-        output: torch.Tensor
-        if not self._has_norm_kernel():
-            output = super().forward(hidden_states, mup_vector)
-            return output
-        name = _encode_layer_name(self.prefix)
-        weight = plain_weight(self.in_proj)
-        if weight is None:
-            projected = self.in_proj(hidden_states)[0]
-        else:
-            projected = torch.ops.vllm.longmamba_project_in(hidden_states, weight.shape[0], name)
-        if mup_vector is not None:
-            projected = projected * mup_vector
-        scanned = self._empty_scanned(projected)
-        torch.ops.vllm.mamba_mixer2(projected, scanned, name)
-        output = torch.ops.vllm.longmamba_project_out(scanned, projected, hidden_states.shape[-1], name)
+        if mup_vector is None and self._is_one_operation():
+            return self._run_whole(hidden_states)
+        output: torch.Tensor = super().forward(hidden_states, mup_vector)
         return output
+
+    def _run_whole(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`forward_impl` as an operation that vLLM's compiler does not look into, that of its Mamba-1 mixer."""
+        output = torch.empty_like(hidden_states)
+        torch.ops.vllm.mamba_mixer(hidden_states, output, _encode_layer_name(self.prefix))
+        return output
+
+    def _is_one_operation(self) -> bool:
+        """Whether both projections are plain products, and the norm between them has a kernel of this project."""
+        is_plain = all(plain_weight(layer) is not None for layer in (self.in_proj, self.out_proj))
+        return is_plain and self._has_norm_kernel()
+
+    def forward_impl(self, hidden_states: torch.Tensor, output: torch.Tensor) -> Any:
+        """Run the layer on a batch of decode tokens followed by prefill tokens.
+
+        Args:
+            hidden_states: (tokens, d_model).
+            output: (tokens, d_model), written in place.
+        """
+        projected = project(self.in_proj, hidden_states)
+        scanned = self._empty_scanned(projected)
+        self.conv_ssm_forward(projected, scanned)
+        self._project_out(scanned, projected, output)
+        return None
 
     def _warmup_ssd_kernels(self, projected_states: torch.Tensor) -> None:
         """See vLLM's `MambaMixer2`; to try launch sizes of its SSD kernels takes long, and they may not be needed."""
@@ -71,20 +84,15 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
         """Whether the gated norm has a kernel of its own: on a GPU, over all channels of one rank."""
         return bool(self.A.is_cuda and self.use_rms_norm and self.norm.n_groups == 1 and self.tp_size == 1)
 
-    def project_out(
-        self, scanned: torch.Tensor, projected: torch.Tensor, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _project_out(self, scanned: torch.Tensor, projected: torch.Tensor, out: torch.Tensor) -> None:
         """Gate, norm and the layer's last projection, where `_has_norm_kernel`.
 
         Args:
             scanned: (tokens, d_inner).
             projected: (tokens, gate + x + B + C + dt).
-            out: (tokens, d_model) to write to, or None.
-
-        Returns:
-            (tokens, d_model)
+            out: (tokens, d_model), written in place.
         """
-        return project(self.out_proj, scanned, out, self._gated_norm(projected))
+        project(self.out_proj, scanned, out, self._gated_norm(projected), check=self._is_first_prefill)
 
     def _gated_norm(self, projected: torch.Tensor) -> GatedNorm:
         gate = projected[:, : self.tped_intermediate_size]

@@ -3,14 +3,12 @@
 from typing import Any, NamedTuple
 
 import torch
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
-from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name, direct_register_custom_op
 
 from vllm_longmamba.kernels import MOST_SMALL, compile_ahead, gated_norm, most_small_tokens, small_product
 
@@ -60,6 +58,7 @@ def project(
     x: torch.Tensor,
     out: torch.Tensor | None = None,
     norm: GatedNorm | None = None,
+    check: bool = True,
     **convolution: Any,
 ) -> torch.Tensor:
     """Apply one of vLLM's linear layers without a bias.
@@ -69,6 +68,7 @@ def project(
         x: (tokens, K).
         out: (tokens, N) to write to, or None.
         norm: in front of the product.
+        check: False leaves the norm's checks out, for a layer that has passed them before.
         convolution: behind it, as `small_product` takes it; only where `is_small`.
 
     Returns:
@@ -83,7 +83,7 @@ def project(
         projected = small_product(x, weight, *(norm or NO_NORM), out, **convolution)
         return projected
     if norm is not None:
-        x = gated_norm(x, *norm)
+        x = gated_norm(x, *norm, check=check)
     if weight is not None:
         projected = torch.mm(x, weight.t(), out=out)
         return projected
@@ -100,33 +100,3 @@ def compile_product(layer: Any, norm: GatedNorm | None = None, **convolution: An
     arguments = {"x": weight.new_empty((1, weight.shape[1])), "weight": weight, "gate": gate}
     arguments |= {"norm_weight": norm_weight, **convolution}
     compile_ahead(small_product, arguments, most, ("x", "gate", "state_indices"))
-
-
-def _project_in(hidden_states: torch.Tensor, features: int, layer_name: LayerNameType) -> torch.Tensor:
-    return project(_mixer(layer_name).in_proj, hidden_states)
-
-
-def _project_in_fake(hidden_states: torch.Tensor, features: int, layer_name: LayerNameType) -> torch.Tensor:
-    return hidden_states.new_empty((hidden_states.shape[0], features))
-
-
-def _project_out(
-    scanned: torch.Tensor, projected: torch.Tensor, features: int, layer_name: LayerNameType
-) -> torch.Tensor:
-    output: torch.Tensor = _mixer(layer_name).project_out(scanned, projected)
-    return output
-
-
-def _project_out_fake(
-    scanned: torch.Tensor, projected: torch.Tensor, features: int, layer_name: LayerNameType
-) -> torch.Tensor:
-    return scanned.new_empty((scanned.shape[0], features))
-
-
-def _mixer(layer_name: LayerNameType) -> Any:
-    return get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
-
-
-# For mixers whose projections vLLM compiles with the model: which kernel runs is decided when it runs.
-direct_register_custom_op("longmamba_project_in", _project_in, fake_impl=_project_in_fake)
-direct_register_custom_op("longmamba_project_out", _project_out, fake_impl=_project_out_fake)
