@@ -78,14 +78,14 @@ def _launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor, *arguments: Any
         compiled[0][(*grid, 1, 1)](*arguments, *compiled[1])
         return
     made = kernel[grid](*arguments, **constants)
-    # Triton's interpreter compiles nothing.
     if made is not None:
         known.compiled[key] = made, tuple(constants[name] for name in known.constants)
 
 
 def _know(kernel: Any) -> _Kernel:
     tensors, aligned, numbers, constants = [], [], [], []
-    for place, parameter in enumerate(kernel.params):
+    # A kernel of Triton's interpreter has none, and is never kept.
+    for place, parameter in enumerate(getattr(kernel, "params", ())):
         if parameter.is_constexpr:
             constants.append(parameter.name)
         elif parameter.name.endswith("_ptr"):

@@ -104,8 +104,6 @@ OPERATIONS = {
 class Kernel:
     """Stands for a Triton kernel; compiling waits until the test says so."""
 
-    params = ()
-
     def __init__(self) -> None:
         self.go_on, self.compiled, self.launched = threading.Event(), [], []
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from scan_inputs import RUNS_TRITON
 
 from vllm_longmamba.kernels.launch import launch
 
 pytest.importorskip("triton")
 
 
+@pytest.mark.skipif(RUNS_TRITON, reason="once is enough")
 def test_without_a_gpu() -> None:
     """In a process of its own: Triton has one driver a process, and its kernels may be the interpreter's here."""
     here = Path(__file__).resolve().parent
@@ -25,9 +27,7 @@ def test_without_a_gpu() -> None:
 
 
 class Kernel:
-    """Of an interpreter, which compiles nothing."""
-
-    params = ()
+    """Of Triton's interpreter, which compiles nothing."""
 
     def __init__(self) -> None:
         self.launched: list[tuple[int, ...]] = []
