@@ -32,6 +32,12 @@ SOURCES = [
         "filtered_mixer.py",
     ),
     (
+        "vllm.model_executor.layers.mamba.mamba_mixer:mamba_mixer",
+        r"self\.forward_impl\(hidden_states=hidden_states, output=output\)",
+        "the custom op runs forward_impl of any layer",
+        "mamba2.py",
+    ),
+    (
         f"{MIXER1}.forward_impl",
         r"hidden_states_BC, gate = projected_states\.chunk\(2",
         "in_proj gives x, then z",

@@ -55,7 +55,7 @@ class LongMambaMixer2(FilteredMixer, MambaMixer2):  # type: ignore[misc]
 
     def _is_one_operation(self) -> bool:
         """Whether both projections are plain products, and the norm between them has a kernel of this project."""
-        is_plain = all(plain_weight(layer) is not None for layer in (self.in_proj, self.out_proj))
+        is_plain = plain_weight(self.in_proj) is not None and plain_weight(self.out_proj) is not None
         return is_plain and self._has_norm_kernel()
 
     def forward_impl(self, hidden_states: torch.Tensor, output: torch.Tensor) -> Any:
