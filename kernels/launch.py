@@ -15,6 +15,8 @@ from .compile_ahead import is_compiling, schedule, wait_for
 
 # Bytes that pointers are multiples of where Triton loads several values at once.
 _ALIGNMENT = 16
+# For AMD's GPUs, Triton also compiles a kernel for how much memory a tensor has; for Intel's, it is not known.
+_REMEMBERS = torch.version.hip is None and not torch.xpu.is_available()
 _dtype, _data_ptr = attrgetter("dtype"), torch.Tensor.data_ptr
 
 
@@ -22,6 +24,7 @@ class _Kernel(NamedTuple):
     """What is known of a kernel.
 
     Attributes:
+        kernel: itself, which thereby keeps its identity.
         tensors: of its arguments, the tensors.
         aligned: of its arguments, the tensors whose alignment counts.
         numbers: of its arguments, the numbers that Triton compiles it for.
@@ -29,6 +32,7 @@ class _Kernel(NamedTuple):
         compiled: the compiled kernel and its constants, by device and all that decides how it is compiled.
     """
 
+    kernel: Any
     tensors: Callable[[tuple[Any, ...]], tuple[torch.Tensor, ...]]
     aligned: Callable[[tuple[Any, ...]], tuple[torch.Tensor, ...]]
     numbers: Callable[[tuple[Any, ...]], tuple[Any, ...]]
@@ -47,7 +51,8 @@ def launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor) -> Callable[...,
         kernel: made by ``triton.jit``, with the compile-time constants behind all other parameters. Parameters that are
             tensors are named ``..._ptr``; numbers that change from call to call are in ``do_not_specialize``.
         grid: of the launch, up to three numbers.
-        x: a tensor of the launch; if it is a meta tensor, nothing is launched, but the kernel compiled.
+        x: a tensor of the launch, on the current GPU; if it is a meta tensor, nothing is launched, but the kernel
+            compiled.
 
     Returns:
         A function that takes the kernel's arguments in their order, constants and launch options by name.
@@ -68,18 +73,24 @@ def _launch_when_compiled(
 
 def _launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor, *arguments: Any, **constants: Any) -> None:
     known = _kernels.get(id(kernel)) or _know(kernel)
-    if reduce(or_, map(_data_ptr, known.aligned(arguments)), 0) % _ALIGNMENT:
-        kernel[grid](*arguments, **constants)
-        return
-    types = map(_dtype, known.tensors(arguments))
-    key = (x.get_device(), *constants, *constants.values(), *types, *known.numbers(arguments))
-    compiled = known.compiled.get(key)
+    key = _key(known, x, arguments, constants)
+    compiled = known.compiled.get(key) if key else None
     if compiled is not None:
         compiled[0][(*grid, 1, 1)](*arguments, *compiled[1])
         return
     made = kernel[grid](*arguments, **constants)
-    if made is not None:
+    if key and made is not None:
         known.compiled[key] = made, tuple(constants[name] for name in known.constants)
+
+
+def _key(
+    known: _Kernel, x: torch.Tensor, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> tuple[Any, ...] | None:
+    """All that decides how the kernel is compiled, or None for a launch that is not to be remembered."""
+    if not _REMEMBERS or reduce(or_, map(_data_ptr, known.aligned(arguments)), 0) % _ALIGNMENT:
+        return None
+    types = map(_dtype, known.tensors(arguments))
+    return (x.get_device(), *constants, *constants.values(), *types, *known.numbers(arguments))
 
 
 def _know(kernel: Any) -> _Kernel:
@@ -94,7 +105,7 @@ def _know(kernel: Any) -> _Kernel:
                 aligned.append(place)
         elif not parameter.do_not_specialize:
             numbers.append(place)
-    known = _Kernel(_getter(tensors), _getter(aligned), _getter(numbers), tuple(constants), {})
+    known = _Kernel(kernel, _getter(tensors), _getter(aligned), _getter(numbers), tuple(constants), {})
     _kernels[id(kernel)] = known
     return known
 
