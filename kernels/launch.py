@@ -74,13 +74,14 @@ def _launch_when_compiled(
 def _launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor, *arguments: Any, **constants: Any) -> None:
     known = _kernels.get(id(kernel)) or _know(kernel)
     key = _key(known, x, arguments, constants)
-    compiled = known.compiled.get(key) if key else None
-    if compiled is not None:
-        compiled[0][(*grid, 1, 1)](*arguments, *compiled[1])
+    remembered = known.compiled.get(key) if key else None
+    if remembered is not None:
+        compiled, in_order = remembered
+        compiled[(*grid, 1, 1)](*arguments, *in_order)
         return
-    made = kernel[grid](*arguments, **constants)
-    if key and made is not None:
-        known.compiled[key] = made, tuple(constants[name] for name in known.constants)
+    compiled = kernel[grid](*arguments, **constants)
+    if key and compiled is not None:
+        known.compiled[key] = compiled, tuple(constants[name] for name in known.constants)
 
 
 def _key(

@@ -45,6 +45,7 @@ SYMBOLS = [
     ("vllm.model_executor.layers.mamba.mamba_utils:is_conv_state_dim_first", "filtered_mixer.py"),
     (f"{MIXER2}._warmup_ssd_kernels", "mamba2.py overrides it"),
     (f"{MIXER1}._ssm_transform", "mamba1.py"),
+    (f"{MIXER1.partition(':')[0]}:mamba_mixer", "mamba2.py, as the custom op of a whole layer"),
     ("vllm.model_executor.layers.mamba.abstract:MambaBase.get_attn_backend", "mamba1.py, mamba2.py"),
     ("vllm.v1.attention.backends.utils:NULL_BLOCK_ID", "step_metadata.py"),
     (f"{MAMBA1}:Mamba1AttentionBackend.get_builder_cls", "step_metadata.py"),
@@ -61,7 +62,6 @@ SYMBOLS = [
     ("vllm.config.mamba:MambaBackendEnum.FLASHINFER", "refusals.py"),
     (f"{MAMBA2}:Mamba2AttentionBackend.supports_device_cpu_query_lens_mismatch", "step_metadata.py overrides it"),
     # Of DeciMamba.
-    (f"{MIXER1.partition(':')[0]}:mamba_mixer", "mamba2.py, as the custom op of a whole layer"),
     ("vllm.model_executor.layers.mamba.mamba_mixer2:Mixer2RMSNormGated.forward_cuda", "decimated_mamba2.py"),
     ("vllm.model_executor.layers.mamba.mamba_mixer2:Mixer2RMSNormGated.forward_native", "decimated_mamba2.py"),
 ]
@@ -177,8 +177,8 @@ SIGNATURES = [
         "table_lookup.py",
     ),
     ("vllm.transformers_utils.repo_utils:file_or_path_exists", "model config_name revision", "config.py"),
+    (f"{MIXER2}.forward", "self hidden_states mup_vector", "mamba2.py overrides it"),
     # Of DeciMamba.
-    (f"{MIXER2}.forward", "self hidden_states mup_vector", "decimated_mamba2.py overrides it"),
     ("vllm.distributed:tensor_model_parallel_all_reduce", "input_", "decimated_mixer.py"),
     (
         f"{MAMBA}:BaseMambaAttentionMetadataBuilder._compute_chunk_metadata",

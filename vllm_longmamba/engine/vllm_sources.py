@@ -32,7 +32,7 @@ SOURCES = [
         "filtered_mixer.py",
     ),
     (
-        "vllm.model_executor.layers.mamba.mamba_mixer:mamba_mixer",
+        f"{MIXER1.partition(':')[0]}:mamba_mixer",
         r"self\.forward_impl\(hidden_states=hidden_states, output=output\)",
         "the custom op runs forward_impl of any layer",
         "mamba2.py",

@@ -145,12 +145,17 @@ class FilteredMixer:
 
     def _run_decode(self, token_rows: torch.Tensor | None, **arguments: Any) -> None:
         """Call `selective_state_update`; the first time, which is vLLM's warm-up, also compile it for any batch."""
-        is_first = self._most_decodes is not None
+        is_first = self._is_first_decode
         if self._most_decodes is not None:
             self._compile_decode(arguments, self._most_decodes)
             self._most_decodes = None
         threshold = self.dt_threshold if token_rows is not None else None
         selective_state_update(**arguments, dt_threshold=threshold, token_rows=token_rows, check=is_first)
+
+    @property
+    def _is_first_decode(self) -> bool:
+        """Likewise."""
+        return self._most_decodes is not None
 
     def _compile_decode(self, arguments: dict[str, Any], most_decodes: int) -> None:
         """With a filter and without: steps without a CUDA graph have one or the other."""
@@ -190,10 +195,9 @@ class FilteredMixer:
             convolved = vllm_causal_conv1d_update(x, state, weights, bias, self.activation, conv_state_indices=slots)
             return convolved
         arguments = {"x": x, "weight": weights, "bias": bias, "conv_state": state, "state_indices": slots[:, 0]}
-        is_first = self._most_decodes is not None
         if self._most_decodes is not None:
             compile_ahead(causal_conv1d_update, arguments, self._most_decodes, PER_DECODE_TOKEN)
-        convolved = causal_conv1d_update(**arguments, silu=self._has_silu, check=is_first)
+        convolved = causal_conv1d_update(**arguments, silu=self._has_silu, check=self._is_first_decode)
         return convolved
 
     def _decode_convolution(self, slots: torch.Tensor) -> dict[str, Any]:
@@ -211,13 +215,10 @@ class FilteredMixer:
         return self.activation in ("silu", "swish")
 
     def _conv_weights(self) -> torch.Tensor:
-        conv1d = self.conv1d
-        weight: torch.Tensor = conv1d.weight.data
-        if weight.is_cuda:
-            return weight.squeeze(1)
+        weight: torch.Tensor = self.conv1d.weight.data
         # On CPUs with bfloat16 instructions vLLM packs the weight for a kernel of its own, and keeps a copy.
-        unpacked: torch.Tensor | None = getattr(conv1d, "_cpu_unpacked_conv_weight", None)
-        return weight.view(weight.size(0), weight.size(2)) if unpacked is None else unpacked
+        unpacked = None if weight.is_cuda else getattr(self.conv1d, "_cpu_unpacked_conv_weight", None)
+        return weight.squeeze(1) if unpacked is None else unpacked
 
     def _conv_state(self) -> torch.Tensor:
         state = self.kv_cache[0]
